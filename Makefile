@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find src graph security dht peer client -name '*.py' -not -path '*/__pycache__/*')
+
+.PHONY: demo test soak lint types contracts unit attacks conformance swarm bench clean
+
+# Exact versions that were tested together; the CPU build of torch serves every machine.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt '.[demo,dev]'
+	touch $@
+
+# The package is installed as a wheel, as users get it; tests run against that, not the checkout.
+$(VENV)/.installed: $(VENV)/.deps $(SOURCES) pyproject.toml
+	rm -rf build
+	$(BIN)/pip install -q --no-deps --force-reinstall .
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/glasshive demo
+
+test: lint types contracts unit attacks conformance swarm
+
+soak: $(VENV)/.installed
+	GLASSHIVE_SOAK=1 $(BIN)/python -m pytest tests --timeout 7200
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+contracts: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+unit attacks conformance swarm: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/$@
+
+bench: $(VENV)/.installed
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info

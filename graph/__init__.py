@@ -1,0 +1,1 @@
+"""The intervention graph: plain data, and the rules that make it mean one thing only."""

@@ -1,0 +1,121 @@
+"""The outline of a model: its modules, the order in which they run, and what may be read there.
+
+The model's forward pass is a total order of *events*. A module that is called exactly once has two:
+its input, just before it runs, and its output, just after. Events carry a *block*: -1 before
+block 0 (embeddings), the block's index inside it, `n_blocks` after the last (norm and head).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import NotASite, UnknownModule
+from glasshive.graph.graph import LeafPath, Site
+
+Axis: TypeAlias = int | Literal["batch", "seq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor among a module's inputs or outputs, with the meaning of each of its axes."""
+
+    path: LeafPath
+    dtype: DType
+    axes: tuple[Axis, ...]
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The axis that holds the rows, or None if every row sees the same tensor."""
+        return self.axes.index("batch") if "batch" in self.axes else None
+
+    def shape(self, batch: int, seq: int) -> tuple[int, ...]:
+        """The leaf's shape for `batch` rows of `seq` tokens."""
+        sizes = {"batch": batch, "seq": seq}
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """What the outline knows of one module. Event numbers are None for a module that is no site."""
+
+    path: str
+    kind: str
+    calls: int
+    input_event: int | None
+    output_event: int | None
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    params: Mapping[str, tuple[DType, tuple[int, ...]]]
+    bypasses: bool = False  # its output reaches blocks other than through the hidden states
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model's modules by path, and the block of every event."""
+
+    modules: Mapping[str, ModuleInfo]
+    blocks_path: str
+    n_blocks: int
+    block_of_event: tuple[int, ...]
+    vocabulary_tokens: int
+    max_positions_tokens: int | None
+
+    @property
+    def n_events(self) -> int:
+        """The number of events in one forward pass."""
+        return len(self.block_of_event)
+
+    def module(self, path: str) -> ModuleInfo:
+        """The module at `path`. Raises UnknownModule with the nearest names."""
+        found = self.modules.get(path)
+        if found is None:
+            near = difflib.get_close_matches(path, self.modules, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; print(model) shows them"
+            raise UnknownModule(f"the model has no module {path!r:.120}{hint}")
+        return found
+
+    def event(self, site: Site) -> int:
+        """When `site` happens in a forward pass. Raises UnknownModule or NotASite."""
+        info = self.module(site.module)
+        event = info.input_event if site.io == "input" else info.output_event
+        if event is None:
+            raise NotASite(
+                f"{info.path!r} ({info.kind}) is called {info.calls} times in a forward pass, so it "
+                f"has no single {site.io}; read a module that is called once, such as one inside "
+                "or around it"
+            )
+        return event
+
+    def leaf(self, site: Site) -> Leaf:
+        """The tensor at `site`. Raises NotASite, naming the leaves that exist."""
+        self.event(site)
+        info = self.modules[site.module]
+        leaves = info.inputs if site.io == "input" else info.outputs
+        for leaf in leaves:
+            if leaf.path == site.leaf:
+                return leaf
+        names = ", ".join(str(Site(site.module, site.io, leaf.path)) for leaf in leaves) or "none"
+        raise NotASite(
+            f"{site} is not a tensor whose rows and tokens can be told apart; tensors here: {names}"
+        )
+
+    def block(self, event: int) -> int:
+        """The block in which `event` happens: -1 before block 0, `n_blocks` after the last."""
+        return self.block_of_event[event]
+
+    def owner_block(self, path: str) -> int:
+        """The block on whose peer the module's weights lie: where a call or a parameter goes."""
+        info = self.module(path)
+        if info.output_event is not None:
+            return self.block_of_event[info.output_event]
+        prefix = self.blocks_path + "."
+        if path.startswith(prefix):
+            return int(path[len(prefix) :].split(".", 1)[0])
+        raise NotASite(
+            f"{path!r} ({info.kind}) is called {info.calls} times in a forward pass and lies in no "
+            "block, so no single peer hosts it; name one of its parts"
+        )
