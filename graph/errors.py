@@ -7,12 +7,14 @@ GlasshiveError
     ├── UnknownOp              an op outside the closed table, or arguments outside its signature
     ├── UnknownModule          a module path that the model does not have
     ├── NotASite               a module that has no single input and output
-    ├── ShapeMismatch          a value that does not fit where it is written, or an op that refuses it
+    ├── ShapeMismatch          a value that does not fit where it is written or used
     ├── ImpossibleOrder        a write whose value exists only later in the same forward pass
     ├── LateEdit               a write that would change a value which was read already
     ├── UnequalLengths         invokes that need each other and cannot share a forward pass
     ├── NoRoots                nothing is saved, so nothing would come back
     ├── NotYet                 a node kind that this release does not run
+    ├── BadRoute               a route that lacks a needed block, or whose spans overlap
+    ├── UnsupportedModel       a model that cannot be cut by block
     └── OverBudget             more nodes, bytes or FLOPs than the peer allows
 
 UnseenWrite (a warning)        a write that nothing saved can see: it is dropped
@@ -79,6 +81,14 @@ class NoRoots(GraphError):
 
 class NotYet(GraphError):
     """A node kind or a use that this release refuses and a later one brings."""
+
+
+class BadRoute(GraphError):
+    """A route that lacks a block which the graph needs, or whose spans overlap."""
+
+
+class UnsupportedModel(GraphError):
+    """A model that cannot be cut by block, or whose forward pass does not run without data."""
 
 
 class OverBudget(GraphError):
