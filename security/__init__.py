@@ -1,1 +1,1 @@
-"""glasshive.security."""
+"""Who may do what: identities, signed messages, bounded decoding of plain data."""

@@ -1,0 +1,87 @@
+"""Requests to the p2pd daemon over its control socket.
+
+hivemind has calls for these, but they leave the connection open when the daemon says no or when
+the caller is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from glasshive.security.keys import PeerId
+
+__all__ = ["SocketWriter", "connect", "open_stream"]
+
+
+async def connect(p2p: Any, peer_id: PeerId, addresses: Iterable[str]) -> None:
+    """The daemon has a connection to the peer; raises hivemind's P2PDaemonError or OSError."""
+    from hivemind.p2p import PeerID
+    from hivemind.proto import p2pd_pb2
+    from hivemind.utils.multiaddr import Multiaddr
+
+    bare = [one.partition("/p2p/" + peer_id)[0] for one in addresses]
+    request = p2pd_pb2.Request(
+        type=p2pd_pb2.Request.CONNECT,
+        connect=p2pd_pb2.ConnectRequest(
+            peer=PeerID.from_base58(peer_id).to_bytes(),
+            addrs=[Multiaddr(one).to_bytes() for one in bare],
+        ),
+    )
+    _, writer = await _ask(p2p, request)
+    writer.close()
+
+
+async def open_stream(
+    p2p: Any, peer_id: PeerId, protocol: str
+) -> tuple[asyncio.StreamReader, SocketWriter]:
+    """The two ends of a raw stream to a connected peer; raises P2PDaemonError or OSError."""
+    from hivemind.p2p import PeerID
+    from hivemind.proto import p2pd_pb2
+
+    request = p2pd_pb2.Request(
+        type=p2pd_pb2.Request.STREAM_OPEN,
+        streamOpen=p2pd_pb2.StreamOpenRequest(
+            peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol]
+        ),
+    )
+    reader, writer = await _ask(p2p, request)
+    return reader, SocketWriter(writer)
+
+
+class SocketWriter:
+    """An asyncio StreamWriter with an abrupt end."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.write = writer.write
+        self.drain = writer.drain
+        self.close = writer.close
+        self.wait_closed = writer.wait_closed
+
+    def abort(self) -> None:
+        self._writer.transport.abort()
+
+
+async def _ask(p2p: Any, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The connection on which the daemon granted the request."""
+    from hivemind.p2p.p2p_daemon_bindings.utils import (
+        raise_if_failed,
+        read_pbmsg_safe,
+        write_pbmsg,
+    )
+    from hivemind.proto import p2pd_pb2
+
+    reader, writer = await p2p._client.control.daemon_connector.open_connection()
+    granted = False
+    try:
+        await write_pbmsg(writer, request)
+        response = p2pd_pb2.Response()
+        await read_pbmsg_safe(reader, response)
+        raise_if_failed(response)
+        granted = True
+    finally:
+        if not granted:
+            writer.close()
+    return reader, writer

@@ -1,0 +1,282 @@
+"""The directory: how a client without a DHT node learns who serves a model.
+
+Any peer with a DHT node answers, over one stream of `DIRECTORY_PROTOCOL`::
+
+    client                                    peer
+      | header [1, model]        body empty    |    model: a name, a manifest hash, or nil for all
+      | -------------------------------------> |
+      | header [1, complete]     body records  |    complete: whether all that it found is in it
+      | <------------------------------------- |
+      | closes                                 |    (both close; the client first)
+
+`records` is a msgpack array of signed records as bytes, at most `MAX_RECORDS` and
+`MAX_ANSWER_BYTES`. The peer passes on what the DHT holds and vouches for nothing: the client checks
+every signature and expiry itself. A peer can hide records, so a client that finds too few asks the
+next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from glasshive.dht.deadline import within
+from glasshive.dht.errors import (
+    AmbiguousModel,
+    BadFrame,
+    DeadlineExceeded,
+    DirectoryUnavailable,
+    RecordRefused,
+    SwarmError,
+    UnknownModel,
+)
+from glasshive.dht.framing import Stream
+from glasshive.dht.records import (
+    MODELS_KEY,
+    ModelId,
+    PeerRecord,
+    block_key,
+    lookup_key,
+)
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.errors import MalformedData
+from glasshive.security.plain import decode_plain, encode_plain
+
+__all__ = [
+    "DIRECTORY_PROTOCOL",
+    "ask_directory",
+    "find_records",
+    "resolve",
+    "serve_directory",
+]
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_PROTOCOL: Final = "glasshive/directory/1"
+MAX_RECORDS: Final = 4096
+MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
+REQUEST_DEADLINE_SECONDS: Final = 10.0
+PEER_DEADLINE_SECONDS: Final = 10.0
+CACHE_SECONDS: Final = 1.0
+MAX_CACHED: Final = 64
+MAX_LOOK_UPS: Final = 8
+
+_VERSION: Final = 1
+_MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/@:+,()-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    made_at_seconds: float
+    complete: bool
+    body: bytes
+
+
+async def serve_directory(transport: Transport) -> None:
+    """From now on `transport`, which has a DHT node, answers directory requests.
+
+    Answers are kept for a second, and few look-ups run at a time, so a flood of requests costs the
+    DHT little.
+    """
+    cache: OrderedDict[str | None, _Answer] = OrderedDict()
+    look_ups = asyncio.Semaphore(MAX_LOOK_UPS)
+
+    async def handle(stream: Stream) -> None:
+        frame = await stream.receive(REQUEST_DEADLINE_SECONDS)
+        model = _requested_model(frame.header)
+        async with look_ups:
+            answer = cache.get(model)
+            if answer is None or not 0 <= transport.now() - answer.made_at_seconds <= CACHE_SECONDS:
+                answer = cache[model] = await _look_up(transport, model)
+                cache.move_to_end(model)
+                if len(cache) > MAX_CACHED:
+                    cache.popitem(last=False)
+        await stream.send([_VERSION, answer.complete], answer.body)
+        await _closed_by_remote(stream)
+
+    await transport.serve(DIRECTORY_PROTOCOL, handle)
+
+
+async def find_records(transport: Transport, model: str | None) -> list[PeerRecord]:
+    """The live records of `model` (name or manifest hash; None: of all) from the DHT itself.
+
+    Needs a transport with a DHT node; raises a TransportError, NoDht, UnknownModel or
+    AmbiguousModel.
+    """
+    return resolve(_check_all(await _signed_records(transport, model), model, transport), model)
+
+
+async def ask_directory(
+    transport: Transport,
+    peers: Sequence[PeerAddress],
+    model: str | None = None,
+    deadline_seconds: float = 30.0,
+) -> list[PeerRecord]:
+    """The live records of `model` (name or manifest hash; None: of all), checked here.
+
+    Asks the peers one after the other until one knows the model. Withdrawn records are left out.
+    Raises AmbiguousModel if the name has several manifests, UnknownModel if those that answered
+    know nobody, DirectoryUnavailable if none answered, DeadlineExceeded.
+    """
+    problems: list[str] = []
+    answered = False
+    loop = asyncio.get_running_loop()
+    ends_at = loop.time() + deadline_seconds
+    for peer in peers:
+        left_seconds = ends_at - loop.time()
+        if left_seconds <= 0:
+            raise DeadlineExceeded(
+                f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}"
+            )
+        try:
+            signed = await within(
+                min(left_seconds, PEER_DEADLINE_SECONDS),
+                _ask(transport, peer, model, left_seconds),
+                f"asking {peer.peer_id}",
+            )
+        except SwarmError as error:
+            problems.append(str(error))
+            continue
+        answered = True
+        records = _check_all(signed, model, transport)
+        if records or model is None:
+            return resolve(records, model)
+    if answered:
+        raise _unknown(model)
+    raise DirectoryUnavailable(
+        f"none of the {len(peers)} peers asked gave a directory: {'; '.join(problems) or 'none'}; "
+        "check their addresses, or give others"
+    )
+
+
+def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord]:
+    """`records`, if they are of one manifest (any number for None).
+
+    Raises UnknownModel or AmbiguousModel.
+    """
+    if model is None:
+        return list(records)
+    if not records:
+        raise _unknown(model)
+    manifests = Counter(record.model for record in records)
+    if len(manifests) > 1:
+        listed = ", ".join(f"{one} ({count} peers)" for one, count in sorted(manifests.items()))
+        raise AmbiguousModel(
+            f"the name {model} stands for {len(manifests)} manifests: {listed}; "
+            "name the model by the hash that you mean"
+        )
+    return list(records)
+
+
+def _unknown(model: str | None) -> UnknownModel:
+    return UnknownModel(
+        f"no peer announces {model}; check the name, or serve it with `glasshive serve {model}`"
+    )
+
+
+async def _ask(
+    transport: Transport, peer: PeerAddress, model: str | None, deadline_seconds: float
+) -> list[bytes]:
+    """The signed records as the peer gave them."""
+    stream = await transport.open_stream(peer, DIRECTORY_PROTOCOL, deadline_seconds)
+    try:
+        await stream.send([_VERSION, model], deadline_seconds=deadline_seconds)
+        frame = await stream.receive(deadline_seconds)
+    finally:
+        stream.reset()
+    header = frame.header
+    if not isinstance(header, list) or len(header) != 2 or type(header[1]) is not bool:
+        raise BadFrame(f"{peer.peer_id} gave a directory answer that is not [version, complete]")
+    if header[0] != _VERSION:
+        raise BadFrame(f"{peer.peer_id} gave a directory answer of version {header[0]!r}")
+    try:
+        records = decode_plain(
+            frame.body, max_bytes=MAX_ANSWER_BYTES, max_depth=1, max_elements=MAX_RECORDS
+        )
+    except MalformedData as error:
+        raise BadFrame(f"the directory of {peer.peer_id}: {error}") from None
+    if not isinstance(records, list):
+        raise BadFrame(f"the directory of {peer.peer_id} is not an array of records")
+    signed = [record for record in records if type(record) is bytes]
+    if len(signed) != len(records):
+        raise BadFrame(f"the directory of {peer.peer_id} is not an array of records in bytes")
+    return signed
+
+
+def _check_all(
+    signed: Sequence[bytes], model: str | None, transport: Transport
+) -> list[PeerRecord]:
+    """The newest live record of each peer and model among `signed`; the others are left out."""
+    now = transport.now()
+    newest: dict[tuple[str, ModelId], PeerRecord] = {}
+    for data in signed:
+        try:
+            record = PeerRecord.verify(data, now, swarm=transport.swarm)
+        except RecordRefused as error:
+            logger.info("record_dropped: %s", error)
+            continue
+        if model is not None and model not in (record.model_name, record.model):
+            continue
+        if record.expires_at_seconds < now:  # within the skew, but the DHT would drop it too
+            continue
+        key = record.peer_id, record.model
+        known = newest.get(key)
+        if known is None or known.expires_at_seconds < record.expires_at_seconds:
+            newest[key] = record
+    live = [record for record in newest.values() if not record.withdrawn]
+    return sorted(live, key=lambda record: (record.model, record.start, record.peer_id))
+
+
+async def _look_up(transport: Transport, model: str | None) -> _Answer:
+    """The answer to a request, cut to the bounds."""
+    signed = await _signed_records(transport, model)
+    chosen: list[bytes] = []
+    size_bytes = 5
+    for data in signed:
+        size_bytes += len(data) + 3
+        if len(chosen) >= MAX_RECORDS or size_bytes > MAX_ANSWER_BYTES:
+            break
+        chosen.append(data)
+    return _Answer(transport.now(), len(chosen) == len(signed), encode_plain(chosen))
+
+
+async def _signed_records(transport: Transport, model: str | None) -> list[bytes]:
+    """Every distinct record that the DHT has for `model`, also withdrawn ones."""
+    if model is None:
+        found = await transport.fetch([MODELS_KEY])
+        return list(found[MODELS_KEY].values())
+    key = lookup_key(model)
+    distinct = dict.fromkeys((await transport.fetch([key]))[key].values())
+    # A crowded model has more peers than one key holds: the blocks' own keys have them all.
+    sizes: dict[ModelId, Counter[int]] = {}
+    for data in distinct:
+        record = PeerRecord.verify(data, None, swarm=transport.swarm)
+        sizes.setdefault(record.model, Counter())[record.n_blocks] += 1
+    for manifest, counts in list(sizes.items())[:2]:
+        (n_blocks, _), *_ = counts.most_common(1)
+        found = await transport.fetch([block_key(manifest, block) for block in range(n_blocks)])
+        for records in found.values():
+            distinct.update(dict.fromkeys(records.values()))
+    return list(distinct)
+
+
+def _requested_model(header: object) -> str | None:
+    if not isinstance(header, list) or len(header) != 2 or header[0] != _VERSION:
+        raise BadFrame(f"got a directory request that is not [{_VERSION}, model]")
+    model = header[1]
+    if model is not None and (type(model) is not str or not _MODEL.fullmatch(model)):
+        raise BadFrame("got a directory request for what can't be a model's name")
+    return model
+
+
+async def _closed_by_remote(stream: Stream) -> None:
+    """Waits for the client to end the stream, so that the answer is not cut off."""
+    try:
+        await stream.receive(REQUEST_DEADLINE_SECONDS)
+    except SwarmError:
+        return

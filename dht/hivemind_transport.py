@@ -1,0 +1,497 @@
+"""The transport over hivemind: a go-libp2p daemon (p2pd) and, if wanted, a Kademlia DHT node.
+
+Rules:
+
+1. The bounded serializer and the hardened storage are in place before any listener exists.
+2. This release listens on loopback only. Signed whitelists are not in it, and without them a host
+   would run whatever strangers send.
+3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
+   file in a private folder, which is gone as soon as the daemon is up.
+4. hivemind's calls can hang for ever once the daemon has died. So every one of them races with a
+   deadline and with the death of the daemon, which is watched.
+5. None from hivemind's get is not "no peers": a node that knows nobody says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar, final
+
+from glasshive.dht import daemon_control, hardening, serializer
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    ListenRefused,
+    NoDht,
+    PeerUnreachable,
+    RecordRefused,
+    TransportClosed,
+    TransportError,
+    TransportLost,
+)
+from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.records import RecordGate, key_id
+from glasshive.dht.serving import HandlerTasks, StreamLimits
+from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
+from glasshive.security.envelope import PUBLIC_SWARM
+from glasshive.security.keys import Identity, PeerId
+
+__all__ = ["DhtMode", "HivemindTransport"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+DhtMode = Literal["server", "client", "none"]
+
+LOOPBACK: Final = ("/ip4/127.0.0.1/tcp/0",)
+DHT_DEADLINE_SECONDS: Final = 20.0
+CONTROL_DEADLINE_SECONDS: Final = 10.0
+SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
+DHT_WAIT_SECONDS: Final = 3.0
+
+
+@final
+class HivemindTransport:
+    """Implements `glasshive.dht.transport.Transport`; made by `create`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        listen: tuple[str, ...],
+        bootstraps: tuple[PeerAddress, ...],
+        dht: DhtMode,
+        swarm: str,
+        startup_timeout_seconds: float,
+        frame_limits: FrameLimits,
+        stream_limits: StreamLimits,
+    ) -> None:
+        """Use `create`."""
+        self.peer_id = identity.peer_id
+        self.swarm = swarm
+        self.dht = dht
+        self.bootstraps = bootstraps
+        self.addresses: tuple[str, ...] = ()
+        self.lost = asyncio.Event()
+        self._identity = identity
+        self._listen = listen
+        self._startup_timeout_seconds = startup_timeout_seconds
+        self._frame_limits = frame_limits
+        self._gate = RecordGate(swarm)
+        self._tasks = HandlerTasks(stream_limits)
+        self._handlers: dict[str, StreamHandler] = {}
+        self._streams: set[Stream] = set()
+        self._leftovers: set[asyncio.Future[Any]] = set()
+        self._connected: set[PeerId] = set()
+        self._p2p: Any = None
+        self._node: Any = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._gone: asyncio.Future[None] | None = None
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        identity: Identity,
+        listen: Sequence[str] = LOOPBACK,
+        bootstraps: Sequence[str] = (),
+        dht: DhtMode = "server",
+        startup_timeout_seconds: float = 60.0,
+        *,
+        swarm: str = PUBLIC_SWARM,
+        frame_limits: FrameLimits | None = None,
+        stream_limits: StreamLimits | None = None,
+    ) -> HivemindTransport:
+        """A running transport.
+
+        `dht` is "server" for a host or bootstrap peer, "client" to read and store without holding
+        others' records, "none" for streams only. An empty `listen` listens nowhere. Bootstraps are
+        multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
+        doesn't contact them. Raises ListenRefused, BadAddress, PeerUnreachable, TransportLost or
+        DeadlineExceeded.
+        """
+        for address in listen:
+            _check_loopback(address)
+        self = cls(
+            identity,
+            listen=tuple(listen),
+            bootstraps=tuple(PeerAddress.parse(address) for address in bootstraps),
+            dht=dht,
+            swarm=swarm,
+            startup_timeout_seconds=startup_timeout_seconds,
+            frame_limits=frame_limits or FrameLimits(),
+            stream_limits=stream_limits or StreamLimits(),
+        )
+        await self._start()
+        return self
+
+    async def _start(self) -> None:
+        serializer.install()
+        hardening.patch_storage()
+        from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+
+        try:
+            await self._start_daemon()
+            if self.dht != "none":
+                await self._start_node()
+            for protocol, handler in self._handlers.items():
+                await self._register(protocol, handler)
+        except BaseException as error:
+            await self._stop()
+            if isinstance(error, (P2PDaemonError, RuntimeError, OSError)):
+                tried = ", ".join(one.addresses[0] for one in self.bootstraps) or "none given"
+                raise PeerUnreachable(
+                    f"the swarm could not be joined ({_line(error)}); bootstrap peers: {tried}; "
+                    "check that one of them runs, and that the listening port is free"
+                ) from None
+            raise
+
+    async def _start_daemon(self) -> None:
+        from hivemind.p2p import P2P
+
+        bootstraps = [address for one in self.bootstraps for address in one.addresses]
+        self._gone = asyncio.get_running_loop().create_future()
+        with tempfile.TemporaryDirectory(prefix="glasshive-") as folder:  # mode 0700
+            key_file = Path(folder) / "identity"
+            descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self._identity.libp2p_key_file_bytes())
+            self._p2p = await self._call(
+                P2P.create(
+                    # With dht="none" the addresses that matter come with each stream.
+                    initial_peers=bootstraps if self.dht != "none" else None,
+                    host_maddrs=list(self._listen) or None,
+                    no_listen=not self._listen,
+                    dht_mode="server" if self.dht == "server" else "client",
+                    identity_path=str(key_file),
+                    check_if_identity_free=False,
+                    nat_port_map=False,
+                    auto_nat=False,
+                    use_relay=False,
+                    use_auto_relay=False,
+                    startup_timeout=self._startup_timeout_seconds,
+                ),
+                self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
+                "starting the network daemon",
+            )
+        if self._p2p.peer_id.to_base58() != self.peer_id:
+            raise TransportLost("the network daemon came up under another identity")
+        if self._listen:
+            visible = await self._call(
+                self._p2p.get_visible_maddrs(), CONTROL_DEADLINE_SECONDS, "asking for addresses"
+            )
+            self.addresses = tuple(str(address) for address in visible)
+        self._watcher = asyncio.create_task(self._watch(self._p2p._child, self._gone))
+
+    async def _start_node(self) -> None:
+        from hivemind.dht.node import DHTNode
+
+        self._node = await self._call(
+            DHTNode.create(
+                p2p=self._p2p,
+                initial_peers=[one.addresses[0] for one in self.bootstraps],
+                client_mode=self.dht == "client",
+                record_validator=hardening.signed_record_validator(self._gate, self.now),
+                authorizer=hardening.request_bounds(),
+                wait_timeout=DHT_WAIT_SECONDS,
+                # Caches would keep what a stranger claims; see glasshive.dht.hardening.
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+                cache_refresh_before_expiry=0,
+                reuse_get_requests=False,
+            ),
+            self._startup_timeout_seconds,
+            "joining the DHT",
+        )
+        hardening.harden_node(self._node)
+
+    async def _watch(self, child: Any, gone: asyncio.Future[None]) -> None:
+        """Notices that the daemon has died, whoever waits for what."""
+        await child.wait()
+        if self._closed:
+            return
+        logger.warning("daemon_lost peer=%s code=%s", self.peer_id, child.returncode)
+        self.lost.set()
+        if not gone.done():
+            gone.set_result(None)
+        self._reset_streams()
+
+    async def open_stream(
+        self, peer: PeerAddress, protocol: str, deadline_seconds: float
+    ) -> Stream:
+        """See Transport."""
+        self._check_alive()
+        return await self._call(
+            self._open_stream(peer, protocol),
+            deadline_seconds,
+            f"opening a {protocol} stream to {peer.peer_id}",
+        )
+
+    async def _open_stream(self, peer: PeerAddress, protocol: str) -> Stream:
+        from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+
+        for address in peer.addresses:
+            check_address(address)
+        connected = peer.peer_id in self._connected
+        try:
+            if peer.addresses and not connected:
+                await self._connect(peer)
+            try:
+                reader, writer = await daemon_control.open_stream(self._p2p, peer.peer_id, protocol)
+            except P2PDaemonError:
+                if not peer.addresses or not connected:
+                    raise
+                # The connection that we remember may have ended since: make it again, once.
+                await self._connect(peer)
+                reader, writer = await daemon_control.open_stream(self._p2p, peer.peer_id, protocol)
+        except (P2PDaemonError, OSError, EOFError, ValueError) as error:
+            raise PeerUnreachable(
+                f"{peer.peer_id} can't be reached for {protocol} ({_line(error)}); tried "
+                f"{', '.join(peer.addresses) or 'its open connection'}; try another peer"
+            ) from None
+        return self._adopt(reader, writer, peer.peer_id)
+
+    async def _connect(self, peer: PeerAddress) -> None:
+        self._connected.discard(peer.peer_id)
+        await daemon_control.connect(self._p2p, peer.peer_id, peer.addresses)
+        self._remember_connected(peer.peer_id)
+
+    def _remember_connected(self, peer_id: PeerId) -> None:
+        if len(self._connected) >= 4096:
+            self._connected.clear()  # costs one connect call each
+        self._connected.add(peer_id)
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """See Transport."""
+        self._check_alive()
+        known = protocol in self._handlers
+        self._handlers[protocol] = handler
+        if not known:
+            await self._register(protocol, handler)
+
+    async def _register(self, protocol: str, handler: StreamHandler) -> None:
+        async def accept(info: Any, reader: Any, writer: Any) -> None:
+            remote = PeerId(info.peer_id.to_base58())
+            stream = self._adopt(reader, daemon_control.SocketWriter(writer), remote)
+            current = self._handlers.get(protocol, handler)
+            task = self._tasks.start(stream, current, protocol)
+            if task is not None:
+                await asyncio.wait({task})
+
+        await self._call(
+            self._p2p.add_binary_stream_handler(protocol, accept),
+            CONTROL_DEADLINE_SECONDS,
+            f"serving {protocol}",
+        )
+
+    async def store(
+        self, key: str, subkey: PeerId, value: bytes, expires_at_seconds: float
+    ) -> bool:
+        """See Transport."""
+        return (await self.store_many([key], subkey, value, expires_at_seconds))[key]
+
+    async def store_many(
+        self, keys: Sequence[str], subkey: PeerId, value: bytes, expires_at_seconds: float
+    ) -> Mapping[str, bool]:
+        """See Transport."""
+        node = self._dht_node()
+        for key in keys:
+            self._gate.admit(key_id(key), subkey, value, expires_at_seconds, self.now())
+        stored = await self._call(
+            node.store_many(
+                [key.encode() for key in keys],
+                [value] * len(keys),
+                [expires_at_seconds] * len(keys),
+                subkeys=[subkey] * len(keys),
+            ),
+            DHT_DEADLINE_SECONDS,
+            "storing a record",
+        )
+        return {key: bool(stored[key.encode(), subkey]) for key in keys}
+
+    async def fetch(self, keys: Sequence[str]) -> dict[str, dict[PeerId, bytes]]:
+        """See Transport."""
+        node = self._dht_node()
+        found = await self._call(
+            # get_many has no `latest`: an expiry that nothing reaches asks every replica.
+            node.get_many([key.encode() for key in keys], sufficient_expiration_time=math.inf),
+            DHT_DEADLINE_SECONDS,
+            "reading records",
+        )
+        if self.bootstraps and not node.protocol.routing_table.uid_to_peer_id:
+            raise PeerUnreachable(
+                "no peer of the DHT answers any more; check the network, or rebuild the transport"
+            )
+        return {key: self._admitted(key, found.get(key.encode())) for key in keys}
+
+    def _admitted(self, key: str, found: Any) -> dict[PeerId, bytes]:
+        """What may be used of hivemind's answer for one key."""
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        now = self.now()
+        records: dict[PeerId, bytes] = {}
+        for subkey, (value, expires_at_seconds) in found.value.items():
+            if expires_at_seconds < now or type(value) is not bytes:
+                continue
+            with contextlib.suppress(RecordRefused):
+                self._gate.admit(key_id(key), subkey, value, expires_at_seconds, now)
+                records[subkey] = value
+        return records
+
+    def now(self) -> float:
+        """See Transport: hivemind's DHT time, which is this machine's clock."""
+        return time.time()
+
+    async def rebuild(self) -> None:
+        """See Transport."""
+        if self._closed:
+            raise TransportClosed("the transport was closed; make a new one")
+        await self._tasks.cancel_all()
+        await self._stop()
+        self.lost = asyncio.Event()
+        self._listen = tuple(one.rpartition("/p2p/")[0] for one in self.addresses) or self._listen
+        await self._start()
+
+    async def close(self) -> None:
+        """See Transport."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._tasks.close()
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Ends the node and the daemon, dead or alive; never raises."""
+        self._reset_streams()
+        node, p2p, watcher = self._node, self._p2p, self._watcher
+        self._node = self._p2p = self._watcher = None
+        self._connected.clear()
+        if node is not None:
+            node.is_alive = False
+            if not self.lost.is_set():
+                await self._quietly(node.shutdown())
+        if p2p is not None:
+            await self._quietly(p2p.shutdown())
+            if p2p._child is not None and p2p._child.returncode is None:
+                p2p._child.kill()  # it is frozen: the polite signal waits with it
+                await self._quietly(p2p._child.wait())
+            await self._end_tasks_of(p2p)
+        if watcher is not None:
+            watcher.cancel()
+        if self._gone is not None and not self._gone.done():
+            self._gone.cancel()
+
+    async def _quietly(self, awaitable: Awaitable[Any]) -> None:
+        """Awaits it for a while; what it says no longer matters."""
+        task = asyncio.ensure_future(awaitable)
+        await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_SECONDS)
+        self._abandon(task)
+
+    async def _end_tasks_of(self, p2p: Any) -> None:
+        """hivemind only asks its tasks to end; a loop that closes now would complain of them."""
+        control = p2p._client.control if p2p._client is not None else None
+        tasks = [p2p._listen_task, p2p._reader_task]
+        if control is not None:
+            tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+        known = [task for task in tasks if task is not None]
+        for task in known:
+            self._abandon(task)
+        if known:
+            await asyncio.wait(known, timeout=SHUTDOWN_DEADLINE_SECONDS)
+
+    async def _call(self, awaitable: Awaitable[T], deadline_seconds: float, what: str) -> T:
+        """The awaitable's result, or DeadlineExceeded, or TransportLost as soon as we know."""
+        task = asyncio.ensure_future(awaitable)
+        gone = self._gone
+        try:
+            waiting: set[asyncio.Future[Any]] = {task} if gone is None else {task, gone}
+            await asyncio.wait(
+                waiting, timeout=deadline_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            ended = self._end_error()
+            if ended is not None:
+                raise ended
+            if not task.done():
+                raise DeadlineExceeded(
+                    f"{what} took longer than {deadline_seconds:g} s; try again, or allow more time"
+                )
+            return task.result()
+        finally:
+            self._abandon(task)
+
+    def _abandon(self, task: asyncio.Future[Any]) -> None:
+        """Cancels what still runs, and sees to it that nobody is told how it ended."""
+
+        def ended(future: asyncio.Future[Any]) -> None:
+            self._leftovers.discard(future)
+            if not future.cancelled():
+                future.exception()
+
+        if task.done():
+            ended(task)
+            return
+        task.cancel()
+        self._leftovers.add(task)
+        task.add_done_callback(ended)
+
+    def _adopt(self, reader: ByteReader, writer: ByteWriter, peer_id: PeerId) -> Stream:
+        stream = Stream(reader, writer, peer_id, self._frame_limits, self._end_error)
+        self._streams = {one for one in self._streams if not one.closed}
+        self._streams.add(stream)
+        return stream
+
+    def _reset_streams(self) -> None:
+        for stream in self._streams:
+            stream.reset()
+        self._streams.clear()
+
+    def _end_error(self) -> TransportError | None:
+        if self._closed:
+            return TransportClosed("the transport was closed; make a new one")
+        if self.lost.is_set():
+            return TransportLost(
+                "the network daemon of this process died and every stream with it; "
+                "rebuild the transport and announce again"
+            )
+        return None
+
+    def _check_alive(self) -> None:
+        error = self._end_error()
+        if error is not None:
+            raise error
+
+    def _dht_node(self) -> Any:
+        self._check_alive()
+        if self._node is None:
+            raise NoDht("this transport has no DHT node; ask a peer for its directory")
+        return self._node
+
+
+def _check_loopback(address: str) -> None:
+    """Returns for an address that only this machine reaches; raises ListenRefused or BadAddress."""
+    check_address(address)
+    _, kind, host, *_ = address.split("/")
+    try:
+        loopback = kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ListenRefused(
+            "until signed whitelists have landed this release listens on loopback only, so that "
+            f"no stranger can reach a host; got {address}, use /ip4/127.0.0.1/tcp/0"
+        )
+
+
+def _line(error: BaseException) -> str:
+    """The error in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,105 @@
+"""One asyncio loop in one background thread, for callers that are not asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar, final
+
+from glasshive.dht.errors import DeadlineExceeded, TransportClosed
+
+__all__ = ["LoopThread"]
+
+T = TypeVar("T")
+
+CLOSE_DEADLINE_SECONDS = 10.0
+
+
+@final
+class LoopThread:
+    """Runs coroutines for other threads. Uses uvloop if it is installed. A context manager.
+
+    The thread is a daemon: it never keeps the interpreter alive.
+    """
+
+    def __init__(self, name: str = "glasshive-network") -> None:
+        self._loop = _new_loop()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def run(self, coroutine: Coroutine[Any, Any, T], deadline_seconds: float) -> T:
+        """The coroutine's result, or its exception; cancels it after `deadline_seconds`.
+
+        Also cancels it when the calling thread is interrupted. Raises DeadlineExceeded, or
+        TransportClosed after `close`. Not to be called from the loop's own thread.
+        """
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("run() from the loop's own thread would wait for itself; await it")
+        future = self.submit(coroutine)
+        try:
+            return future.result(deadline_seconds)
+        except concurrent.futures.CancelledError:
+            raise TransportClosed("the loop was closed while the call ran") from None
+        except TimeoutError:
+            if future.done() and not future.cancelled():
+                raise  # the coroutine's own
+            raise DeadlineExceeded(
+                f"the call took longer than {deadline_seconds:g} s; try again, or allow more time"
+            ) from None
+        finally:
+            future.cancel()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """A future of the coroutine, which runs at once; cancelling the one cancels the other."""
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise TransportClosed("the loop thread was closed; make a new one")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancels what runs, waits for it within a deadline, and ends the thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_DEADLINE_SECONDS)
+
+    def __enter__(self) -> LoopThread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                ended = asyncio.wait(tasks, timeout=CLOSE_DEADLINE_SECONDS / 2)
+                self._loop.run_until_complete(ended)
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            asyncio.set_event_loop(None)
+            self._loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

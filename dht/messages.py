@@ -1,0 +1,299 @@
+"""The messages of a trace and their exact shape on the wire (docs/protocol.md has the table).
+
+A message is a msgpack array `[code, field, ...]` in a frame's header; a tensor's bytes follow in
+the body, in slices of `SLICE_BYTES`: the first in the message's own frame, the others each in a
+`More` frame. Every field is checked here, so a handler sees only values of the right type, sign
+and size. `code` numbers are never used again for something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeAlias, TypeVar, overload
+
+from glasshive.dht.errors import MalformedMessage
+from glasshive.graph.errors import BadTensor
+from glasshive.graph.tensors import TensorSpec, check_spec
+
+TRACE_PROTOCOL: Final = "glasshive/trace/1"
+EDGE_PROTOCOL: Final = "glasshive/edge/1"
+FILES_PROTOCOL: Final = "glasshive/files/1"
+
+SLICE_BYTES: Final = 1 << 20
+MAX_PEERS: Final = 256
+MAX_TEXT_CHARS: Final = 1000
+MAX_COUNT: Final = 1 << 48
+
+Header: TypeAlias = list[Any]
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT_CHARS
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int and -1 <= value <= MAX_COUNT
+
+
+def _seconds(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value) and 0 <= value <= 1e6
+
+
+def _trace_id(value: Any) -> bool:
+    return type(value) is bytes and len(value) == 16
+
+
+def _digests(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 10_000
+        and all(type(one) is bytes and len(one) == 32 for one in value)
+    )
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 16 and all(_count(size) for size in value)
+
+
+def _peers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= MAX_PEERS
+        and all(
+            isinstance(one, list)
+            and len(one) == 2
+            and _text(one[0])
+            and isinstance(one[1], list)
+            and len(one[1]) <= 16
+            and all(_text(address) for address in one[1])
+            for one in value
+        )
+    )
+
+
+def _traffic(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 4 * MAX_PEERS
+        and all(isinstance(one, list) and len(one) == 3 and all(map(_count, one)) for one in value)
+    )
+
+
+_CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
+    "Text": _text,
+    "Count": _count,
+    "Integer": _integer,
+    "Seconds": _seconds,
+    "TraceId": _trace_id,
+    "Digests": _digests,
+    "Shape": _shape,
+    "Peers": _peers,
+    "Traffic": _traffic,
+}
+
+Text: TypeAlias = str
+Count: TypeAlias = int
+Integer: TypeAlias = int
+Seconds: TypeAlias = float
+TraceId: TypeAlias = bytes
+Digests: TypeAlias = list[bytes]
+Shape: TypeAlias = list[int]
+Peers: TypeAlias = list[Any]
+Traffic: TypeAlias = list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Client to peer, first on a trace stream. The body is the encoded part (graph/plan_codec.py).
+
+    `peers`: `[peer id, [address, ...]]` for every part of the plan, by its index.
+    """
+
+    trace_id: TraceId
+    model_id: Text
+    dtype: Text
+    peers: Peers
+    deadline_seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Peer to client: the constants that it does not have yet, by digest."""
+
+    digests: Digests
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Client to peer: one tensor that was needed. The body is its bytes."""
+
+    dtype: Text
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Peer to client: the whole part was checked and will be run as it is."""
+
+    peak_bytes: Count
+    flops: Count
+    saved_bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Client to peer, after all have accepted: `input_ids`, `attention_mask` or `position_ids`."""
+
+    pass_index: Count
+    name: Text
+    dtype: Text
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Client to peer: every input is there; begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Peer to client: a value that was saved. The body is its bytes."""
+
+    name: Text
+    dtype: Text
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Peer to client: the part has run and everything was sent.
+
+    `traffic`: `[receiver's part index, hidden-state bytes, carried-value bytes]`.
+    """
+
+    compute_seconds: Seconds
+    traffic: Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Peer to client: nothing more will come. `code` is an error's name, `node` is -1 or its id."""
+
+    code: Text
+    node: Integer
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Client to peer: stop and free everything. Closing the stream means the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Peer to peer, first on an edge stream: whose values come here."""
+
+    trace_id: TraceId
+    sender: Count
+    receiver: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Peer to peer: a carried value, or (-1) the hidden states of a pass. The body is its bytes."""
+
+    value: Integer
+    pass_index: Integer
+    dtype: Text
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """The next slice of the tensor before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskFile:
+    """Client to peer: send a file of the model's manifest, such as `config.json`."""
+
+    model_id: Text
+    name: Text
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """Peer to client: the file is `size_bytes` long; its bytes follow in the bodies."""
+
+    size_bytes: Count
+
+
+_CODES: Final[dict[int, type[Any]]] = {
+    1: Prepare,
+    2: Need,
+    3: Constant,
+    4: Accepted,
+    5: Input,
+    6: Run,
+    7: Saved,
+    8: Done,
+    9: Failed,
+    10: Cancel,
+    20: Opening,
+    21: Value,
+    22: More,
+    30: AskFile,
+    31: File,
+}
+_CODE_OF: Final = {kind: code for code, kind in _CODES.items()}
+
+
+def encode(message: Any) -> Header:
+    """The frame header of a message."""
+    return [
+        _CODE_OF[type(message)],
+        *(getattr(message, field.name) for field in fields(message)),
+    ]
+
+
+@overload
+def decode(header: Any, first: type[A], /) -> A: ...
+@overload
+def decode(header: Any, first: type[A], second: type[B], /) -> A | B: ...
+@overload
+def decode(header: Any, first: type[A], second: type[B], third: type[C], /) -> A | B | C: ...
+def decode(header: Any, *wanted: type[Any]) -> Any:
+    """The message in a frame header, which must be of a wanted kind. Raises MalformedMessage."""
+    names = " or ".join(kind.__name__ for kind in wanted)
+    if not isinstance(header, list) or not header or type(header[0]) is not int:
+        raise MalformedMessage(f"no message; {names} is wanted")
+    kind = _CODES.get(header[0])
+    if kind is None or kind not in wanted:
+        got = kind.__name__ if kind else f"code {header[0]:d}"
+        raise MalformedMessage(f"got {got:.40}; {names} is wanted here")
+    spec = fields(kind)
+    if len(header) != len(spec) + 1:
+        raise MalformedMessage(
+            f"{kind.__name__} has {len(header) - 1} fields; {len(spec)} are wanted"
+        )
+    for field, value in zip(spec, header[1:], strict=True):
+        if not _CHECKS[str(field.type)](value):
+            raise MalformedMessage(f"{kind.__name__}.{field.name} is no {field.type}")
+    return kind(*header[1:])
+
+
+def spec_of(dtype: str, shape: list[int]) -> TensorSpec:
+    """The checked header of a tensor in a message. Raises MalformedMessage."""
+    try:
+        return check_spec(dtype, tuple(shape))
+    except BadTensor as error:
+        raise MalformedMessage(str(error)) from error

@@ -1,0 +1,59 @@
+"""Tensors on a stream: a message that names dtype and shape, and the bytes in slices.
+
+The receiver decides from the message whether it wants the tensor at all, before anything is
+allocated; then it takes exactly as many bytes as the header says.
+"""
+
+from __future__ import annotations
+
+from glasshive.dht.errors import MalformedMessage
+from glasshive.dht.framing import Frame, Stream
+from glasshive.dht.messages import SLICE_BYTES, More, decode, encode
+from glasshive.graph.tensors import TensorSpec
+
+
+async def send_tensor(
+    stream: Stream, message: object, data: bytes | bytearray | memoryview, deadline_seconds: float
+) -> None:
+    """Send `message` and the bytes of its tensor. One task at a time may do so on a stream.
+
+    Raises what `Stream.send` raises; the deadline is for each slice.
+    """
+    view = memoryview(data).cast("B")
+    await stream.send(encode(message), view[:SLICE_BYTES], deadline_seconds)
+    more = encode(More())
+    for offset in range(SLICE_BYTES, len(view), SLICE_BYTES):
+        await stream.send(more, view[offset : offset + SLICE_BYTES], deadline_seconds)
+
+
+async def receive_bytes(
+    stream: Stream, first: Frame, size_bytes: int, deadline_seconds: float
+) -> bytearray:
+    """The `size_bytes` that begin in the body of `first`. Raises MalformedMessage and TransportError.
+
+    The caller has checked that it wants as many.
+    """
+    if len(first.body) == size_bytes:
+        return first.body
+    whole = bytearray(size_bytes)
+    filled = 0
+    frame = first
+    while True:
+        end = filled + len(frame.body)
+        if end > size_bytes or not frame.body:
+            raise MalformedMessage(
+                f"{stream.peer_id} sent {end} bytes of a tensor so far; {size_bytes} are wanted"
+            )
+        whole[filled:end] = frame.body
+        filled = end
+        if filled == size_bytes:
+            return whole
+        frame = await stream.receive(deadline_seconds)
+        decode(frame.header, More)
+
+
+async def receive_tensor(
+    stream: Stream, first: Frame, spec: TensorSpec, deadline_seconds: float
+) -> bytearray:
+    """The bytes of a tensor of `spec` that begin in the body of `first`."""
+    return await receive_bytes(stream, first, spec.nbytes, deadline_seconds)

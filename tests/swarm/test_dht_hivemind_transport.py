@@ -1,0 +1,410 @@
+"""The transport over real p2pd daemons on loopback: streams, records, failures."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glasshive.dht import hivemind_transport
+from glasshive.dht.announcer import Announcer, announce, withdraw
+from glasshive.dht.directory import ask_directory, find_records, serve_directory
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    ListenRefused,
+    NoDht,
+    PeerUnreachable,
+    RecordRefused,
+    StreamClosed,
+    StreamRefused,
+    TransportClosed,
+    TransportLost,
+    UnknownModel,
+)
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.dht.loop_thread import LoopThread
+from glasshive.dht.records import ModelId, PeerRecord, block_key
+from glasshive.dht.serving import StreamLimits
+from glasshive.dht.transport import PeerAddress, Stream, Transport
+from glasshive.security.keys import Identity
+
+# hivemind 1.1 itself: at import, and at the start of its daemon.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+]
+
+MODEL = ModelId(hashlib.sha256(b"manifest").hexdigest())
+DEAD = "/ip4/127.0.0.1/tcp/9/p2p/" + Identity(bytes(32)).peer_id
+
+
+@asynccontextmanager
+async def transports(*options: dict[str, Any]) -> AsyncIterator[list[HivemindTransport]]:
+    """One transport for each; those after the first bootstrap from it unless told otherwise."""
+    made: list[HivemindTransport] = []
+    try:
+        for option in options:
+            identity = option.pop("identity", None) or Identity.generate()
+            if made:
+                option.setdefault("bootstraps", [made[0].addresses[0]])
+            made.append(await HivemindTransport.create(identity, **option))
+        yield made
+    finally:
+        await asyncio.gather(*(transport.close() for transport in made))
+
+
+def address_of(transport: Transport) -> PeerAddress:
+    return PeerAddress(transport.peer_id, transport.addresses)
+
+
+def record_of(identity: Identity, transport: Transport, **changes: Any) -> PeerRecord:
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "model_name": "tiny",
+        "start": 0,
+        "end": 2,
+        "n_blocks": 4,
+        "dtype": "float32",
+        "backend": "cpu",
+        "attention": "eager",
+        "throughput_tokens_per_second": 1.0,
+        "addresses": transport.addresses,
+        "whitelist_version": 0,
+        "load": 0.0,
+        "software_version": "0",
+        "peer_id": identity.peer_id,
+        "expires_at_seconds": round(transport.now()) + 45.5,
+    }
+    return PeerRecord(**(fields | changes))
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        frame = await stream.receive(30)
+        await stream.send([stream.peer_id, frame.header], frame.body)
+
+
+@pytest.mark.asyncio
+async def test_an_echo_comes_back_whole_under_the_proved_id() -> None:
+    async with transports({"dht": "none"}, {"dht": "none", "listen": ()}) as (host, client):
+        assert client.addresses == ()
+        await host.serve("echo/1", echo)
+        stream = await client.open_stream(address_of(host), "echo/1", 10)
+        assert stream.peer_id == host.peer_id
+        for size in (0, 1024, 8 * 1024 * 1024, 1):
+            body = os.urandom(size)
+            await stream.send([size, "step"], body)
+            frame = await stream.receive(10)
+            assert frame.header == [client.peer_id, [size, "step"]]
+            assert frame.body == body
+        await stream.close()
+        with pytest.raises(StreamClosed):
+            await stream.receive(1)
+        with pytest.raises(PeerUnreachable, match="nothing/1"):
+            await client.open_stream(address_of(host), "nothing/1", 10)
+        with pytest.raises(PeerUnreachable):
+            await client.open_stream(PeerAddress.parse(DEAD), "echo/1", 10)
+        # The address of one under the id of another: the daemon asks for proof.
+        imposter = PeerAddress(Identity.generate().peer_id, host.addresses)
+        with pytest.raises(PeerUnreachable):
+            await client.open_stream(imposter, "echo/1", 10)
+        # The host opens a stream back to a client that listens nowhere.
+        await client.serve("echo/1", echo)
+        back = await host.open_stream(PeerAddress(client.peer_id), "echo/1", 10)
+        await back.send(1)
+        assert (await back.receive(10)).header == [host.peer_id, 1]
+
+
+@pytest.mark.asyncio
+async def test_streams_beyond_the_limit_are_refused_with_a_reason() -> None:
+    limits = StreamLimits(per_remote=1)
+    async with transports(
+        {"dht": "none", "stream_limits": limits}, {"dht": "none", "listen": ()}
+    ) as (host, client):
+        await host.serve("echo/1", echo)
+        first = await client.open_stream(address_of(host), "echo/1", 10)
+        await first.send(1)
+        await first.receive(10)
+        second = await client.open_stream(address_of(host), "echo/1", 10)
+        await second.send(2, bytes(100_000))
+        with pytest.raises(StreamRefused, match="1 streams of yours are open"):
+            await second.receive(10)
+        await first.send(3)
+        await first.receive(10)
+
+
+@pytest.mark.asyncio
+async def test_records_travel_and_forgeries_do_not() -> None:
+    alice, eve = Identity.generate(), Identity.generate()
+    async with transports(
+        {}, {"identity": alice}, {"identity": eve}, {"dht": "client", "listen": ()}
+    ) as (boot, at_alice, at_eve, reader):
+        record = record_of(alice, at_alice)
+        assert all((await announce(at_alice, alice, record)).values())
+        for transport in (boot, at_eve, reader):
+            assert await find_records(transport, "tiny") == [record]
+        assert await find_records(reader, MODEL) == [record]
+        with pytest.raises(UnknownModel):
+            await find_records(reader, "other")
+
+        # What an honest transport refuses to store, a dishonest one sends all the same.
+        key, expiry = block_key(MODEL, 0), record.expires_at_seconds + 5
+        forged = record_of(eve, at_eve, expires_at_seconds=expiry).sign(eve)
+        replayed = record.sign(alice)
+        with pytest.raises(RecordRefused):
+            await at_eve.store(key, alice.peer_id, forged, expiry)
+        at_eve._node.protocol.record_validator = None
+        for subkey, value, expires in (
+            (alice.peer_id, forged, expiry),
+            (alice.peer_id, b"nothing", expiry),
+            (alice.peer_id, replayed, expiry),
+            (None, b"nothing", expiry),
+            (eve.peer_id, b"x" * 3000, expiry),
+        ):
+            accepted = await at_eve._node.store(
+                key.encode(), value, expires, subkey=subkey, exclude_self=True
+            )
+            assert not accepted
+        # Nor does a reader believe a peer that holds forgeries: Eve's own store has one now.
+        await at_eve._node.store(key.encode(), forged, expiry, subkey=alice.peer_id)
+        assert await reader.fetch([key]) == {key: {alice.peer_id: replayed}}
+
+        # Nor does a replayed older record replace a newer one.
+        newer = record.renewed(record.expires_at_seconds + 2)
+        await announce(at_alice, alice, newer)
+        old = await at_eve._node.store(
+            key.encode(), replayed, record.expires_at_seconds, subkey=alice.peer_id
+        )
+        assert not old
+        assert await find_records(reader, "tiny") == [newer]
+
+        await withdraw(at_alice, alice, newer)
+        with pytest.raises(UnknownModel):
+            await find_records(reader, "tiny")
+
+
+@pytest.mark.asyncio
+async def test_a_client_without_a_dht_asks_for_the_directory() -> None:
+    alice = Identity.generate()
+    async with transports({}, {"identity": alice}, {"dht": "none", "listen": ()}) as (
+        boot,
+        host,
+        client,
+    ):
+        await serve_directory(boot)
+        peers = [PeerAddress.parse(DEAD), address_of(boot)]
+        async with Announcer(host, alice, record_of(alice, host)):
+            (found,) = await ask_directory(client, peers, "tiny", 10)
+            assert found.peer_id == alice.peer_id
+            assert found.addresses == host.addresses
+            await host.serve("echo/1", echo)
+            there = PeerAddress(found.peer_id, found.addresses)
+            stream = await client.open_stream(there, "echo/1", 10)
+            await stream.send(1)
+            await stream.receive(10)
+        with pytest.raises(NoDht):
+            await client.fetch(["x"])
+
+
+@pytest.mark.asyncio
+async def test_one_dead_bootstrap_of_two_does_not_matter() -> None:
+    async with transports({}) as (boot,):
+        identity = Identity.generate()
+        async with transports({"identity": identity, "bootstraps": [DEAD, boot.addresses[0]]}) as (
+            host,
+        ):
+            assert all((await announce(host, identity, record_of(identity, host))).values())
+            assert len(await find_records(boot, "tiny")) == 1
+        with pytest.raises(PeerUnreachable, match=r"could not be joined.*tcp/9"):
+            await HivemindTransport.create(Identity.generate(), bootstraps=[DEAD])
+
+
+@pytest.mark.asyncio
+async def test_the_death_of_the_own_daemon_is_noticed_and_repaired() -> None:
+    identity = Identity.generate()
+    async with transports({}, {"identity": identity}) as (boot, host):
+        await boot.serve("echo/1", echo)
+        await host.serve("echo/1", echo)
+        addresses = host.addresses
+        stream = await host.open_stream(address_of(boot), "echo/1", 10)
+        host._p2p._child.send_signal(signal.SIGKILL)
+        async with asyncio.timeout(5):
+            await host.lost.wait()
+            with pytest.raises(TransportLost):
+                await stream.receive(5)
+            record = record_of(identity, host)
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: host.fetch(["x"]),
+                lambda: announce(host, identity, record),
+                lambda: host.open_stream(address_of(boot), "echo/1", 5),
+                lambda: host.serve("more/1", echo),
+            ]
+            for call in calls:
+                with pytest.raises(TransportLost):
+                    await call()
+            await host.rebuild()
+            assert host.addresses == addresses
+            assert not host.lost.is_set()
+            await announce(host, identity, record_of(identity, host))
+            assert len(await find_records(boot, "tiny")) == 1
+            stream = await boot.open_stream(address_of(host), "echo/1", 5)
+            await stream.send(1)
+            assert (await stream.receive(5)).header == [boot.peer_id, 1]
+
+
+async def freeze(child: asyncio.subprocess.Process) -> None:
+    child.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(5):
+        while " T " not in Path(f"/proc/{child.pid}/stat").read_text():  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.asyncio
+async def test_a_call_under_way_fails_when_the_own_daemon_dies() -> None:
+    identity = Identity.generate()
+    async with transports({}, {"identity": identity}) as (_, host):
+        record = record_of(identity, host)
+        await freeze(host._p2p._child)
+        call = asyncio.create_task(announce(host, identity, record))
+        with pytest.raises(DeadlineExceeded):
+            await host.open_stream(PeerAddress.parse(DEAD), "echo/1", 0.2)
+        assert not call.done()
+        host._p2p._child.send_signal(signal.SIGKILL)
+        async with asyncio.timeout(5):
+            with pytest.raises(TransportLost):
+                await call
+            await host.close()
+            with pytest.raises(TransportClosed):
+                await host.rebuild()
+
+
+@pytest.mark.asyncio
+async def test_a_frozen_daemon_is_ended_by_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hivemind_transport, "SHUTDOWN_DEADLINE_SECONDS", 0.2)
+    async with transports({}) as (host,):
+        child = host._p2p._child
+        await freeze(child)
+        async with asyncio.timeout(5):
+            await host.close()
+        assert child.returncode == -signal.SIGKILL
+
+
+HOST = """
+import asyncio, sys
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.security.keys import Identity
+
+async def echo(stream):
+    while True:
+        frame = await stream.receive(30)
+        await stream.send(frame.header, frame.body)
+
+async def main():
+    transport = await HivemindTransport.create(Identity.generate(), dht="none")
+    await transport.serve("echo/1", echo)
+    print(transport.addresses[0], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def try_until_unreachable(client: Transport, peer: PeerAddress) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            stream = await client.open_stream(peer, "echo/1", 5)
+            with pytest.raises(StreamClosed):
+                await stream.receive(5)
+
+
+@pytest.mark.asyncio
+async def test_the_death_of_the_other_process_ends_the_stream() -> None:
+    host = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        textwrap.dedent(HOST),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        async with transports({"dht": "none", "listen": ()}) as (client,):
+            assert host.stdout is not None
+            address = (await asyncio.wait_for(host.stdout.readline(), 30)).decode().strip()
+            stream = await client.open_stream(PeerAddress.parse(address), "echo/1", 10)
+            await stream.send(1)
+            await stream.receive(10)
+            host.kill()
+            with pytest.raises(StreamClosed):
+                await stream.receive(5)
+            # Its daemon ends a moment after it.
+            with pytest.raises(PeerUnreachable):
+                await try_until_unreachable(client, PeerAddress.parse(address))
+    finally:
+        if host.returncode is None:
+            host.kill()
+        await host.wait()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/ip4/0.0.0.0/tcp/0",
+        "/ip4/192.168.1.5/tcp/4001",
+        "/ip6/::/tcp/0",
+        "/dns4/localhost/tcp/0",
+        "/ip4/127.0.0.999/tcp/0",
+    ],
+)
+async def test_only_loopback_is_listened_on(address: str) -> None:
+    with pytest.raises(ListenRefused, match=r"until signed whitelists .* got .* use /ip4/127"):
+        await HivemindTransport.create(
+            Identity.generate(), listen=["/ip4/127.0.0.1/tcp/0", address]
+        )
+
+
+@pytest.mark.asyncio
+async def test_the_key_file_is_private_and_gone_when_the_daemon_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hivemind.p2p import P2P
+
+    seen: list[tuple[str, int, int]] = []
+    create = P2P.create
+
+    async def watched(**options: Any) -> Any:
+        path = options["identity_path"]
+        folder = os.path.dirname(path)
+        seen.append(
+            (path, stat.S_IMODE(os.stat(path).st_mode), stat.S_IMODE(os.stat(folder).st_mode))
+        )
+        return await create(**options)
+
+    monkeypatch.setattr(P2P, "create", watched)
+    async with transports({"dht": "none"}):
+        ((path, file_mode, folder_mode),) = seen
+        assert (file_mode, folder_mode) == (0o600, 0o700)
+        assert not Path(path).parent.exists()
+
+
+def test_it_works_from_synchronous_code() -> None:
+    with LoopThread() as loop:
+        host = loop.run(HivemindTransport.create(Identity.generate(), dht="none"), 30)
+        client = loop.run(HivemindTransport.create(Identity.generate(), dht="none", listen=()), 30)
+        loop.run(host.serve("echo/1", echo), 5)
+        stream = loop.run(client.open_stream(address_of(host), "echo/1", 5), 5)
+        loop.run(stream.send([1], b"body"), 5)
+        assert loop.run(stream.receive(5), 5).body == b"body"
+        loop.run(client.close(), 10)
+        loop.run(host.close(), 10)
+    assert not any(one.name == "glasshive-network" for one in threading.enumerate())

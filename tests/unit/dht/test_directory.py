@@ -1,0 +1,323 @@
+"""The directory and the announcer, over memory: what is found, and what a liar can't do."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from glasshive.dht.announcer import Announcer, announce, withdraw
+from glasshive.dht.directory import (
+    DIRECTORY_PROTOCOL,
+    ask_directory,
+    find_records,
+    serve_directory,
+)
+from glasshive.dht.errors import (
+    AmbiguousModel,
+    DeadlineExceeded,
+    DirectoryUnavailable,
+    NoDht,
+    TransportError,
+    UnknownModel,
+)
+from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
+from glasshive.dht.records import MODELS_KEY, ModelId, PeerRecord, keys_of
+from glasshive.dht.transport import PeerAddress, Stream
+from glasshive.security.keys import Identity
+from glasshive.security.plain import encode_plain
+
+ALICE, BOB, CAROL, EVE = (Identity(bytes([number]) * 32) for number in (1, 2, 3, 4))
+MODEL, OTHER = (ModelId(hashlib.sha256(text).hexdigest()) for text in (b"one", b"other"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Swarm:
+    """Two hosts, a bootstrap peer that answers, and a client without a DHT node."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.network = MemoryNetwork(clock=self.clock, swarm="lab")
+        self.alice = self.network.transport(ALICE)
+        self.bob = self.network.transport(BOB)
+        self.client = self.network.transport(CAROL, dht=False)
+        self.bootstrap = PeerAddress(BOB.peer_id, self.bob.addresses)
+
+    def record(self, identity: Identity = ALICE, **changes: Any) -> PeerRecord:
+        fields: dict[str, Any] = {
+            "model": MODEL,
+            "model_name": "tiny",
+            "start": 0,
+            "end": 2,
+            "n_blocks": 4,
+            "dtype": "float32",
+            "backend": "cpu",
+            "attention": "eager",
+            "throughput_tokens_per_second": 1.0,
+            "addresses": (),
+            "whitelist_version": 0,
+            "load": 0.0,
+            "software_version": "0",
+            "peer_id": identity.peer_id,
+            "expires_at_seconds": self.clock() + 60,
+        }
+        return PeerRecord(**(fields | changes))
+
+
+async def ask(swarm: Swarm, model: str | None = "tiny") -> list[PeerRecord]:
+    swarm.clock.seconds += 1.5  # past what the directory keeps
+    return await ask_directory(swarm.client, [swarm.bootstrap], model, 5)
+
+
+@pytest.mark.asyncio
+async def test_a_client_without_a_dht_learns_who_serves() -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    first = swarm.record()
+    second = swarm.record(BOB, start=2, end=4)
+    await announce(swarm.alice, ALICE, first)
+    await announce(swarm.bob, BOB, second)
+    for model in ("tiny", MODEL, None):
+        assert await ask(swarm, model) == [first, second]
+        assert await find_records(swarm.alice, model) == [first, second]
+    with pytest.raises(UnknownModel, match="no peer announces huge"):
+        await ask(swarm, "huge")
+    with pytest.raises(NoDht):
+        await find_records(swarm.client, "tiny")
+
+
+@pytest.mark.asyncio
+async def test_an_empty_swarm_is_listed_as_such() -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    assert await ask(swarm, None) == []
+
+
+@pytest.mark.asyncio
+async def test_one_name_for_two_manifests_is_an_error_that_lists_both() -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    await announce(swarm.alice, ALICE, swarm.record())
+    await announce(swarm.bob, BOB, swarm.record(BOB, model=OTHER))
+    with pytest.raises(AmbiguousModel) as caught:
+        await ask(swarm)
+    assert MODEL in str(caught.value)
+    assert OTHER in str(caught.value)
+    assert [one.peer_id for one in await ask(swarm, OTHER)] == [BOB.peer_id]
+    assert len(await ask(swarm, None)) == 2
+
+
+@pytest.mark.asyncio
+async def test_the_next_bootstrap_is_asked_when_one_is_dead_or_knows_nothing() -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    await announce(swarm.alice, ALICE, swarm.record())
+    dead = PeerAddress(EVE.peer_id, ("/ip4/127.0.0.1/tcp/9",))
+    ignorant = swarm.network.transport(EVE)
+
+    async def knows_nothing(stream: Stream) -> None:
+        await stream.receive(5)
+        await stream.send([1, True], encode_plain([]))
+        await stream.receive(5)
+
+    found = await ask_directory(swarm.client, [dead, swarm.bootstrap], "tiny", 5)
+    assert [one.peer_id for one in found] == [ALICE.peer_id]
+    await ignorant.serve(DIRECTORY_PROTOCOL, knows_nothing)
+    found = await ask_directory(swarm.client, [dead, swarm.bootstrap], "tiny", 5)
+    assert [one.peer_id for one in found] == [ALICE.peer_id]
+    with pytest.raises(UnknownModel):
+        await ask_directory(swarm.client, [dead], "tiny", 5)
+    swarm.network.kill(EVE.peer_id)
+    with pytest.raises(DirectoryUnavailable, match=r"none of the 1 peers.*can't be reached"):
+        await ask_directory(swarm.client, [dead], "tiny", 5)
+    with pytest.raises(DirectoryUnavailable, match="none of the 0 peers"):
+        await ask_directory(swarm.client, [], "tiny", 5)
+
+
+async def lying(swarm: Swarm, header: Any, body: bytes) -> MemoryTransport:
+    liar = swarm.network.transport(EVE)
+
+    async def lie(stream: Stream) -> None:
+        await stream.receive(5)
+        await stream.send(header, body)
+        await stream.receive(5)
+
+    await liar.serve(DIRECTORY_PROTOCOL, lie)
+    return liar
+
+
+@pytest.mark.asyncio
+async def test_forged_stale_and_misplaced_records_are_dropped_by_the_client() -> None:
+    swarm = Swarm()
+    good = swarm.record()
+    signed = good.sign(ALICE, swarm="lab")
+    now = swarm.clock()
+    records = [
+        signed[:-1] + bytes([signed[-1] ^ 1]),
+        swarm.record(BOB).sign(BOB, swarm="another"),
+        swarm.record(BOB, expires_at_seconds=now + 1000).sign(BOB, swarm="lab"),
+        swarm.record(BOB, expires_at_seconds=now - 1000).sign(BOB, swarm="lab"),
+        swarm.record(BOB, expires_at_seconds=now - 1).sign(BOB, swarm="lab"),
+        swarm.record(BOB, model_name="else", model=OTHER).sign(BOB, swarm="lab"),
+        b"",
+        bytes(5000),
+        swarm.record(expires_at_seconds=now + 1, load=1.0).sign(ALICE, swarm="lab"),
+        signed,
+        swarm.record(expires_at_seconds=now + 2, load=1.0).sign(ALICE, swarm="lab"),
+    ]
+    liar = await lying(swarm, [1, True], encode_plain(records))
+    found = await ask_directory(swarm.client, [PeerAddress(liar.peer_id)], "tiny", 5)
+    assert found == [good]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        ([1], b"\x90"),
+        ([2, True], b"\x90"),
+        ([1, 1], b"\x90"),
+        ({}, b"\x90"),
+        ([1, True], b""),
+        ([1, True], b"\xc0"),
+        ([1, True], b"\x91\x01"),
+        ([1, True], b"\x91\x91\xc4\x00"),
+        ([1, True], b"\xdc\x10\x01" + b"\xc4\x00" * 4097),
+        ([1, True], bytes(4 * 1024 * 1024 + 1)),
+    ],
+)
+async def test_a_malformed_answer_counts_as_none(header: Any, body: bytes) -> None:
+    swarm = Swarm()
+    liar = await lying(swarm, header, body)
+    with pytest.raises(DirectoryUnavailable):
+        await ask_directory(swarm.client, [PeerAddress(liar.peer_id)], "tiny", 5)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_never_answers_meets_the_deadline() -> None:
+    swarm = Swarm()
+    silent = swarm.network.transport(EVE)
+
+    async def say_nothing(stream: Stream) -> None:
+        await stream.receive(5)
+        await stream.receive(5)
+
+    await silent.serve(DIRECTORY_PROTOCOL, say_nothing)
+    peers = [PeerAddress(silent.peer_id)] * 2
+    with pytest.raises((DirectoryUnavailable, DeadlineExceeded)):
+        await ask_directory(swarm.client, peers, "tiny", 0.05)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("header", [[1], [2, None], [1, 5], [1, ""], [1, "a\x00"], None, {"a": 1}])
+async def test_a_malformed_request_ends_its_stream(header: Any) -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    stream = await swarm.client.open_stream(swarm.bootstrap, DIRECTORY_PROTOCOL, 5)
+    await stream.send(header)
+    with pytest.raises(TransportError):
+        await stream.receive(5)
+
+
+@pytest.mark.asyncio
+async def test_equal_requests_within_a_second_share_a_look_up() -> None:
+    swarm = Swarm()
+    fetches = 0
+    fetch = swarm.bob.fetch
+
+    async def counted(keys: Any) -> Any:
+        nonlocal fetches
+        fetches += 1
+        return await fetch(keys)
+
+    swarm.bob.fetch = counted  # type: ignore[method-assign]
+    await serve_directory(swarm.bob)
+    for _ in range(5):
+        assert await ask_directory(swarm.client, [swarm.bootstrap], None, 5) == []
+    assert fetches == 1
+
+
+@pytest.mark.asyncio
+async def test_an_answer_is_cut_to_its_bounds() -> None:
+    swarm = Swarm()
+    ids = [Identity(number.to_bytes(32, "big")).peer_id for number in range(1, 3000)]
+    many = {one: one.encode() * 28 for one in ids}
+
+    async def crowded(keys: Any) -> Any:
+        return {key: many for key in keys}
+
+    swarm.bob.fetch = crowded  # type: ignore[method-assign]
+    await serve_directory(swarm.bob)
+    stream = await swarm.client.open_stream(swarm.bootstrap, DIRECTORY_PROTOCOL, 5)
+    await stream.send([1, None])
+    frame = await stream.receive(5)
+    assert frame.header == [1, False]
+    assert 4_000_000 < len(frame.body) <= 4 * 1024 * 1024
+
+
+@pytest.mark.asyncio
+async def test_a_withdrawn_peer_is_gone_at_once() -> None:
+    swarm = Swarm()
+    record = swarm.record()
+    await announce(swarm.alice, ALICE, record)
+    assert await find_records(swarm.bob, "tiny") == [record]
+    assert all((await withdraw(swarm.alice, ALICE, record)).values())
+    with pytest.raises(UnknownModel):
+        await find_records(swarm.bob, "tiny")
+
+
+async def until(swarm: Swarm, condition: Callable[[list[PeerRecord]], bool]) -> list[PeerRecord]:
+    async with asyncio.timeout(5):
+        while not condition(found := await find_records(swarm.bob, None)):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    return found
+
+
+@pytest.mark.asyncio
+async def test_an_announcer_keeps_its_record_alive_and_withdraws_it() -> None:
+    swarm = Swarm()
+    record = swarm.record(expires_at_seconds=0.0)
+    async with Announcer(swarm.alice, ALICE, record, lifetime_seconds=0.06) as announcer:
+        (first,) = await find_records(swarm.bob, "tiny")
+        assert first.expires_at_seconds == pytest.approx(swarm.clock() + 0.06, abs=0.001)
+        swarm.clock.seconds += 1  # it has expired, and is announced again
+        (again,) = await until(swarm, bool)
+        assert again.expires_at_seconds > first.expires_at_seconds
+        announcer.update(swarm.record(load=0.5))
+        await until(swarm, lambda found: found[0].load == 0.5)
+        assert announcer.error is None
+    assert await find_records(swarm.bob, None) == []
+    found = await swarm.bob.fetch([MODELS_KEY])
+    (signed,) = found[MODELS_KEY].values()
+    assert PeerRecord.verify(signed, None, swarm="lab").withdrawn
+    found = await swarm.bob.fetch(keys_of(record))
+    assert all(len(entries) == 1 for entries in found.values())
+
+
+@pytest.mark.asyncio
+async def test_an_announcer_outlives_the_loss_of_its_transport() -> None:
+    swarm = Swarm()
+    async with Announcer(swarm.alice, ALICE, swarm.record(), lifetime_seconds=0.06) as announcer:
+        swarm.network.kill(ALICE.peer_id)
+        await until(swarm, lambda _: announcer.error is not None)
+        swarm.clock.seconds += 1
+        assert await find_records(swarm.bob, None) == []
+        await swarm.alice.rebuild()
+        await until(swarm, bool)
+        assert announcer.error is None
+
+
+@pytest.mark.asyncio
+async def test_an_announcer_that_cannot_start_says_why() -> None:
+    swarm = Swarm()
+    client = swarm.network.transport(ALICE, dht=False)
+    with pytest.raises(NoDht):
+        await Announcer(client, ALICE, swarm.record()).start()
