@@ -28,7 +28,7 @@ class Ref:
 
 
 # The kinds are told apart by type and never compared across kinds: in Python 1 == 1.0 == True.
-Arg: TypeAlias = "Ref | DType | int | float | bool | str | None | tuple[Arg, ...]"
+Arg: TypeAlias = "Ref | DType | int | float | bool | str | tuple[Arg, ...] | None"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import NotASite, UnknownModule
 from glasshive.graph.graph import LeafPath, Site
+from glasshive.graph.tensors import TensorSpec
 
 Axis: TypeAlias = int | Literal["batch", "seq"]
 
@@ -84,9 +85,9 @@ class Outline:
         event = info.input_event if site.io == "input" else info.output_event
         if event is None:
             raise NotASite(
-                f"{info.path!r} ({info.kind}) is called {info.calls} times in a forward pass, so it "
-                f"has no single {site.io}; read a module that is called once, such as one inside "
-                "or around it"
+                f"{info.path!r} ({info.kind}) is called {info.calls} times in a forward pass, so "
+                f"it has no single {site.io}; use a module that is called once, such as one "
+                "inside or around it"
             )
         return event
 
@@ -102,6 +103,20 @@ class Outline:
         raise NotASite(
             f"{site} is not a tensor whose rows and tokens can be told apart; tensors here: {names}"
         )
+
+    def param(self, module: str, name: str) -> TensorSpec:
+        """What a parameter or buffer is. Raises UnknownModule, naming those that exist."""
+        params = self.module(module).params
+        found = params.get(name)
+        if found is None:
+            names = ", ".join(params) or "none"
+            raise UnknownModule(f"{module!r} has no parameter {name!r:.60}; it has {names}")
+        return TensorSpec(*found)
+
+    def hidden_spec(self, batch: int, seq: int) -> TensorSpec:
+        """What crosses a cut in one pass: the hidden states `[batch, seq, hidden]`."""
+        leaf = self.modules[f"{self.blocks_path}.0"].outputs[0]
+        return TensorSpec(leaf.dtype, leaf.shape(batch, seq))
 
     def block(self, event: int) -> int:
         """The block in which `event` happens: -1 before block 0, `n_blocks` after the last."""

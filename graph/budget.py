@@ -1,0 +1,401 @@
+"""What a graph will cost, found before anything runs: bytes at the worst moment, and FLOPs.
+
+A peer believes no shape that it is told. `admit` infers every value from what the model itself says
+of the sites, and charges each value its *logical* bytes, elements times item size, for as long as
+it lives: an `expand` to 164 TB owns next to no memory, but the `clone` after it does.
+
+- A value lives from its node to its last use in the order of execution; a saved or kept one to the
+  end. Whoever runs the graph must let values go as early.
+- What may share memory with its argument (`view` and `cast` ops, `pick`) keeps the argument alive.
+- Each op is charged the memory that its kernel may need besides arguments and result.
+- The bill is an upper bound; the graph runs whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from glasshive.graph.errors import BadGraph, GraphError, OverBudget, ShapeMismatch
+from glasshive.graph.graph import (
+    Arg,
+    Call,
+    Const,
+    Graph,
+    Node,
+    NodeId,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Skip,
+    Write,
+    refs,
+)
+from glasshive.graph.ops import OPS, CostRule
+from glasshive.graph.tensors import SpecArg as SpecArg
+from glasshive.graph.tensors import Specs, TensorSpec
+
+# What an allocator rounds a tensor up to.
+_GRAIN_BYTES: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one node takes besides the bytes of its arguments and its result."""
+
+    flops: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a peer allows one graph."""
+
+    peak_bytes: int
+    flops: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What a graph costs at most, and the specs of all its values."""
+
+    peak_bytes: int
+    flops: int
+    saved_bytes: int
+    specs: Mapping[NodeId, Specs]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What admission must be told of the model: each function raises a GraphError if it has none.
+
+    `infer` gives the specs of an op's result from its name and arguments, as kernels.infer does.
+    """
+
+    read: Callable[[Read], TensorSpec]
+    call: Callable[[Call, tuple[SpecArg, ...]], tuple[TensorSpec, Cost]]
+    param: Callable[[Param], TensorSpec]
+    infer: Callable[[str, tuple[SpecArg, ...]], Specs]
+
+
+def admit(
+    graph: Graph,
+    model: Surroundings,
+    budget: Budget,
+    *,
+    imports: Mapping[NodeId, TensorSpec] | None = None,
+    order: Iterable[NodeId] | None = None,
+    keep: Collection[NodeId] = (),
+) -> Bill:
+    """The bill of `graph`, if it keeps to `budget`.
+
+    `imports` are the specs of the imported values; `order` is the order of execution, that of the
+    ids if it is not given; `keep` are values that outlive the run, such as those that are sent on.
+    Raises OverBudget, ShapeMismatch or what `model` raises, naming the node. Nothing is run.
+    """
+    given = dict(imports or {})
+    if given.keys() != graph.imports:
+        raise BadGraph(f"specs of {len(given)} imports, but the graph has {len(graph.imports)}")
+    sequence = list(graph.nodes) if order is None else list(order)
+    if len(sequence) != len(graph.nodes) or set(sequence) != graph.nodes.keys():
+        raise BadGraph("the order of execution is not a permutation of the graph's nodes")
+    return _Admission(graph, model, budget, given, keep).run(sequence)
+
+
+class _Admission:
+    """One walk over one graph."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: Surroundings,
+        budget: Budget,
+        imports: dict[NodeId, TensorSpec],
+        keep: Collection[NodeId],
+    ) -> None:
+        self._graph = graph
+        self._model = model
+        self._budget = budget
+        self._keep = keep
+        self._specs: dict[NodeId, Specs] = dict(imports)
+        self._live: dict[NodeId, int] = {}
+        self._live_bytes = 0
+        self._peak_bytes = 0
+        self._flops = 0
+        self._saved_bytes = 0
+
+    def run(self, sequence: list[NodeId]) -> Bill:
+        dying = self._dying(sequence)
+        for node_id in self._graph.imports:
+            self._hold(node_id)
+        self._charge(sequence[0] if sequence else NodeId(0), "the imports", 0)
+        for position, node_id in enumerate(sequence):
+            node = self._graph.nodes[node_id]
+            try:
+                cost = self._cost(node_id, node)
+            except GraphError as error:
+                if error.node is None:
+                    raise type(error)(f"node {node_id}: {error}", node=node_id) from None
+                raise
+            if node_id in self._specs:
+                self._hold(node_id)
+            self._flops += cost.flops
+            self._charge(node_id, _in_words(node), cost.workspace_bytes)
+            for dead in dying.get(position, ()):
+                self._live_bytes -= self._live.pop(dead, 0)
+        return Bill(self._peak_bytes, self._flops, self._saved_bytes, self._specs)
+
+    def _dying(self, sequence: list[NodeId]) -> dict[int, list[NodeId]]:
+        """The values that nothing needs any more after each position."""
+        end = len(sequence)
+        last: dict[NodeId, int] = dict.fromkeys(self._keep, end)
+        dying: dict[int, list[NodeId]] = {}
+        for position in range(end - 1, -1, -1):
+            node_id = sequence[position]
+            node = self._graph.nodes[node_id]
+            until = position
+            if isinstance(node, Save):
+                until = end
+            elif _may_share(node):
+                until = max(position, last.get(node_id, position))
+            for ref in refs(node):
+                last[ref] = max(last.get(ref, -1), until)
+            last.setdefault(node_id, position)
+        for node_id, position in last.items():
+            dying.setdefault(position, []).append(node_id)
+        return dying
+
+    def _hold(self, node_id: NodeId) -> None:
+        node = self._graph.nodes.get(node_id)
+        shares_all = isinstance(node, Op) and node.name == "pick"
+        held_bytes = 0 if shares_all else sum(map(_held_bytes, _parts(self._specs[node_id])))
+        self._live[node_id] = held_bytes
+        self._live_bytes += held_bytes
+
+    def _charge(self, node_id: NodeId, what: str, workspace_bytes: int) -> None:
+        now_bytes = self._live_bytes + workspace_bytes
+        self._peak_bytes = max(self._peak_bytes, now_bytes)
+        if now_bytes > self._budget.peak_bytes:
+            raise OverBudget(
+                f"node {node_id} ({what}) brings the graph to {now_bytes} bytes at once, but "
+                f"{self._budget.peak_bytes} are allowed; save or edit less in one trace",
+                node=node_id,
+            )
+        if self._flops > self._budget.flops:
+            raise OverBudget(
+                f"node {node_id} ({what}) brings the graph to {self._flops} FLOPs, but "
+                f"{self._budget.flops} are allowed; split the work over several traces",
+                node=node_id,
+            )
+        if self._saved_bytes > self._budget.saved_bytes:
+            raise OverBudget(
+                f"node {node_id} ({what}) brings the saves to {self._saved_bytes} bytes, but "
+                f"{self._budget.saved_bytes} are allowed; slice or reduce before saving",
+                node=node_id,
+            )
+
+    def _cost(self, node_id: NodeId, node: Node) -> Cost:
+        """What `node` takes; its specs, if it has a value, are noted."""
+        if isinstance(node, Op):
+            args = self._spec_args(node.args)
+            specs = self._model.infer(node.name, args)
+            self._specs[node_id] = specs
+            return cost_of(node.name, args, specs)
+        if isinstance(node, Call):
+            spec, cost = self._model.call(node, self._spec_args(node.args))
+            self._specs[node_id] = spec
+            return cost
+        if isinstance(node, Read):
+            self._specs[node_id] = self._model.read(node)
+        elif isinstance(node, Param):
+            self._specs[node_id] = self._model.param(node)
+        elif isinstance(node, Const):
+            self._specs[node_id] = TensorSpec(node.dtype, node.shape)
+        else:
+            return self._cost_of_effect(node)
+        return Cost(0, 0)
+
+    def _cost_of_effect(self, node: Write | Skip | Save) -> Cost:
+        value = self._tensor(node.value)
+        if isinstance(node, Save):
+            self._saved_bytes += value.nbytes
+            return Cost(0, 0)
+        if isinstance(node, Write):
+            wanted = self._model.read(Read(node.site, node.invoke))
+            if value != wanted:
+                raise ShapeMismatch(
+                    f"{node.site!s:.120} takes {wanted}, but the value written there is {value}"
+                )
+        return Cost(value.numel, _held_bytes(value))
+
+    def _tensor(self, ref: Ref) -> TensorSpec:
+        spec = self._specs[ref.node]
+        if isinstance(spec, tuple):
+            raise BadGraph(f"node {ref.node} has several outputs; pick takes one of them")
+        return spec
+
+    def _spec_args(self, args: tuple[Arg, ...]) -> tuple[SpecArg, ...]:
+        return tuple(self._spec_arg(arg) for arg in args)
+
+    def _spec_arg(self, arg: Arg) -> SpecArg:
+        if isinstance(arg, Ref):
+            return self._specs[arg.node]
+        return self._spec_args(arg) if isinstance(arg, tuple) else arg
+
+
+def _may_share(node: Node) -> bool:
+    return isinstance(node, Op) and OPS[node.name].cost in ("view", "cast")
+
+
+def _held_bytes(spec: TensorSpec) -> int:
+    return -(-spec.nbytes // _GRAIN_BYTES) * _GRAIN_BYTES
+
+
+def _parts(specs: Specs) -> tuple[TensorSpec, ...]:
+    return specs if isinstance(specs, tuple) else (specs,)
+
+
+def _in_words(node: Node) -> str:
+    return f"op {node.name}" if isinstance(node, Op) else type(node).__name__.lower()
+
+
+# What ops cost ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The arguments and results of one op. `item_bytes` is that of the widest number format."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def taken(self) -> int:
+        return sum(spec.numel for spec in self.inputs)
+
+    @property
+    def given(self) -> int:
+        return sum(spec.numel for spec in self.outputs)
+
+    @property
+    def item_bytes(self) -> int:
+        # Half precision is often widened to four bytes inside a kernel.
+        return max(4, *(spec.dtype.itemsize for spec in (*self.inputs, *self.outputs)))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether no number has to be widened: TensorIterator then works in place of a copy."""
+        return len({spec.dtype for spec in (*self.inputs, *self.outputs)}) == 1
+
+
+def cost_of(name: str, args: tuple[SpecArg, ...], specs: Specs) -> Cost:
+    """What op `name` takes at most, by its rule in the table."""
+    sizes = _Sizes(tuple(_tensors(args)), _parts(specs))
+    flops, elements = _RULES[OPS[name].cost](sizes)
+    return Cost(max(1, flops), elements * sizes.item_bytes)
+
+
+def _tensors(args: tuple[SpecArg, ...]) -> Iterable[TensorSpec]:
+    for arg in args:
+        if isinstance(arg, TensorSpec):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+
+
+# Each rule gives FLOPs and the elements of workspace, both upper bounds.
+
+
+def _view(_: _Sizes) -> tuple[int, int]:
+    return 1, 0
+
+
+def _elementwise(sizes: _Sizes) -> tuple[int, int]:
+    return sizes.given, 0 if sizes.uniform else 2 * sizes.taken
+
+
+def _special(sizes: _Sizes) -> tuple[int, int]:
+    return 16 * sizes.given, 2 * sizes.taken + sizes.given
+
+
+def _reduce(sizes: _Sizes) -> tuple[int, int]:
+    return sizes.taken, 2 * sizes.taken
+
+
+def _normalise(sizes: _Sizes) -> tuple[int, int]:
+    return 8 * sizes.taken, 2 * sizes.taken
+
+
+def _scan(sizes: _Sizes) -> tuple[int, int]:
+    return 4 * (sizes.taken + sizes.given), 2 * (sizes.taken + sizes.given)
+
+
+def _sort(sizes: _Sizes) -> tuple[int, int]:
+    steps = sizes.taken + sizes.given
+    return 4 * steps * steps.bit_length(), 2 * steps
+
+
+def _pairs(sizes: _Sizes) -> tuple[int, int]:
+    counts = [spec.numel for spec in sizes.inputs]
+    return math.prod(counts), 10 * sizes.taken
+
+
+def _matmul(sizes: _Sizes) -> tuple[int, int]:
+    inner = max(spec.shape[-1] if spec.shape else 1 for spec in sizes.inputs[-2:-1])
+    return 2 * sizes.given * inner, sizes.taken + sizes.given
+
+
+def _distances(sizes: _Sizes) -> tuple[int, int]:
+    inner = sizes.inputs[0].shape[-1] if sizes.inputs[0].shape else 1
+    return 3 * sizes.given * inner, 2 * (sizes.taken + sizes.given)
+
+
+def _convolution(sizes: _Sizes) -> tuple[int, int]:
+    image, weight = sizes.inputs[:2]
+    output = sizes.outputs[0]
+    columns = 0
+    for spec, channels in ((output, weight.shape[0]), (image, weight.shape[0])):
+        columns = max(columns, spec.numel * weight.numel // max(1, channels))
+    return 2 * columns, columns + 2 * (sizes.taken + sizes.given)
+
+
+def _attention(sizes: _Sizes) -> tuple[int, int]:
+    queries, keys, values = sizes.inputs[:3]
+    width = max(1, queries.shape[-1])
+    scores = (queries.numel // width) * keys.shape[-2]
+    flops = scores * (2 * width + 2 * values.shape[-1] + 8)
+    return flops, 3 * scores + 2 * (sizes.taken + sizes.given)
+
+
+def _cubic(sizes: _Sizes) -> tuple[int, int]:
+    side = max((max(spec.shape[-2:], default=1) for spec in sizes.inputs), default=1)
+    return 32 * side * (sizes.taken + sizes.given), 4 * (sizes.taken + sizes.given)
+
+
+def _fourier(sizes: _Sizes) -> tuple[int, int]:
+    steps = sizes.taken + sizes.given
+    return 8 * steps * steps.bit_length(), 2 * steps
+
+
+_RULES: Final[Mapping[CostRule, Callable[[_Sizes], tuple[int, int]]]] = {
+    "view": _view,
+    "cast": _elementwise,
+    "elementwise": _elementwise,
+    "special": _special,
+    "reduce": _reduce,
+    "normalise": _normalise,
+    "scan": _scan,
+    "sort": _sort,
+    "pairs": _pairs,
+    "matmul": _matmul,
+    "distances": _distances,
+    "convolution": _convolution,
+    "attention": _attention,
+    "cubic": _cubic,
+    "fourier": _fourier,
+}

@@ -1,0 +1,183 @@
+"""A plan: which peer runs which nodes, in which pass, and every value that travels between them.
+
+- A *stage* is what one peer does in one pass. Stages are ordered by (pass, span); a stage imports
+  only from stages before it, so that a run cannot deadlock. Pass -1 comes before the first forward.
+- A peer runs its stages in order. A stage starts when everything that it imports has arrived.
+- `HIDDEN` stands for the hidden states of a pass among the values that travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from glasshive.graph.errors import BadGraph
+from glasshive.graph.graph import (
+    Call,
+    Graph,
+    NodeId,
+    Param,
+    Read,
+    Skip,
+    Write,
+    is_effect,
+    refs,
+)
+from glasshive.graph.order import Passes, event_of
+from glasshive.graph.outline import Outline
+from glasshive.graph.tensors import TensorSpec
+
+HIDDEN: Final = NodeId(-1)
+BEFORE_PASSES: Final = -1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Contiguous blocks `[start, end)` on one peer."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise BadGraph(f"span {self} is empty or negative; wanted 0 <= start < end")
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+    def hosts(self, block: int, n_blocks: int) -> bool:
+        """Whether `block` runs here; -1 (embeddings) goes with block 0, the head with the last."""
+        return self.start <= min(max(block, 0), n_blocks - 1) < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one peer does in one pass.
+
+    `forward`: whether the hosted blocks run. `imports`: (value, sender), complete before the stage
+    starts. `exports`: (value, receiver). `from_hidden`: (value, invoke) for reads of the last block
+    before this span: rows of the hidden states that arrive anyway. `stop_event`: nothing is needed
+    after it.
+    """
+
+    pass_index: int
+    nodes: tuple[NodeId, ...]
+    imports: tuple[tuple[NodeId, int], ...] = ()
+    exports: tuple[tuple[NodeId, int], ...] = ()
+    from_hidden: tuple[tuple[NodeId, int], ...] = ()
+    forward: bool = False
+    stop_event: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One peer's share of a trace: its nodes and its stages. `index` is its place on the route.
+
+    `specs` says what the graph's imports will be; whoever receives them holds the sender to it.
+    """
+
+    index: int
+    span: Span
+    graph: Graph
+    stages: tuple[Stage, ...]
+    specs: Mapping[NodeId, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One value on its way from one peer of the route to another, once."""
+
+    sender: int
+    receiver: int
+    value: NodeId
+    pass_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The parts of a trace, one for each span of the route that has something to do."""
+
+    passes: Passes
+    parts: tuple[Part, ...]
+
+    def edges(self) -> Iterator[Edge]:
+        """Every value that travels, in the order of the stages that send it."""
+        for part in self.parts:
+            for stage in part.stages:
+                for value, receiver in stage.exports:
+                    yield Edge(part.index, receiver, value, stage.pass_index)
+
+
+def check_part(part: Part, passes: Passes, outline: Outline) -> None:
+    """Check that a part from outside is one that a plan can hold.
+
+    Every node stands in exactly one stage, after what it names; every read and write lies in this
+    span and pass; stages ascend. Raises BadGraph naming the node.
+    """
+    if set(part.specs) != set(part.graph.imports):
+        raise BadGraph("the shapes of the imports are not those of the graph's imports")
+    placed: set[NodeId] = set()
+    known: set[NodeId] = set()
+    last_pass = BEFORE_PASSES - 1
+    for stage in part.stages:
+        if stage.pass_index <= last_pass:
+            raise BadGraph(f"stage of pass {stage.pass_index} after pass {last_pass}")
+        last_pass = stage.pass_index
+        if stage.forward and not 0 <= stage.pass_index < len(passes.passes):
+            raise BadGraph(f"a forward in pass {stage.pass_index} of {len(passes.passes)}")
+        if stage.stop_event is not None and not 0 <= stage.stop_event < outline.n_events:
+            raise BadGraph(f"stop at event {stage.stop_event} of {outline.n_events}")
+        for value, sender in stage.imports:
+            if value == HIDDEN:
+                if not stage.forward or sender >= part.index or part.span.start == 0:
+                    raise BadGraph(f"hidden states from part {sender} to part {part.index}")
+                continue
+            if value not in part.graph.imports or value in known:
+                raise BadGraph("an import that the graph does not name, or twice", node=value)
+            known.add(value)
+        for value, invoke in stage.from_hidden:
+            if (
+                passes.of(invoke) != stage.pass_index
+                or value not in part.graph.imports
+                or value in known
+            ):
+                raise BadGraph("not a value of the hidden states", node=value)
+            known.add(value)
+        for node_id in stage.nodes:
+            node = part.graph.nodes.get(node_id)
+            if node is None or node_id in placed:
+                raise BadGraph("a stage names a node twice, or one that is not there", node=node_id)
+            if any(ref not in known for ref in refs(node)):
+                raise BadGraph("a node stands before a value that it needs", node=node_id)
+            _check_place(node_id, part, stage, passes, outline)
+            placed.add(node_id)
+            if not is_effect(node):
+                known.add(node_id)
+        for value, _ in stage.exports:
+            if value == HIDDEN:
+                if not stage.forward or part.span.end >= outline.n_blocks:
+                    raise BadGraph("hidden states leave a stage that has none")
+            elif value not in known:
+                raise BadGraph("an export of a value that is not there", node=value)
+    if len(placed) != len(part.graph.nodes):
+        raise BadGraph(f"{len(part.graph.nodes) - len(placed)} nodes stand in no stage")
+
+
+def _check_place(
+    node_id: NodeId, part: Part, stage: Stage, passes: Passes, outline: Outline
+) -> None:
+    node = part.graph.nodes[node_id]
+    if isinstance(node, Read | Write | Skip):
+        event = event_of(node, outline)
+        here = part.span.hosts(outline.block(event), outline.n_blocks)
+        if not (here and stage.forward and passes.of(node.invoke) == stage.pass_index):
+            raise BadGraph(
+                f"event {event} of invoke {node.invoke} does not happen on span {part.span} in "
+                f"pass {stage.pass_index}",
+                node=node_id,
+            )
+    elif isinstance(node, Call | Param):
+        block = outline.owner_block(node.module)
+        if not part.span.hosts(block, outline.n_blocks):
+            raise BadGraph(f"{node.module} is not hosted by span {part.span}", node=node_id)

@@ -1,0 +1,166 @@
+"""A peer's part of a plan as bytes: msgpack arrays under a version number (see codec.py).
+
+`[version, index, [start, end], stages, passes, specs, graph]`, where a stage is `[pass, nodes, imports,
+exports, from_hidden, forward, stop event or -1]` and a pass `[seq, padded, [[invoke, first row,
+last row], ...]]` and a spec `[value, dtype, shape]`. Whether the part makes sense is `check_part`'s business (plan.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgpack
+
+from glasshive.graph.codec import GraphLimits, decode_graph, encode_graph
+from glasshive.graph.errors import BadGraph
+from glasshive.graph.graph import NodeId
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.plan import Part, Span, Stage
+from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
+
+VERSION: Final = 1
+MAX_PASSES: Final = 4096
+MAX_ROWS: Final = 65_536
+MAX_TOKENS: Final = 1 << 24
+MAX_NAME_CHARS: Final = 16  # only names of dtypes are text here
+_FRAME_SLACK: Final = 4  # a part lists each node at most about four times besides the graph
+
+
+def encode_part(part: Part, passes: Passes) -> bytes:
+    """The bytes of one peer's part, with the passes of the whole trace."""
+    stages = [
+        [
+            stage.pass_index,
+            list(stage.nodes),
+            [list(pair) for pair in stage.imports],
+            [list(pair) for pair in stage.exports],
+            [list(pair) for pair in stage.from_hidden],
+            stage.forward,
+            -1 if stage.stop_event is None else stage.stop_event,
+        ]
+        for stage in part.stages
+    ]
+    rows = [
+        [
+            one.seq,
+            one.padded,
+            [[i, first, last] for i, (first, last) in zip(one.invokes, one.rows, strict=True)],
+        ]
+        for one in passes.passes
+    ]
+    span = [part.span.start, part.span.end]
+    specs = [[i, spec.dtype.value, list(spec.shape)] for i, spec in part.specs.items()]
+    packed: bytes = msgpack.packb(
+        [VERSION, part.index, span, stages, rows, specs, encode_graph(part.graph)],
+        use_bin_type=True,
+    )
+    return packed
+
+
+def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Passes]:
+    """The part in `data` and the passes of its trace. Raises BadGraph or UnknownOp, nothing else."""
+    if len(data) > _FRAME_SLACK * limits.graph_bytes:
+        raise BadGraph(
+            f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"
+        )
+    try:
+        tree = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=MAX_NAME_CHARS,
+            max_bin_len=limits.graph_bytes,
+            max_array_len=max(limits.nodes, MAX_PASSES, MAX_ROWS),
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
+        raise BadGraph(f"a part that is no msgpack of ours: {type(error).__name__}") from error
+    version, index, span, stages, rows, specs, graph = _array(tree, 7, "a part")
+    if version != VERSION or type(version) is not int:
+        raise BadGraph("a part of another version; update glasshive on the older side")
+    if not isinstance(graph, bytes):
+        raise BadGraph("a part without a graph")
+    start, end = _array(span, 2, "a span")
+    part = Part(
+        _integer(index, 0, MAX_ROWS),
+        Span(_integer(start, 0, MAX_ROWS), _integer(end, 1, MAX_ROWS)),
+        decode_graph(graph, limits),
+        tuple(_stage(one, limits) for one in _list(stages, MAX_PASSES, "stages")),
+        dict(_spec(one) for one in _list(specs, limits.nodes, "specs")),
+    )
+    passes = Passes(tuple(_pass(one) for one in _list(rows, MAX_PASSES, "passes")))
+    seen = [invoke for one in passes.passes for invoke in one.invokes]
+    if len(set(seen)) != len(seen):
+        raise BadGraph("an invoke stands in two passes")
+    return part, passes
+
+
+def _spec(tree: Any) -> tuple[NodeId, TensorSpec]:
+    value, dtype, shape = _array(tree, 3, "a spec")
+    return _node(value), check_spec(dtype, tuple(_list(shape, MAX_RANK, "a shape")))
+
+
+def _stage(tree: Any, limits: GraphLimits) -> Stage:
+    at, nodes, imports, exports, from_hidden, forward, stop = _array(tree, 7, "a stage")
+    if not isinstance(forward, bool):
+        raise BadGraph("a stage that does not say whether its blocks run")
+    stop_event = _integer(stop, -1, MAX_TOKENS)
+    return Stage(
+        pass_index=_integer(at, -1, MAX_PASSES),
+        nodes=tuple(_node(one) for one in _list(nodes, limits.nodes, "nodes")),
+        imports=_pairs(imports, limits),
+        exports=_pairs(exports, limits),
+        from_hidden=_pairs(from_hidden, limits),
+        forward=forward,
+        stop_event=None if stop_event < 0 else stop_event,
+    )
+
+
+def _pass(tree: Any) -> Pass:
+    seq, padded, rows = _array(tree, 3, "a pass")
+    if not isinstance(padded, bool):
+        raise BadGraph("a pass that does not say whether it is padded")
+    invokes: list[int] = []
+    spans: list[tuple[int, int]] = []
+    expected = 0
+    for one in _list(rows, MAX_ROWS, "rows"):
+        invoke, first, last = _array(one, 3, "rows")
+        invokes.append(_integer(invoke, 0, MAX_ROWS))
+        spans.append((_integer(first, 0, MAX_ROWS), _integer(last, 1, MAX_ROWS)))
+        if spans[-1][0] != expected or spans[-1][1] <= expected:
+            raise BadGraph("rows of a pass that overlap or leave a gap")
+        expected = spans[-1][1]
+    if not invokes:
+        raise BadGraph("a pass without invokes")
+    return Pass(tuple(invokes), _integer(seq, 1, MAX_TOKENS), padded, tuple(spans))
+
+
+def _pairs(tree: Any, limits: GraphLimits) -> tuple[tuple[NodeId, int], ...]:
+    pairs = []
+    for one in _list(tree, limits.nodes, "pairs"):
+        value, other = _array(one, 2, "a pair")
+        pairs.append((_node(value), _integer(other, 0, MAX_ROWS)))
+    return tuple(pairs)
+
+
+def _node(value: Any) -> NodeId:
+    return NodeId(_integer(value, -1, 1 << 31))
+
+
+def _integer(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise BadGraph(f"{value!r:.40} where a whole number from {low} to {high} is wanted")
+    return value
+
+
+def _list(value: Any, most: int, what: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) > most:
+        raise BadGraph(f"{what}: a list of at most {most} is wanted")
+    return value
+
+
+def _array(value: Any, length: int, what: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) != length:
+        raise BadGraph(f"{what}: a list of {length} is wanted")
+    return value

@@ -1,0 +1,122 @@
+"""What a graph does not need: nodes that say the same twice, and nodes that no root can see.
+
+The roots are the saves. A read depends on every write and skip at earlier events of its invoke,
+because the model itself carries them there; so a write is live if a live read comes later in the
+same invoke, and dead otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from glasshive.graph.codec import encode_args_key
+from glasshive.graph.errors import NoRoots
+from glasshive.graph.graph import (
+    Arg,
+    Call,
+    Graph,
+    Node,
+    NodeId,
+    Op,
+    Read,
+    Ref,
+    Save,
+    Skip,
+    Write,
+    is_effect,
+    refs,
+)
+from glasshive.graph.ops import OPS
+from glasshive.graph.order import event_of
+from glasshive.graph.outline import Outline
+
+
+def simplify(graph: Graph, outline: Outline) -> tuple[Graph, tuple[NodeId, ...]]:
+    """The graph without repeated and unseen nodes, and the writes that were dropped as unseen.
+
+    Raises NoRoots if nothing is saved.
+    """
+    if not any(isinstance(node, Save) for node in graph.nodes.values()):
+        raise NoRoots("nothing is saved, so nothing would come back; call .save() on a value")
+    return drop_unseen(share_repeated(graph), outline)
+
+
+def share_repeated(graph: Graph) -> Graph:
+    """The graph with one node for each value that several nodes compute alike.
+
+    Reads of one site are shared only while no write to that site stands between them; since a
+    client reads the newest version as a value, equal reads always see the same tensor. Random ops
+    are never shared.
+    """
+    seen: dict[bytes, NodeId] = {}
+    same: dict[NodeId, NodeId] = {}
+    kept: dict[NodeId, Node] = {}
+    for node_id, node in graph.nodes.items():
+        renamed = _rename(node, same)
+        if not is_effect(renamed) and not (isinstance(renamed, Op) and OPS[renamed.name].random):
+            key = encode_args_key(renamed)
+            twin = seen.setdefault(key, node_id)
+            if twin != node_id:
+                same[node_id] = twin
+                continue
+        kept[node_id] = renamed
+    return Graph(kept, graph.imports)
+
+
+def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, tuple[NodeId, ...]]:
+    """The graph without what no save can see, and the writes and skips among that."""
+    effects: dict[int, list[tuple[int, NodeId]]] = {}
+    for node_id, node in graph.nodes.items():
+        if isinstance(node, Write | Skip):
+            effects.setdefault(node.invoke, []).append((event_of(node, outline), node_id))
+    live: set[NodeId] = set()
+    seen_until: dict[int, int] = {}
+    work: list[NodeId] = [i for i, node in graph.nodes.items() if isinstance(node, Save)]
+    while work:
+        node_id = work.pop()
+        if node_id in live or node_id in graph.imports:
+            continue
+        live.add(node_id)
+        node = graph.nodes[node_id]
+        work.extend(refs(node))
+        if isinstance(node, Read):
+            here = event_of(node, outline)
+            if here > seen_until.get(node.invoke, -1):
+                seen_until[node.invoke] = here
+                work.extend(i for event, i in effects.get(node.invoke, ()) if event < here)
+    dropped = tuple(
+        i for i, node in graph.nodes.items() if isinstance(node, Write | Skip) and i not in live
+    )
+    return Graph({i: n for i, n in graph.nodes.items() if i in live}, graph.imports), dropped
+
+
+def _rename(node: Node, same: dict[NodeId, NodeId]) -> Node:
+    if not any(ref in same for ref in refs(node)):
+        return node
+    if isinstance(node, Op):
+        return Op(node.name, _rename_args(node.args, same))
+    if isinstance(node, Call):
+        return Call(node.module, _rename_args(node.args, same))
+    if isinstance(node, Write):
+        return Write(node.site, node.invoke, _renamed(node.value, same), node.mode)
+    if isinstance(node, Skip):
+        return Skip(node.module, node.invoke, _renamed(node.value, same), node.step)
+    if isinstance(node, Save):
+        return Save(_renamed(node.value, same), node.name)
+    return node
+
+
+def _renamed(ref: Ref, same: dict[NodeId, NodeId]) -> Ref:
+    return Ref(same.get(ref.node, ref.node))
+
+
+def _rename_args(args: Iterable[Arg], same: dict[NodeId, NodeId]) -> tuple[Arg, ...]:
+    renamed: list[Arg] = []
+    for arg in args:
+        if isinstance(arg, Ref):
+            renamed.append(_renamed(arg, same))
+        elif isinstance(arg, tuple):
+            renamed.append(_rename_args(arg, same))
+        else:
+            renamed.append(arg)
+    return tuple(renamed)

@@ -1,0 +1,396 @@
+"""A model's twin: the Hugging Face module tree on the meta device, and the outline read off it.
+
+The twin holds shapes and no weights. Client and peer each build their own from the configuration:
+the client records against it, the peer checks against it. Beside kernels.py this is the only file
+under graph/ that knows torch (docs/adr/0003).
+
+How the outline is found, for any architecture: the twin runs twice, at two pairs of (batch,
+sequence) sizes. Hooks number the events; a module that was called once is a pair of sites; an axis
+whose size followed the batch or the sequence is typed so, one that stayed is fixed, and a tensor
+with any other axis is not offered as a site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glasshive.graph.budget import Cost, SpecArg, Surroundings
+from glasshive.graph.errors import (
+    BadGraph,
+    GlasshiveError,
+    NotASite,
+    ShapeMismatch,
+    UnknownModule,
+    UnsupportedModel,
+)
+from glasshive.graph.graph import Call, LeafPath, Param, Read
+from glasshive.graph.kernels import from_torch_dtype, infer, spec_of, to_torch_dtype
+from glasshive.graph.order import Passes, spec_of_read
+from glasshive.graph.outline import Axis, Leaf, ModuleInfo, Outline
+from glasshive.graph.tensors import TensorSpec
+
+_SCANS = ((2, 7), (3, 11))
+_Tensors: TypeAlias = dict[LeafPath, torch.Tensor]
+
+
+def build_twin(config: Any, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """The causal language model of `config` on the meta device, in evaluation mode.
+
+    `config` is a transformers configuration. No code from outside transformers is ever used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def blocks_path(model: nn.Module, config: Any) -> tuple[str, int]:
+    """The path of the list of decoder blocks, and its length.
+
+    It is the largest `ModuleList` with as many members as the configuration has hidden layers.
+    Raises UnsupportedModel if there is none.
+    """
+    wanted = int(config.get_text_config().num_hidden_layers)
+    sizes = {
+        path: sum(p.numel() for p in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    }
+    if not sizes:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no list of {wanted} blocks, so it cannot be split by block"
+        )
+    return max(sizes, key=lambda path: sizes[path]), wanted
+
+
+def scan(twin: nn.Module, config: Any) -> Outline:
+    """The outline of `twin`. Raises UnsupportedModel if its forward pass needs real data."""
+    path, n_blocks = blocks_path(twin, config)
+    first, second = (_Scan(twin, path, n_blocks).run(*sizes) for sizes in _SCANS)
+    if first.order != second.order:
+        raise UnsupportedModel(
+            f"{type(twin).__name__} runs its modules in an order that depends on the input's size"
+        )
+    bypasses = first.bypasses | second.bypasses
+    modules: dict[str, ModuleInfo] = {}
+    for name, module in twin.named_modules():
+        calls = first.calls.get(name, 0)
+        events = first.events.get(name)
+        once = calls == 1 and events is not None
+        modules[name] = ModuleInfo(
+            path=name,
+            kind=type(module).__name__,
+            calls=calls,
+            input_event=events[0] if once and events else None,
+            output_event=events[1] if once and events else None,
+            inputs=_leaves(first.inputs[name], second.inputs[name]) if once else (),
+            outputs=_leaves(first.outputs[name], second.outputs[name]) if once else (),
+            params={
+                key: (from_torch_dtype(tensor.dtype), tuple(tensor.shape))
+                for source in (module.named_parameters, module.named_buffers)
+                for key, tensor in source(recurse=False)
+            },
+            bypasses=name in bypasses,
+        )
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    return Outline(
+        modules=modules,
+        blocks_path=path,
+        n_blocks=n_blocks,
+        block_of_event=tuple(-1 if block is None else block for block in first.blocks),
+        vocabulary_tokens=int(text.vocab_size),
+        max_positions_tokens=int(limit) if isinstance(limit, int) else None,
+    )
+
+
+def tensor_leaves(tree: Any, path: LeafPath = ()) -> Iterator[tuple[LeafPath, torch.Tensor]]:
+    """The tensors in nested tuples, lists and mappings, each with the way to it."""
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            if isinstance(key, str):
+                yield from tensor_leaves(value, (*path, key))
+    elif isinstance(tree, tuple | list):
+        for index, value in enumerate(tree):
+            yield from tensor_leaves(value, (*path, index))
+
+
+def leaf_of(tree: Any, path: LeafPath) -> torch.Tensor:
+    """The tensor at `path` in a module's output. Raises NotASite if there is none."""
+    here = tree
+    for part in path:
+        try:
+            here = here[part]
+        except (KeyError, IndexError, TypeError):
+            here = None
+            break
+    if not isinstance(here, torch.Tensor):
+        raise NotASite(f"no tensor at {path!r} in a {type(tree).__name__}")
+    return here
+
+
+def with_leaf(tree: Any, path: LeafPath, value: torch.Tensor) -> Any:
+    """`tree` with the tensor at `path` replaced; the rest is shared, `tree` itself is unchanged."""
+    if not path:
+        return value
+    part, rest = path[0], path[1:]
+    if isinstance(tree, dict):
+        copy = tree.copy()
+        copy[part] = with_leaf(tree[part], rest, value)
+        return copy
+    items = list(tree)
+    index = int(part)
+    items[index] = with_leaf(items[index], rest, value)
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+
+
+@dataclass
+class _Taint(TorchDispatchMode):  # type: ignore[misc]
+    """Follows which modules' outputs each tensor was computed from."""
+
+    sources: dict[int, tuple[torch.Tensor, frozenset[str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def of(self, tensor: torch.Tensor) -> frozenset[str]:
+        found = self.sources.get(id(tensor))
+        return found[1] if found else frozenset()
+
+    def mark(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
+        # Keeping the tensor keeps its id from being used again; meta tensors weigh nothing.
+        self.sources[id(tensor)] = (tensor, names)
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        result = func(*args, **(kwargs or {}))
+        names: frozenset[str] = frozenset()
+        for _, tensor in tensor_leaves((args, kwargs or {})):
+            names |= self.of(tensor)
+        if names:
+            for _, tensor in tensor_leaves(result):
+                self.mark(tensor, self.of(tensor) | names)
+        return result
+
+
+class _Scan:
+    """One run of the twin: events, blocks, leaves, and what reaches blocks by a side way."""
+
+    def __init__(self, twin: nn.Module, path: str, n_blocks: int) -> None:
+        self.twin = twin
+        self.prefix = path + "."
+        self.n_blocks = n_blocks
+        self.blocks: list[int | None] = []
+        self.order: list[tuple[str, str]] = []
+        self.calls: dict[str, int] = {}
+        self.events: dict[str, tuple[int, int]] = {}
+        self.inputs: dict[str, _Tensors] = {}
+        self.outputs: dict[str, _Tensors] = {}
+        self.bypasses: set[str] = set()
+        self._open: dict[str, int] = {}
+        self._block: int | None = -1
+        self._taint = _Taint()
+
+    def run(self, batch: int, seq: int) -> _Scan:
+        handles = []
+        for name, module in self.twin.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
+            )
+            handles.append(module.register_forward_hook(self._after(name), with_kwargs=False))
+        ids = torch.zeros((batch, seq), dtype=torch.int64, device="meta")
+        try:
+            with torch.no_grad(), self._taint, _no_warnings():
+                # With a cache in play transformers does not look into the values of the mask.
+                self.twin(input_ids=ids, use_cache=True)
+        except GlasshiveError:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"the forward pass of {type(self.twin).__name__} does not run without data: {error}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        # Events between two blocks belong to no span: whoever happens there is no site.
+        for name, (start, end) in list(self.events.items()):
+            if self.blocks[start] is None or self.blocks[end] is None:
+                del self.events[name]
+        return self
+
+    def _block_index(self, name: str) -> int | None:
+        rest = name[len(self.prefix) :] if name.startswith(self.prefix) else ""
+        return int(rest) if rest.isdigit() else None
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            index = self._block_index(name)
+            if index is not None:
+                self._block = index
+                for _, tensor in _side_inputs(args, kwargs):
+                    self.bypasses |= self._taint.of(tensor)
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self._open[name] = self._event(name, "input")
+            self.inputs[name] = dict(input_leaves(args, kwargs))
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.events[name] = (self._open[name], self._event(name, "output"))
+            self.outputs[name] = dict(tensor_leaves(output))
+            index = self._block_index(name)
+            if index is not None:
+                self._block = None if index + 1 < self.n_blocks else self.n_blocks
+            elif self._block == -1:
+                for _, tensor in tensor_leaves(output):
+                    self._taint.mark(tensor, self._taint.of(tensor) | {name})
+
+        return hook
+
+    def _event(self, name: str, io: str) -> int:
+        self.order.append((name, io))
+        self.blocks.append(self._block)
+        return len(self.blocks) - 1
+
+
+def _side_inputs(args: Any, kwargs: Any) -> Iterator[tuple[LeafPath, torch.Tensor]]:
+    """What a block receives besides the hidden states, which come first."""
+    for path, tensor in input_leaves(args, kwargs):
+        if path not in ((0,), ("hidden_states",)):
+            yield path, tensor
+
+
+def input_leaves(args: Any, kwargs: Any) -> Iterator[tuple[LeafPath, torch.Tensor]]:
+    """The tensors among a call's arguments: (0,) is the first positional, ("x",) a keyword."""
+    yield from tensor_leaves(tuple(args))
+    yield from tensor_leaves(dict(kwargs))
+
+
+def _leaves(first: _Tensors, second: _Tensors) -> tuple[Leaf, ...]:
+    leaves = []
+    for path, tensor in first.items():
+        other = second.get(path)
+        if other is None or other.dim() != tensor.dim():
+            continue
+        axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
+        if axes is not None:
+            leaves.append(Leaf(path, from_torch_dtype(tensor.dtype), axes))
+    return tuple(leaves)
+
+
+def _typed_axes(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[Axis, ...] | None:
+    axes: list[Axis] = []
+    for a, b in zip(one, two, strict=True):
+        if a == b:
+            axes.append(a)
+        elif (a, b) == (_SCANS[0][0], _SCANS[1][0]):
+            axes.append("batch")
+        elif (a, b) == (_SCANS[0][1], _SCANS[1][1]):
+            axes.append("seq")
+        else:
+            return None
+    # A tensor with two batch axes has no rows that could be told apart.
+    return None if axes.count("batch") > 1 else tuple(axes)
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep the warnings of a run without data from the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Calls:
+    """What the model's own modules give for values of given specs, found on the twin."""
+
+    _KEPT = 4096
+
+    def __init__(self, twin: nn.Module, blocks: str) -> None:
+        self._modules = dict(twin.named_modules())
+        self._blocks = blocks
+        self._known: dict[tuple[str, tuple[TensorSpec, ...]], TensorSpec] = {}
+
+    def spec(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
+        """The spec of `module(*args)`.
+
+        Raises UnknownModule, NotASite for a module that holds blocks or gives no single tensor, and
+        ShapeMismatch if the module refuses the arguments.
+        """
+        key = (path, args)
+        found = self._known.get(key)
+        if found is None:
+            found = self._run(path, args)
+            if len(self._known) >= self._KEPT:
+                self._known.clear()
+            self._known[key] = found
+        return found
+
+    def flops(self, path: str, result: TensorSpec) -> int:
+        """About what a call costs: two for every weight and row of the result."""
+        weights: int = sum(tensor.numel() for tensor in self._modules[path].parameters())
+        rows = result.numel // max(result.shape[-1], 1) if result.shape else 1
+        return 2 * max(weights, 1) * max(rows, 1)
+
+    def _run(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
+        module = self._modules.get(path)
+        if module is None:
+            raise UnknownModule(f"the model has no module {path!r:.120}")
+        if self._blocks == path or self._blocks.startswith(f"{path}.") or not path:
+            raise NotASite(
+                f"{path or 'the model'} holds the blocks, which lie on several peers, so it cannot "
+                "be called; call the parts that you need"
+            )
+        tensors = [
+            torch.empty(spec.shape, dtype=to_torch_dtype(spec.dtype), device="meta")
+            for spec in args
+        ]
+        try:
+            with torch.no_grad():
+                result = module(*tensors)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise ShapeMismatch(
+                f"{path}({', '.join(map(str, args))}) is refused: {reason:.200}"
+            ) from None
+        if not isinstance(result, torch.Tensor):
+            raise NotASite(
+                f"{path}(...) gives a {type(result).__name__}; only modules that give one tensor "
+                "can be called in a trace"
+            )
+        return spec_of(result)
+
+
+def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings:
+    """What admission must know of the model: sites, calls and parameters for these passes."""
+
+    def read(node: Read) -> TensorSpec:
+        return spec_of_read(node, outline, passes)
+
+    def call(node: Call, args: tuple[SpecArg, ...]) -> tuple[TensorSpec, Cost]:
+        tensors = tuple(arg for arg in args if isinstance(arg, TensorSpec))
+        if len(tensors) != len(args):
+            raise BadGraph(f"{node.module}(...) takes tensors only")
+        spec = calls.spec(node.module, tensors)
+        return spec, Cost(calls.flops(node.module, spec), spec.nbytes)
+
+    def param(node: Param) -> TensorSpec:
+        return outline.param(node.module, node.name)
+
+    return Surroundings(read, call, param, infer)
