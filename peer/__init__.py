@@ -1,1 +1,1 @@
-"""glasshive.peer."""
+"""A host: it loads a span of a model and runs it."""

@@ -1,0 +1,311 @@
+"""Runs one peer's part of a trace: its stages, each on the hosted blocks, with the nodes as hooks.
+
+- A node's bucket is the latest event among its inputs of the same stage. What needs only imports
+  runs before the forward; nothing waits inside it.
+- Hooks are put only on the modules that the part names, and taken off after each stage.
+- A read is a contiguous copy of the invoke's rows; a write touches those rows only. `set` gives
+  the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
+- Everything here runs on the one torch thread of a peer, and knows no network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from glasshive.graph.errors import GraphError, NotASite, ShapeMismatch
+from glasshive.graph.graph import (
+    Call,
+    Const,
+    NodeId,
+    Op,
+    Param,
+    Read,
+    Save,
+    Skip,
+    Write,
+    refs,
+)
+from glasshive.graph.kernels import run_op
+from glasshive.graph.order import Passes, event_of
+from glasshive.graph.outline import Leaf, Outline
+from glasshive.graph.plan import HIDDEN, Part, Stage
+from glasshive.graph.run import Interpreter
+from glasshive.graph.twin import leaf_of, with_leaf
+from glasshive.peer.errors import TraceEnded
+from glasshive.peer.span_model import SpanModel, StopForward
+
+_START = -1
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
+Bucket: TypeAlias = list[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class PassInputs:
+    """What enters a forward pass: token ids on the first span, mask and positions if padded.
+
+    `input_ids`, `attention_mask` and `position_ids` are int64 `[batch, seq]`.
+    """
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+class Outbox(Protocol):
+    """Where results go. Called on the torch thread; must not block."""
+
+    def saved(self, name: str, value: Tensor) -> None:
+        """A value for the client."""
+
+    def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
+        """A value, or HIDDEN, for another peer of the route."""
+
+
+class Executor:
+    """One trace on one peer. `consts` are the user's tensors by digest."""
+
+    def __init__(
+        self,
+        model: SpanModel,
+        outline: Outline,
+        part: Part,
+        passes: Passes,
+        consts: Mapping[bytes, Tensor],
+        outbox: Outbox,
+    ) -> None:
+        self._model = model
+        self._outline = outline
+        self._part = part
+        self._passes = passes
+        self._consts = consts
+        self._outbox = outbox
+        self._values = Interpreter(
+            part.graph,
+            functools.partial(run_op, device=model.device),
+            extra_uses=(v for s in part.stages for v, _ in s.exports if v != HIDDEN),
+        )
+        self._calling = False
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the run at the next module that the part names. May be called from any thread."""
+        self._cancelled = True
+
+    def put(self, value: NodeId, tensor: Tensor) -> None:
+        """Give in a value that another peer computed."""
+        self._values.put(value, tensor.to(self._model.device))
+
+    def run(self, stage: Stage, inputs: PassInputs, hidden: Tensor | None) -> None:
+        """Run one stage. `hidden` is `[batch, seq, hidden]` where the stage imports it.
+
+        Raises GraphError naming the node that failed.
+        """
+        if self._cancelled:
+            raise TraceEnded("the trace was cancelled")
+        with torch.no_grad():
+            for value, invoke in stage.from_hidden:
+                if hidden is None:
+                    raise NotASite("rows of hidden states that did not arrive", node=value)
+                first, last = self._passes.rows(invoke)
+                self._values.put(value, hidden[first:last].clone())
+            buckets = self._buckets(stage)
+            self._run_bucket(buckets.pop(_START, []))
+            self._export(stage, buckets, None)
+            if stage.forward:
+                self._forward(stage, buckets, inputs, hidden)
+
+    def _buckets(self, stage: Stage) -> dict[int, Bucket]:
+        when: dict[NodeId, int] = {}
+        buckets: dict[int, Bucket] = {}
+        for node_id in stage.nodes:
+            node = self._part.graph.nodes[node_id]
+            if isinstance(node, Read | Write | Skip):
+                event = event_of(node, self._outline)
+            else:
+                event = max((when.get(ref, _START) for ref in refs(node)), default=_START)
+            when[node_id] = event
+            buckets.setdefault(event, []).append(node_id)
+        return buckets
+
+    def _forward(
+        self, stage: Stage, buckets: dict[int, Bucket], inputs: PassInputs, hidden: Tensor | None
+    ) -> None:
+        handles = []
+        for module, event, bucket, io in self._sites(stage, buckets):
+            if io == "input":
+                hook = self._input_hook(stage, event, bucket)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                after = self._output_hook(stage, event, bucket)
+                handles.append(module.register_forward_hook(after, prepend=True))
+        try:
+            output = self._model.run(
+                input_ids=inputs.input_ids,
+                hidden=hidden,
+                attention_mask=inputs.attention_mask,
+                position_ids=inputs.position_ids,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for value, receiver in stage.exports:
+            if value == HIDDEN:
+                if output is None:
+                    raise NotASite("the forward ended before the hidden states left the span")
+                self._outbox.exported(stage, HIDDEN, receiver, output)
+
+    def _sites(
+        self, stage: Stage, buckets: dict[int, Bucket]
+    ) -> Iterator[tuple[nn.Module, int, Bucket, str]]:
+        wanted = dict(buckets)
+        if stage.stop_event is not None:
+            wanted.setdefault(stage.stop_event, [])
+        for path, info in self._outline.modules.items():
+            for event, io in ((info.input_event, "input"), (info.output_event, "output")):
+                if event is not None and event in wanted:
+                    yield self._model.module.get_submodule(path), event, wanted[event], io
+
+    def _input_hook(self, stage: Stage, event: int, bucket: Bucket) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._calling:
+                return None
+            tree = self._at_event(stage, event, bucket, {"args": args, "kwargs": kwargs})
+            return (tree["args"], tree["kwargs"])
+
+        return hook
+
+    def _output_hook(self, stage: Stage, event: int, bucket: Bucket) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return None if self._calling else self._at_event(stage, event, bucket, output)
+
+        return hook
+
+    def _at_event(self, stage: Stage, event: int, bucket: Bucket, tree: Any) -> Any:
+        if self._cancelled:
+            raise TraceEnded("the trace was cancelled")
+        tree = self._run_bucket(bucket, tree)
+        self._export(stage, {event: bucket}, event)
+        if event == stage.stop_event:
+            raise StopForward
+        return tree
+
+    def _export(self, stage: Stage, buckets: Mapping[int, Bucket], event: int | None) -> None:
+        """Send on what is there now: at `event`, or (None) before the forward."""
+        made = set(buckets.get(event, ())) if event is not None else None
+        later = {i for bucket in buckets.values() for i in bucket} if event is None else set()
+        for value, receiver in stage.exports:
+            if value == HIDDEN:
+                continue
+            if (made is not None and value in made) or (made is None and value not in later):
+                tensor = self._values.take(value)
+                self._outbox.exported(stage, value, receiver, tensor)
+
+    def _run_bucket(self, bucket: Bucket, tree: Any = None) -> Any:
+        """Run nodes in order; returns `tree` with the writes applied to it."""
+        fresh: set[tuple[object, ...]] = set()
+        for node_id in bucket:
+            node = self._part.graph.nodes[node_id]
+            try:
+                if isinstance(node, Op):
+                    self._values.run(node_id, node)
+                elif isinstance(node, Read):
+                    self._values.put(node_id, self._read(node, tree))
+                elif isinstance(node, Write):
+                    tree = self._write(node, tree, fresh)
+                elif isinstance(node, Const):
+                    self._values.put(node_id, self._consts[node.digest])
+                elif isinstance(node, Call):
+                    self._values.put(node_id, self._call(node))
+                elif isinstance(node, Param):
+                    self._values.put(node_id, self._param(node))
+                elif isinstance(node, Save):
+                    self._outbox.saved(node.name, self._values.take(node.value.node))
+            except GraphError as error:
+                if error.node is None:
+                    error.node = node_id
+                raise
+        return tree
+
+    def _leaf(self, node: Read | Write) -> Leaf:
+        return self._outline.leaf(node.site)
+
+    def _path(self, node: Read | Write) -> tuple[int | str, ...]:
+        path = node.site.leaf
+        if node.site.io == "output":
+            return path
+        return ("args", *path) if isinstance(path[0], int) else ("kwargs", *path)
+
+    def _rows(self, node: Read | Write, whole: Tensor) -> Tensor:
+        """The view of the invoke's rows in the tensor at a site."""
+        leaf = self._leaf(node)
+        one = self._passes.passes[self._passes.of(node.invoke)]
+        expected = leaf.shape(one.batch, one.seq)
+        if tuple(whole.shape) != expected:
+            raise NotASite(
+                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; this "
+                "model's rows cannot be told apart for this input"
+            )
+        if leaf.batch_axis is None:
+            return whole
+        first, last = self._passes.rows(node.invoke)
+        return whole.narrow(leaf.batch_axis, first, last - first)
+
+    def _read(self, node: Read, tree: Any) -> Tensor:
+        rows = self._rows(node, leaf_of(tree, self._path(node)))
+        return rows.clone(memory_format=torch.contiguous_format)
+
+    def _write(self, node: Write, tree: Any, fresh: set[tuple[object, ...]]) -> Any:
+        path = self._path(node)
+        whole = leaf_of(tree, path)
+        value = self._values.take(node.value.node)
+        rows = self._rows(node, whole)
+        if tuple(value.shape) != tuple(rows.shape) or value.dtype != rows.dtype:
+            raise ShapeMismatch(
+                f"a value of shape {list(value.shape)}, {value.dtype}, is written to {node.site}, "
+                f"which has shape {list(rows.shape)} and {rows.dtype}"
+            )
+        if node.mode == "inplace":
+            rows.copy_(value)
+            return tree
+        if path not in fresh:
+            # A copy with the same strides, so that the kernels after it are the same ones.
+            whole = whole.clone()
+            tree = with_leaf(tree, path, whole)
+            fresh.add(path)
+        self._rows(node, whole).copy_(value)
+        return tree
+
+    def _call(self, node: Call) -> Tensor:
+        module = self._model.module.get_submodule(node.module)
+        args = self._values.arguments(node.args)
+        self._calling = True
+        try:
+            with self._model.paused():
+                result = module(*args)
+        except _FAILURES as error:
+            reason = str(error).split("\n", 1)[0]
+            raise ShapeMismatch(f"{node.module}(...): {reason}") from error
+        finally:
+            self._calling = False
+        if not isinstance(result, Tensor):
+            raise NotASite(
+                f"{node.module}(...) gives a {type(result).__name__}; only modules that give one "
+                "tensor can be called"
+            )
+        return result
+
+    def _param(self, node: Param) -> Tensor:
+        module = self._model.module.get_submodule(node.module)
+        found = dict(module.named_parameters(recurse=False)) | dict(
+            module.named_buffers(recurse=False)
+        )
+        if node.name not in found:
+            raise NotASite(f"{node.module} has no parameter {node.name!r}")
+        return found[node.name].detach()

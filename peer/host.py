@@ -1,0 +1,380 @@
+"""A host: what it answers on its streams, and the traces that it runs.
+
+- `glasshive/trace/1`: a client's trace. Prepare, admit, take constants and inputs, run, tell.
+- `glasshive/edge/1`: values that other peers of a plan push.
+- `glasshive/files/1`: manifest, configuration and tokenizer, for clients that have no files.
+
+Every stream has a deadline; every end (done, error, cancel, deadline, client gone) frees all that
+the trace held. Errors leave as a name, a node and one sentence; the full text stays in our log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+from torch import Tensor
+
+from glasshive.dht.errors import MalformedMessage, StreamClosed, SwarmError, TransportError
+from glasshive.dht.framing import Stream
+from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
+    FILES_PROTOCOL,
+    SLICE_BYTES,
+    TRACE_PROTOCOL,
+    Accepted,
+    AskFile,
+    Cancel,
+    Constant,
+    Failed,
+    File,
+    Input,
+    More,
+    Need,
+    Opening,
+    Prepare,
+    Run,
+    decode,
+    encode,
+    spec_of,
+)
+from glasshive.dht.tensor_frames import receive_tensor
+from glasshive.dht.transport import PeerAddress, Transport, check_address
+from glasshive.graph.budget import Bill, Budget
+from glasshive.graph.codec import GraphLimits
+from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError
+from glasshive.graph.graph import Const
+from glasshive.graph.kernels import from_torch_dtype, tensor_from_bytes
+from glasshive.graph.order import Passes, slots
+from glasshive.graph.plan import Part, check_part
+from glasshive.graph.plan_codec import decode_part
+from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer.admission import Admission
+from glasshive.peer.errors import Busy, TraceEnded, WrongInput
+from glasshive.peer.executor import PassInputs
+from glasshive.peer.hosted_trace import HostedTrace, check_peers
+from glasshive.peer.served_model import ServedModel
+from glasshive.peer.torch_thread import TorchThread
+from glasshive.security.keys import PeerId
+from glasshive.security.manifest import CLIENT_FILES, MANIFEST
+
+log = structlog.get_logger(__name__)
+
+MAX_FAILURE_CHARS: Final = 500
+MAX_PROMPT_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """One number for each thing that a client can ask for."""
+
+    graph: GraphLimits = field(default_factory=GraphLimits)
+    traces: int = 16
+    trace_seconds: float = 600.0
+    prepare_seconds: float = 60.0
+    batch_rows: int = 256
+    context_tokens: int = 8192
+    const_cache_bytes: int = 1 << 30
+    budget: Budget = field(
+        default_factory=lambda: Budget(peak_bytes=4 << 30, flops=10**15, saved_bytes=2 << 30)
+    )
+
+
+class _ConstCache:
+    """Tensors by digest, for each client alone: knowing a hash gives nobody another's tensor."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: OrderedDict[tuple[PeerId, bytes], Tensor] = OrderedDict()
+        self._held_bytes = 0
+
+    def get(self, client: PeerId, name: bytes) -> Tensor | None:
+        """The client's tensor of that digest, if it is still held."""
+        found = self._held.get((client, name))
+        if found is not None:
+            self._held.move_to_end((client, name))
+        return found
+
+    def put(self, client: PeerId, name: bytes, tensor: Tensor) -> None:
+        """Hold a tensor, and forget the ones that were used longest ago."""
+        self._held[client, name] = tensor
+        self._held_bytes += tensor.nbytes
+        while self._held_bytes > self._limit_bytes and len(self._held) > 1:
+            _, old = self._held.popitem(last=False)
+            self._held_bytes -= old.nbytes
+
+
+class Host:
+    """One span of one model, served over a transport."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        served: ServedModel,
+        *,
+        limits: HostLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._model = served.model
+        self._outline = served.outline
+        self._manifest = served.manifest
+        self._folder = served.folder
+        self._limits = limits or HostLimits()
+        self._clock = clock
+        self._torch = TorchThread()
+        self._consts = _ConstCache(self._limits.const_cache_bytes)
+        self._traces: dict[bytes, HostedTrace] = {}
+        self._preparing = 0
+        self._admission = Admission(served.outline, served.twin, self._limits.budget)
+
+    @property
+    def load(self) -> float:
+        """How much of its traces the host has running, from 0 to 1."""
+        return min((len(self._traces) + self._preparing) / self._limits.traces, 1.0)
+
+    async def start(self) -> None:
+        """Answer from now on."""
+        await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
+        await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
+        await self._transport.serve(FILES_PROTOCOL, self._on_files)
+
+    def close(self) -> None:
+        """Cancel what runs and take no more work. The transport ends the streams."""
+        for trace in self._traces.values():
+            trace.cancel()
+        self._torch.close()
+
+    # A client's trace -----------------------------------------------------------------------
+
+    async def _on_trace(self, stream: Stream) -> None:
+        began = self._clock()
+        try:
+            if self.load >= 1.0:
+                raise Busy(f"{self._limits.traces} traces are running here; try again soon")
+            self._preparing += 1
+            try:
+                trace, prepare = await self._prepare(stream)
+            finally:
+                self._preparing -= 1
+            self._traces[trace.trace_id] = trace
+            try:
+                await self._take_inputs(stream, trace)
+                await self._run(stream, trace)
+            finally:
+                trace.cancel()
+                del self._traces[prepare.trace_id]
+            log.info(
+                "trace_done",
+                client=stream.peer_id,
+                nodes=len(trace.part.graph),
+                compute_seconds=round(trace.compute_seconds, 4),
+                seconds=round(self._clock() - began, 4),
+            )
+        except StreamClosed:
+            log.info("client_left", client=stream.peer_id)
+        except GlasshiveError as error:
+            await self._fail(stream, error)
+
+    async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Prepare]:
+        limits = self._limits
+        frame = await stream.receive(limits.prepare_seconds)
+        prepare = decode(frame.header, Prepare)
+        if prepare.model_id != self._manifest.model_id:
+            raise WrongInput(
+                f"model {prepare.model_id[:16]!r}... is not served here; this peer serves "
+                f"{self._manifest.model_id[:16]}... ({self._manifest.name})"
+            )
+        ours = from_torch_dtype(self._model.dtype).value
+        if prepare.dtype != ours:
+            raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
+        if prepare.trace_id in self._traces:
+            raise BadGraph("a trace of this id is running here")
+        part, passes = decode_part(frame.body, limits.graph)
+        peers = _peers(prepare)
+        self._check(part, passes, peers)
+        bill = self._admission.admit(part, passes)
+        consts = await self._take_consts(stream, part)
+        seconds = min(prepare.deadline_seconds, limits.trace_seconds)
+        trace = HostedTrace(
+            trace_id=prepare.trace_id,
+            client=stream,
+            peers=peers,
+            part=part,
+            passes=passes,
+            model=self._model,
+            outline=self._outline,
+            consts=consts,
+            transport=self._transport,
+            run_on_torch=self._torch.run,
+            ends_at=self._clock() + seconds,
+            clock=self._clock,
+        )
+        await stream.send(encode(_accepted(bill)))
+        return trace, prepare
+
+    def _check(self, part: Part, passes: Passes, peers: tuple[PeerAddress, ...]) -> None:
+        model, limits = self._model, self._limits
+        if (part.span.start, part.span.end) != (model.start, model.end):
+            raise BadGraph(
+                f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
+            )
+        for one in passes.passes:
+            if one.batch > limits.batch_rows or one.seq > limits.context_tokens:
+                raise BadGraph(
+                    f"a pass of {one.batch} rows of {one.seq} tokens; this peer takes at most "
+                    f"{limits.batch_rows} rows of {limits.context_tokens} tokens"
+                )
+        check_peers(part, peers)
+        check_part(part, passes, self._outline)
+        slots(part.graph, self._outline, passes)
+
+    async def _take_consts(self, stream: Stream, part: Part) -> Mapping[bytes, Tensor]:
+        wanted: dict[bytes, TensorSpec] = {
+            node.digest: TensorSpec(node.dtype, node.shape)
+            for node in part.graph.nodes.values()
+            if isinstance(node, Const)
+        }
+        held: dict[bytes, Tensor] = {}
+        for name in wanted:
+            tensor = self._consts.get(stream.peer_id, name)
+            if tensor is not None:
+                held[name] = tensor
+        missing = [name for name in wanted if name not in held]
+        await stream.send(encode(Need(missing)))
+        for name in missing:
+            frame = await stream.receive(self._limits.prepare_seconds)
+            message = decode(frame.header, Constant)
+            spec = spec_of(message.dtype, message.shape)
+            if spec != wanted[name]:
+                raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
+            data = await receive_tensor(stream, frame, spec, self._limits.prepare_seconds)
+            if digest(spec, data) != name:
+                raise BadGraph("a constant whose bytes do not have the announced hash")
+            tensor = tensor_from_bytes(spec, data)
+            # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
+            held[name] = tensor if tensor.dim() == 0 else tensor.to(self._model.device)
+            self._consts.put(stream.peer_id, name, held[name])
+        return held
+
+    async def _take_inputs(self, stream: Stream, trace: HostedTrace) -> None:
+        taken: dict[int, dict[str, Tensor]] = {}
+        while True:
+            frame = await stream.receive(trace.left_seconds)
+            message = decode(frame.header, Input, Run, Cancel)
+            if isinstance(message, Cancel):
+                raise TraceEnded("the client cancelled the trace")
+            if isinstance(message, Run):
+                break
+            spec = spec_of(message.dtype, message.shape)
+            one = next(iter(trace.passes.passes[message.pass_index : message.pass_index + 1]), None)
+            mine = taken.setdefault(message.pass_index, {})
+            if (
+                one is None
+                or message.name not in ("input_ids", "attention_mask", "position_ids")
+                or message.name in mine
+                or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.seq))
+            ):
+                raise WrongInput(f"input {message.name[:20]!r} of {spec} fits no pass of this plan")
+            data = await receive_tensor(stream, frame, spec, trace.left_seconds)
+            mine[message.name] = tensor_from_bytes(spec, data)
+        vocabulary = self._outline.vocabulary_tokens
+        for index, named in taken.items():
+            ids = named.get("input_ids")
+            if ids is not None and bool(((ids < 0) | (ids >= vocabulary)).any()):
+                raise WrongInput(f"a token id outside the vocabulary of {vocabulary}")
+            device = self._model.device
+            trace.inputs[index] = PassInputs(**{k: v.to(device) for k, v in named.items()})
+
+    async def _run(self, stream: Stream, trace: HostedTrace) -> None:
+        run = asyncio.create_task(trace.run())
+        watch = asyncio.create_task(stream.receive(trace.left_seconds + 1))
+        try:
+            await asyncio.wait(
+                {run, watch}, timeout=trace.left_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if run.done():
+                await stream.send(encode(run.result()))
+            elif watch.done():
+                decode(watch.result().header, Cancel)
+                raise TraceEnded("the client cancelled the trace")
+            else:
+                raise TraceEnded("the trace's deadline passed; allow more time with deadline=")
+        finally:
+            trace.cancel()
+            run.cancel()
+            watch.cancel()
+            await asyncio.wait({run, watch}, timeout=5)
+
+    async def _fail(self, stream: Stream, error: GlasshiveError) -> None:
+        log.info("trace_failed", client=stream.peer_id, error=repr(error)[:MAX_FAILURE_CHARS])
+        node = error.node if isinstance(error, GraphError) and error.node is not None else -1
+        text = str(error)[:MAX_FAILURE_CHARS]
+        try:
+            await stream.send(encode(Failed(type(error).__name__, node, text)))
+        except SwarmError:
+            log.info("client_left", client=stream.peer_id)
+
+    # Other peers ----------------------------------------------------------------------------
+
+    async def _on_edge(self, stream: Stream) -> None:
+        frame = await stream.receive(self._limits.prepare_seconds)
+        opening = decode(frame.header, Opening)
+        trace = self._traces.get(opening.trace_id)
+        if trace is None or opening.receiver != trace.part.index:
+            await stream.refuse("no such trace here")
+            return
+        if opening.sender >= len(trace.peers):
+            raise MalformedMessage(f"part {opening.sender} is not on the plan")
+        try:
+            await trace.receive_from(opening.sender, stream)
+        except (MalformedMessage, TransportError) as error:
+            trace.lose(opening.sender, error)
+            raise
+
+    # Files ----------------------------------------------------------------------------------
+
+    async def _on_files(self, stream: Stream) -> None:
+        while True:
+            try:
+                frame = await stream.receive(self._limits.prepare_seconds)
+            except StreamClosed:
+                return
+            ask = decode(frame.header, AskFile)
+            data = await self._file(ask)
+            if data is None:
+                await stream.refuse("no such file of this model")
+                return
+            await stream.send(encode(File(len(data))), data[:SLICE_BYTES])
+            for offset in range(SLICE_BYTES, len(data), SLICE_BYTES):
+                await stream.send(encode(More()), data[offset : offset + SLICE_BYTES])
+
+    async def _file(self, ask: AskFile) -> bytes | None:
+        if ask.model_id != self._manifest.model_id:
+            return None
+        if ask.name == MANIFEST:
+            return self._manifest.encode()
+        known = self._manifest.file(ask.name)
+        if known is None or known.name not in CLIENT_FILES:
+            return None
+        data = await asyncio.to_thread((self._folder / known.name).read_bytes)
+        return data if hashlib.sha256(data).digest() == known.sha256 else None
+
+
+def _accepted(bill: Bill) -> Accepted:
+    return Accepted(bill.peak_bytes, bill.flops, bill.saved_bytes)
+
+
+def _peers(prepare: Prepare) -> tuple[PeerAddress, ...]:
+    peers = []
+    for peer_id, addresses in prepare.peers:
+        for address in addresses:
+            check_address(address)
+        peers.append(PeerAddress(PeerId(peer_id), tuple(addresses)))
+    return tuple(peers)

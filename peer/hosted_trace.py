@@ -1,0 +1,260 @@
+"""One trace on one peer: from `Prepare` to the last byte of its saves, and the end of it.
+
+The loop's side of a trace. It parks what other peers send, hands each stage to the torch thread
+when everything that the stage imports has arrived, and sends on what the stage makes: saves to the
+client, values to the peers of the plan. The torch thread never waits on a socket: what it makes
+goes into queues that hold no more than the bytes that were admitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.framing import Stream
+from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
+    Done,
+    Opening,
+    Saved,
+    Value,
+    decode,
+    encode,
+    spec_of,
+)
+from glasshive.dht.tensor_frames import receive_tensor, send_tensor
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.graph.errors import BadGraph
+from glasshive.graph.graph import NodeId
+from glasshive.graph.kernels import (
+    spec_of as spec_of_tensor,
+)
+from glasshive.graph.kernels import (
+    tensor_from_bytes,
+    tensor_to_bytes,
+)
+from glasshive.graph.order import Passes
+from glasshive.graph.outline import Outline
+from glasshive.graph.plan import HIDDEN, Part, Stage
+from glasshive.graph.tensors import TensorSpec
+from glasshive.peer.errors import TraceEnded
+from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.span_model import SpanModel
+
+T = TypeVar("T")
+RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
+
+
+@dataclass
+class _Traffic:
+    hidden_bytes: int = 0
+    carried_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """Something for a peer of the plan: a value, or the hidden states of a pass."""
+
+    value: NodeId
+    pass_index: int
+    tensor: Tensor
+
+
+@dataclass
+class HostedTrace:
+    """One tenant's part of a trace while it runs here. Belongs to one task of the host."""
+
+    trace_id: bytes
+    client: Stream
+    peers: tuple[PeerAddress, ...]
+    part: Part
+    passes: Passes
+    model: SpanModel
+    outline: Outline
+    consts: Mapping[bytes, Tensor]
+    transport: Transport
+    run_on_torch: RunOnTorch
+    ends_at: float  # by `clock`
+    clock: Callable[[], float] = time.monotonic
+    compute_seconds: float = 0.0
+    inputs: dict[int, PassInputs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._expected = {
+            (value, stage.pass_index if value == HIDDEN else None): sender
+            for stage in self.part.stages
+            for value, sender in stage.imports
+        }
+        self._arrived: dict[tuple[NodeId, int | None], asyncio.Future[Tensor]] = {
+            key: self._loop.create_future() for key in self._expected
+        }
+        self._saves: asyncio.Queue[tuple[str, Tensor] | None] = asyncio.Queue()
+        receivers = {to for stage in self.part.stages for _, to in stage.exports}
+        self._outgoing: dict[int, asyncio.Queue[_Outgoing | None]] = {
+            to: asyncio.Queue() for to in sorted(receivers)
+        }
+        self._traffic = {to: _Traffic() for to in receivers}
+        self._executor = Executor(
+            self.model, self.outline, self.part, self.passes, self.consts, self
+        )
+
+    @property
+    def left_seconds(self) -> float:
+        """How long this trace may still take; 0 at its deadline."""
+        return max(self.ends_at - self.clock(), 0.0)
+
+    def cancel(self) -> None:
+        """Make the torch thread leave this trace at the next module that it watches."""
+        self._executor.cancel()
+
+    async def run(self) -> Done:
+        """Run every stage and send everything; returns what the client is told.
+
+        Raises GraphError for a node that failed, and a TransportError if a peer of the plan or the
+        client is gone.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._send_saves())
+                for receiver, queue in self._outgoing.items():
+                    tasks.create_task(self._send_values(receiver, queue))
+                for stage in self.part.stages:
+                    await self._run_stage(stage)
+                self._saves.put_nowait(None)
+                for queue in self._outgoing.values():
+                    queue.put_nowait(None)
+        except BaseExceptionGroup as group:
+            # One cause is enough: the others are its echo in the tasks beside it.
+            raise group.exceptions[0] from None
+        traffic = [[to, one.hidden_bytes, one.carried_bytes] for to, one in self._traffic.items()]
+        return Done(self.compute_seconds, traffic)
+
+    async def receive_from(self, sender: int, stream: Stream) -> None:
+        """Park what the peer `sender` pushes until it closes the stream.
+
+        Raises MalformedMessage for anything that is not on the plan.
+        """
+        if stream.peer_id != self.peers[sender].peer_id:
+            raise MalformedMessage(
+                f"{stream.peer_id} pushes as part {sender}, which the plan gives to another peer"
+            )
+        expected = sum(1 for one in self._expected.values() if one == sender)
+        for _ in range(expected):
+            frame = await stream.receive(self.left_seconds)
+            message = decode(frame.header, Value)
+            value = NodeId(message.value)
+            key = (value, message.pass_index if value == HIDDEN else None)
+            parked = self._arrived.get(key)
+            if self._expected.get(key) != sender or parked is None or parked.done():
+                raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
+            spec = spec_of(message.dtype, message.shape)
+            wanted = self._spec(*key)
+            if spec != wanted:
+                raise MalformedMessage(
+                    f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
+                )
+            data = await receive_tensor(stream, frame, spec, self.left_seconds)
+            parked.set_result(tensor_from_bytes(spec, data))
+
+    def lose(self, sender: int, why: SwarmError) -> None:
+        """Fail what still waits for the peer `sender`, whose stream has broken."""
+        for key, parked in self._arrived.items():
+            if self._expected[key] == sender and not parked.done():
+                parked.set_exception(why)
+                parked.exception()  # whoever waits is told; nobody else has to be
+
+    def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
+        if value != HIDDEN or pass_index is None:
+            return self.part.specs[value]
+        one = self.passes.passes[pass_index]
+        return self.outline.hidden_spec(one.batch, one.seq)
+
+    async def _run_stage(self, stage: Stage) -> None:
+        hidden: Tensor | None = None
+        for value, _ in stage.imports:
+            key = (value, stage.pass_index if value == HIDDEN else None)
+            tensor = await self._soon(self._arrived[key])
+            del self._arrived[key]
+            if value == HIDDEN:
+                hidden = tensor.to(self.model.device)
+            else:
+                self._executor.put(value, tensor)
+        inputs = self.inputs.get(stage.pass_index, PassInputs())
+
+        def work() -> None:
+            began = time.thread_time()
+            try:
+                self._executor.run(stage, inputs, hidden)
+            finally:
+                self.compute_seconds += time.thread_time() - began
+
+        await self._soon(self.run_on_torch(work))
+
+    async def _soon(self, awaitable: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.left_seconds):
+                return await awaitable
+        except TimeoutError:
+            raise TraceEnded(
+                f"the trace's deadline passed while part {self.part.index} waited; "
+                "allow more time with deadline="
+            ) from None
+
+    # Called on the torch thread -------------------------------------------------------------
+
+    def saved(self, name: str, value: Tensor) -> None:
+        """A value for the client (Outbox)."""
+        self._loop.call_soon_threadsafe(self._saves.put_nowait, (name, value))
+
+    def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
+        """A value for another peer of the plan (Outbox)."""
+        out = _Outgoing(value, stage.pass_index, tensor)
+        self._loop.call_soon_threadsafe(self._outgoing[receiver].put_nowait, out)
+
+    # Sending --------------------------------------------------------------------------------
+
+    async def _send_saves(self) -> None:
+        while (item := await self._saves.get()) is not None:
+            name, tensor = item
+            spec = spec_of_tensor(tensor)
+            message = Saved(name, spec.dtype.value, list(spec.shape))
+            await send_tensor(self.client, message, tensor_to_bytes(tensor), self.left_seconds)
+
+    async def _send_values(self, receiver: int, queue: asyncio.Queue[_Outgoing | None]) -> None:
+        stream: Stream | None = None
+        try:
+            while (item := await queue.get()) is not None:
+                if stream is None:
+                    stream = await self.transport.open_stream(
+                        self.peers[receiver], EDGE_PROTOCOL, self.left_seconds
+                    )
+                    opening = Opening(self.trace_id, self.part.index, receiver)
+                    await stream.send(encode(opening), b"", self.left_seconds)
+                spec = spec_of_tensor(item.tensor)
+                message = Value(item.value, item.pass_index, spec.dtype.value, list(spec.shape))
+                data = tensor_to_bytes(item.tensor)
+                await send_tensor(stream, message, data, self.left_seconds)
+                traffic = self._traffic[receiver]
+                if item.value == HIDDEN:
+                    traffic.hidden_bytes += len(data)
+                else:
+                    traffic.carried_bytes += len(data)
+        finally:
+            if stream is not None:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await stream.close()
+
+
+def check_peers(part: Part, peers: tuple[PeerAddress, ...]) -> None:
+    """Raise BadGraph unless the plan names a peer for every part that this one deals with."""
+    others = {i for stage in part.stages for _, i in (*stage.imports, *stage.exports)}
+    if not all(i < len(peers) for i in (*others, part.index)):
+        raise BadGraph(f"the plan names {len(peers)} peers; part {max(others)} is asked for")

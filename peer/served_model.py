@@ -1,0 +1,94 @@
+"""Everything that a host needs to serve a span of a model, loaded from a folder on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from glasshive.graph.outline import Outline
+from glasshive.graph.plan import Span
+from glasshive.graph.twin import build_twin, scan
+from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
+from glasshive.peer.self_test import self_test
+from glasshive.peer.span_model import SpanModel
+from glasshive.security.manifest import CLIENT_FILES, Manifest, ManifestFile
+
+OnProgress = Callable[[int, int], None]
+
+_READ_BYTES = 1 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded span, with what is known of the whole model."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    span: Span
+    model: SpanModel
+    twin: nn.Module
+    outline: Outline
+    attention: Attention
+
+
+def make_manifest(
+    folder: Path, name: str, on_progress: OnProgress = lambda done, total: None
+) -> Manifest:
+    """The manifest of the model in `folder`: its weights, configuration and tokenizer, hashed.
+
+    `on_progress(done_bytes, total_bytes)` is called as files are read.
+    """
+    wanted = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in CLIENT_FILES or path.name.endswith(_WEIGHT_SUFFIXES))
+    )
+    total = sum(path.stat().st_size for path in wanted)
+    done = 0
+    files = []
+    for path in wanted:
+        hasher = hashlib.sha256()
+        size = 0
+        with path.open("rb") as stream:
+            while data := stream.read(_READ_BYTES):
+                hasher.update(data)
+                size += len(data)
+                done += len(data)
+                on_progress(done, total)
+        files.append(ManifestFile(path.name, size, hasher.digest()))
+    return Manifest(name, tuple(files))
+
+
+def load_served_model(
+    folder: Path,
+    name: str,
+    span: Span | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: Attention = "sdpa",
+    manifest: Manifest | None = None,
+    on_hashing: OnProgress = lambda done, total: None,
+    on_loading: OnProgress = lambda done, total: None,
+) -> ServedModel:
+    """Load a span (None: the whole model) and check that its model type splits exactly.
+
+    Raises what Checkpoint raises, ModelTypeRefused from the self-test, and UnsupportedModel.
+    """
+    checkpoint = Checkpoint(folder)
+    self_test(checkpoint.config, attention)
+    chosen = span or Span(0, checkpoint.n_blocks)
+    known = manifest or make_manifest(folder, name, on_hashing)
+    model = checkpoint.load_span(
+        chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading
+    )
+    twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
+    outline = scan(twin, checkpoint.config)
+    return ServedModel(name, folder, known, chosen, model, twin, outline, attention)

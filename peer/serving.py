@@ -1,0 +1,105 @@
+"""A host on a transport: it answers traces, is found through the directory, and leaves cleanly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+
+import torch
+
+from glasshive.dht.announcer import Announcer
+from glasshive.dht.directory import serve_directory
+from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
+from glasshive.dht.transport import Transport
+from glasshive.graph.kernels import from_torch_dtype
+from glasshive.peer.host import Host, HostLimits
+from glasshive.peer.served_model import ServedModel
+from glasshive.peer.span_model import SpanModel
+from glasshive.security.keys import Identity
+
+_MEASURED_TOKENS = 16
+
+
+class Serving:
+    """One served span, announced until `close`. An async context manager."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        served: ServedModel,
+        *,
+        limits: HostLimits | None = None,
+        lifetime_seconds: float = MAX_LIFETIME_SECONDS,
+    ) -> None:
+        self.host = Host(transport, served, limits=limits)
+        self._transport = transport
+        record = record_of(transport, served, lifetime_seconds)
+        self._announcer = Announcer(transport, identity, record, lifetime_seconds)
+
+    async def start(self) -> None:
+        """Answer traces and directory requests, then announce. Raises what announcing raises."""
+        await self.host.start()
+        await serve_directory(self._transport)
+        await self._announcer.start()
+
+    async def close(self) -> None:
+        """Withdraw the record, so that no client comes any more, and stop what runs."""
+        await self._announcer.close()
+        self.host.close()
+
+    async def __aenter__(self) -> Serving:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+
+def record_of(transport: Transport, served: ServedModel, lifetime_seconds: float) -> PeerRecord:
+    """What this host announces of itself, with a measured speed."""
+    model = served.model
+    return PeerRecord(
+        model=ModelId(served.manifest.model_id),
+        model_name=served.name,
+        start=model.start,
+        end=model.end,
+        n_blocks=model.n_blocks,
+        dtype=from_torch_dtype(model.dtype).value,
+        backend=backend_class(model.device),
+        attention=served.attention,
+        throughput_tokens_per_second=measure_tokens_per_second(model),
+        addresses=transport.addresses[:4],
+        whitelist_version=0,
+        load=0.0,
+        software_version=importlib.metadata.version("glasshive"),
+        peer_id=transport.peer_id,
+        expires_at_seconds=transport.now() + lifetime_seconds,
+    )
+
+
+def backend_class(device: torch.device) -> str:
+    """Hardware and torch, within which results are bit-equal: `cpu torch-2.13`."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{kind} torch-{version}"
+
+
+def measure_tokens_per_second(model: SpanModel) -> float:
+    """Tokens a second through the whole span, from the second of two short passes."""
+    ids = torch.zeros((1, _MEASURED_TOKENS), dtype=torch.int64, device=model.device)
+    hidden = torch.zeros(
+        (1, _MEASURED_TOKENS, model.hidden_size), dtype=model.dtype, device=model.device
+    )
+    seconds = 0.0
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            if model.is_first:
+                model.run(input_ids=ids, hidden=None)
+            else:
+                model.run(input_ids=None, hidden=hidden)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds = time.perf_counter() - began
+    return _MEASURED_TOKENS / max(seconds, 1e-6)
