@@ -1,0 +1,804 @@
+"""What each torch function becomes in the op table.
+
+Most are one op under another name, one line in `_ROWS`. The rest are the rules below: views, which
+share memory; new tensors and random ones; indexing; and the few functions that torch gives in a
+form of its own backend (attention, losses, decompositions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from glasshive.client.errors import DataDependent, NotInTable, OutOfSight
+from glasshive.client.functional import View, intern_layout, layout_of
+from glasshive.client.lowering import (
+    REFUSED,
+    RULES,
+    Bound,
+    Build,
+    Fresh,
+    Operand,
+    Results,
+    Rule,
+    Shared,
+    edit,
+    refuse_left_over,
+    row,
+    rule,
+)
+from glasshive.client.source_lines import here
+from glasshive.graph.graph import Arg, Ref
+
+_UNARY: Final = (
+    "abs neg reciprocal relu frac sgn positive ceil floor trunc sign isnan isinf isfinite isposinf "
+    "isneginf signbit logical_not bitwise_not acos acosh angle asin asinh atan atanh cos cosh "
+    "digamma erf erfc erfinv exp exp2 expm1 hardsigmoid hardswish i0 lgamma log log10 log1p log2 "
+    "mish rsqrt selu sigmoid silu sin sinc sinh sqrt tan tanh"
+)
+
+_ROWS: Final = """
+round.default                                   = round(self)
+round.decimals                                  = round(self, decimals)
+special_logit.default logit.default             = logit(self, eps)
+nan_to_num.default                              = nan_to_num(self, nan, posinf, neginf)
+gelu.default                                    = gelu(self, approximate)
+elu.default                                     = elu(self, alpha, scale, input_scale)
+celu.default                                    = celu(self, alpha)
+leaky_relu.default                              = leaky_relu(self, negative_slope)
+hardtanh.default                                = hardtanh(self, min_val, max_val)
+hardshrink.default                              = hardshrink(self, lambd)
+softshrink.default                              = softshrink(self, lambd)
+threshold.default                               = threshold(self, threshold, value)
+softplus.default                                = softplus(self, beta, threshold)
+glu.default                                     = glu(self, dim)
+polar.default                                   = polar(abs, angle)
+complex.default                                 = complex(real, imag)
+conj_physical.default _conj_physical.default    = conj(self)
+add.Tensor add.Scalar                           = add(self, other, alpha)
+sub.Tensor sub.Scalar                           = sub(self, other, alpha)
+rsub.Tensor rsub.Scalar                         = rsub(self, other, alpha)
+mul.Tensor mul.Scalar                           = mul(self, other)
+div.Tensor div.Scalar                           = div(self, other)
+remainder.Tensor remainder.Scalar               = remainder(self, other)
+remainder.Scalar_Tensor                         = remainder(self, other)
+fmod.Tensor fmod.Scalar                         = fmod(self, other)
+pow.Tensor_Tensor pow.Tensor_Scalar pow.Scalar  = pow(self, exponent)
+xlogy.Tensor xlogy.Scalar_Self xlogy.Scalar_Other = xlogy(self, other)
+copysign.Tensor copysign.Scalar                 = copysign(self, other)
+maximum.default                                 = maximum(self, other)
+minimum.default                                 = minimum(self, other)
+fmax.default                                    = fmax(self, other)
+fmin.default                                    = fmin(self, other)
+atan2.default                                   = atan2(self, other)
+hypot.default                                   = hypot(self, other)
+logaddexp.default                               = logaddexp(self, other)
+logaddexp2.default                              = logaddexp2(self, other)
+heaviside.default                               = heaviside(self, values)
+eq.Tensor eq.Scalar                             = eq(self, other)
+ne.Tensor ne.Scalar                             = ne(self, other)
+lt.Tensor lt.Scalar                             = lt(self, other)
+le.Tensor le.Scalar                             = le(self, other)
+gt.Tensor gt.Scalar                             = gt(self, other)
+ge.Tensor ge.Scalar                             = ge(self, other)
+logical_and.default                             = logical_and(self, other)
+logical_or.default                              = logical_or(self, other)
+logical_xor.default                             = logical_xor(self, other)
+bitwise_and.Tensor bitwise_and.Scalar bitwise_and.Scalar_Tensor = bitwise_and(self, other)
+bitwise_or.Tensor bitwise_or.Scalar bitwise_or.Scalar_Tensor    = bitwise_or(self, other)
+bitwise_xor.Tensor bitwise_xor.Scalar bitwise_xor.Scalar_Tensor = bitwise_xor(self, other)
+bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_left_shift.Scalar_Tensor \
+= bitwise_left_shift(self, other)
+bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_right_shift.Scalar_Tensor \
+= bitwise_right_shift(self, other)
+__lshift__.Tensor __lshift__.Scalar             = bitwise_left_shift(self, other)
+__rshift__.Tensor __rshift__.Scalar             = bitwise_right_shift(self, other)
+lerp.Tensor lerp.Scalar                         = lerp(self, end, weight)
+addcmul.default                                 = addcmul(self, tensor1, tensor2, value)
+addcdiv.default                                 = addcdiv(self, tensor1, tensor2, value)
+clamp.default clamp.Tensor                      = clamp(self, min, max)
+clamp_min.default clamp_min.Tensor              = clamp(self, min, None)
+clamp_max.default clamp_max.Tensor              = clamp(self, None, max)
+where.self                                      = where(condition, self, other)
+masked_fill.Tensor masked_fill.Scalar           = masked_fill(self, mask, value)
+masked_scatter.default                          = masked_scatter(self, mask, source)
+prod.default                                    = prod(self, None, False, dtype)
+prod.dim_int                                    = prod(self, dim, keepdim, dtype)
+all.default                                     = all(self)
+any.default                                     = any(self)
+all.dim                                         = all(self, dim, keepdim)
+any.dim                                         = any(self, dim, keepdim)
+all.dims                                        = all(self, dim, keepdim)
+any.dims                                        = any(self, dim, keepdim)
+amax.default                                    = amax(self, dim, keepdim)
+amin.default                                    = amin(self, dim, keepdim)
+logsumexp.default                               = logsumexp(self, dim, keepdim)
+max.default                                     = max(self)
+min.default                                     = min(self)
+median.default                                  = median(self)
+nanmedian.default                               = nanmedian(self)
+argmax.default                                  = argmax(self, dim, keepdim)
+argmin.default                                  = argmin(self, dim, keepdim)
+max.dim                                         = max_dim(self, dim, keepdim)
+min.dim                                         = min_dim(self, dim, keepdim)
+median.dim                                      = median_dim(self, dim, keepdim)
+nanmedian.dim                                   = nanmedian_dim(self, dim, keepdim)
+mode.default                                    = mode(self, dim, keepdim)
+aminmax.default                                 = aminmax(self, dim, keepdim)
+linalg_vector_norm.default                      = vector_norm(self, ord, dim, keepdim, dtype)
+count_nonzero.default                           = count_nonzero(self, dim)
+count_nonzero.dim_IntList                       = count_nonzero(self, dim)
+trace.default                                   = trace(self)
+histc.default                                   = histc(self, bins, min, max)
+cumsum.default                                  = cumsum(self, dim, dtype)
+cumprod.default                                 = cumprod(self, dim, dtype)
+logcumsumexp.default                            = logcumsumexp(self, dim)
+cummax.default                                  = cummax(self, dim)
+cummin.default                                  = cummin(self, dim)
+sort.default                                    = sort(self, dim, descending)
+topk.default                                    = topk(self, k, dim, largest, sorted)
+kthvalue.default                                = kthvalue(self, k, dim, keepdim)
+renorm.default                                  = renorm(self, p, dim, maxnorm)
+index_select.default                            = index_select(self, dim, index)
+index_add.default                               = index_add(self, dim, index, source, alpha)
+index_copy.default                              = index_copy(self, dim, index, source)
+index_fill.int_Scalar index_fill.int_Tensor     = index_fill(self, dim, index, value)
+gather.default                                  = gather(self, dim, index)
+scatter.src                                     = scatter(self, dim, index, src)
+scatter.value                                   = scatter(self, dim, index, value)
+scatter_add.default                             = scatter_add(self, dim, index, src)
+scatter_reduce.two                    = scatter_reduce(self, dim, index, src, reduce, include_self)
+take.default                                    = take(self, index)
+put.default                                     = put(self, index, source, accumulate)
+embedding.default                               = embedding(weight, indices)
+isin.Tensor_Tensor                              = isin(elements, test_elements, invert)
+isin.Tensor_Scalar                              = isin(elements, test_element, invert)
+isin.Scalar_Tensor                              = isin(element, test_elements, invert)
+mm.default                                      = mm(self, mat2)
+bmm.default                                     = bmm(self, mat2)
+mv.default                                      = mv(self, vec)
+dot.default                                     = dot(self, tensor)
+addmm.default                                   = addmm(self, mat1, mat2, beta, alpha)
+addmv.default                                   = addmv(self, mat, vec, beta, alpha)
+baddbmm.default                                 = baddbmm(self, batch1, batch2, beta, alpha)
+addr.default                                    = addr(self, vec1, vec2, beta, alpha)
+linalg_cross.default                            = linalg_cross(self, other, dim)
+linalg_inv_ex.default                           = linalg_inv(A)
+_linalg_det.default                             = linalg_det(A)
+_linalg_slogdet.default                         = linalg_slogdet(A)
+_linalg_solve_ex.default                        = linalg_solve(A, B, left)
+linalg_solve_triangular.default = linalg_solve_triangular(self, B, upper, left, unitriangular)
+linalg_cholesky_ex.default                      = linalg_cholesky(self, upper)
+linalg_qr.default                               = linalg_qr(A, mode)
+linalg_pinv.atol_rtol_float                     = linalg_pinv(self, atol, rtol, hermitian)
+cat.default                                     = cat(tensors, dim)
+stack.default                                   = stack(tensors, dim)
+repeat.default                                  = repeat(self, repeats)
+flip.default                                    = flip(self, dims)
+roll.default                                    = roll(self, shifts, dims)
+tril.default                                    = tril(self, diagonal)
+triu.default                                    = triu(self, diagonal)
+diag_embed.default                              = diag_embed(self, offset, dim1, dim2)
+constant_pad_nd.default                         = constant_pad_nd(self, pad, value)
+select_scatter.default                          = select_scatter(self, src, dim, index)
+diagonal_scatter.default                        = diagonal_scatter(self, src, offset, dim1, dim2)
+multinomial.default                             = multinomial(self, num_samples, replacement)
+native_layer_norm.default       = layer_norm(input, normalized_shape, weight, bias, eps)
+rms_norm.default _fused_rms_norm.default        = rms_norm(input, normalized_shape, weight, eps)
+native_group_norm.default                       = group_norm(input, group, weight, bias, eps)
+convolution.default = convolution(input, weight, bias, stride, padding, dilation, transposed, \
+output_padding, groups)
+mse_loss.default                                = mse_loss(self, target, reduction)
+soft_margin_loss.default                        = soft_margin_loss(self, target, reduction)
+huber_loss.default                              = huber_loss(self, target, reduction, delta)
+smooth_l1_loss.default                          = smooth_l1_loss(self, target, reduction, beta)
+nll_loss_forward.default nll_loss2d_forward.default \
+= nll_loss(self, target, weight, reduction, ignore_index)
+binary_cross_entropy.default          = binary_cross_entropy(self, target, weight, reduction)
+binary_cross_entropy_with_logits.default \
+= binary_cross_entropy_with_logits(self, target, weight, pos_weight, reduction)
+log_sigmoid_forward.default                     = log_sigmoid(self)
+_fft_r2c.default                                = fft_r2c(self, dim, normalization, onesided)
+_fft_c2c.default                                = fft_c2c(self, dim, normalization, forward)
+_fft_c2r.default                                = fft_c2r(self, dim, normalization, last_dim_size)
+"""
+
+
+def _register_rows() -> None:
+    for name in _UNARY.split():
+        row(f"{name}.default = {name}(self)")
+    for line in _ROWS.replace("\\\n", "").strip().splitlines():
+        row(line)
+
+
+_register_rows()
+
+
+# Views -----------------------------------------------------------------------------------------
+
+
+def _view(build: Build, bound: Bound, name: str, *args: Arg, index: int = 0) -> Shared:
+    meta = build.metas[index]
+    view = View(name, args, layout_of(meta), int(meta.storage_offset()))
+    return Shared(bound["self"].index, (view,), view.layout)
+
+
+def _same(build: Build, bound: Bound) -> Shared:
+    return Shared(bound["self"].index, (), bound["self"].layout)
+
+
+@rule(
+    "view.default",
+    "_unsafe_view.default",
+    "_reshape_alias.default",
+    "unsqueeze.default",
+    "squeeze.default",
+    "squeeze.dim",
+    "squeeze.dims",
+)
+def _reshape(build: Build, bound: Bound) -> Results:
+    shape = layout_of(build.metas[0]).shape
+    if shape == bound["self"].layout.shape:
+        return _same(build, bound)
+    return _view(build, bound, "reshape", shape)
+
+
+@rule("alias.default", "lift_fresh.default", "lift.default", "view_as.default")
+def _alias(build: Build, bound: Bound) -> Results:
+    return _same(build, bound)
+
+
+@rule("detach.default")
+def _detach(build: Build, bound: Bound) -> Results:
+    return _view(build, bound, "detach")
+
+
+@rule("view_as_real.default", "view_as_complex.default")
+def _complex_view(build: Build, bound: Bound) -> Results:
+    return _view(build, bound, build.name.partition(".")[0])
+
+
+@rule("_conj.default")
+def _conj(build: Build, bound: Bound) -> Results:
+    return _view(build, bound, "conj")
+
+
+@rule("_neg_view.default")
+def _neg(build: Build, bound: Bound) -> Results:
+    return _view(build, bound, "neg")
+
+
+@rule("permute.default")
+def _permute(build: Build, bound: Bound) -> Results:
+    rank = len(bound["self"].layout.shape)
+    return _permuted(build, bound, [dim % rank for dim in bound["dims"]] if rank else [])
+
+
+@rule("transpose.int", "t.default")
+def _transpose(build: Build, bound: Bound) -> Results:
+    rank = len(bound["self"].layout.shape)
+    order = list(range(rank))
+    if rank:
+        first, second = bound.get("dim0", 0) % rank, bound.get("dim1", -1) % rank
+        order[first], order[second] = order[second], order[first]
+    return _permuted(build, bound, order)
+
+
+def _permuted(build: Build, bound: Bound, order: list[int]) -> Shared:
+    if order == sorted(order):
+        return _same(build, bound)
+    return _view(build, bound, "permute", tuple(order))
+
+
+@rule("expand.default")
+def _expand(build: Build, bound: Bound) -> Results:
+    have, want = bound["self"].layout.shape, layout_of(build.metas[0]).shape
+    if have == want:
+        return _same(build, bound)
+    if math.prod(have) == math.prod(want):  # only ones are put in front
+        return _view(build, bound, "reshape", want)
+    return _view(build, bound, "expand", want)
+
+
+@rule("slice.Tensor")
+def _slice(build: Build, bound: Bound) -> Results:
+    shape = bound["self"].layout.shape
+    dim = bound["dim"] % len(shape)
+    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(shape[dim])
+    if (start, step) == (0, 1) and stop == shape[dim]:
+        return _same(build, bound)
+    return _view(build, bound, "slice", dim, start, max(start, stop), step)
+
+
+@rule("select.int")
+def _select(build: Build, bound: Bound) -> Results:
+    shape = bound["self"].layout.shape
+    dim = bound["dim"] % len(shape)
+    return _view(build, bound, "select", dim, bound["index"] % shape[dim])
+
+
+@rule("diagonal.default")
+def _diagonal(build: Build, bound: Bound) -> Results:
+    rank = len(bound["self"].layout.shape)
+    return _view(
+        build, bound, "diagonal", bound["offset"], bound["dim1"] % rank, bound["dim2"] % rank
+    )
+
+
+@rule("unfold.default")
+def _unfold(build: Build, bound: Bound) -> Results:
+    rank = max(1, len(bound["self"].layout.shape))
+    return _view(build, bound, "unfold", bound["dimension"] % rank, bound["size"], bound["step"])
+
+
+@rule("split.Tensor", "split_with_sizes.default", "unbind.int")
+def _parts(build: Build, bound: Bound) -> Results:
+    whole = bound["self"].layout.shape
+    dim = bound["dim"] % len(whole)
+    parts: list[Shared] = []
+    start = 0
+    for index, meta in enumerate(build.metas):
+        if build.name == "unbind.int":
+            parts.append(_view(build, bound, "select", dim, index, index=index))
+            continue
+        stop = start + meta.shape[dim]
+        if stop - start == whole[dim]:
+            parts.append(_same(build, bound))
+        else:
+            parts.append(_view(build, bound, "slice", dim, start, stop, 1, index=index))
+        start = stop
+    return parts
+
+
+_VIEWS: Final = (
+    "view.default alias.default detach.default permute.default transpose.int t.default "
+    "expand.default slice.Tensor select.int diagonal.default unfold.default unsqueeze.default "
+    "squeeze.default squeeze.dim squeeze.dims"
+)
+
+
+def _register_view_copies() -> None:
+    """`diagonal_copy` and its like: the view's value, in memory of its own."""
+    for name in _VIEWS.split():
+        packet, _, overload = name.partition(".")
+
+        def copied(build: Build, bound: Bound, view_rule: Rule = RULES[name]) -> Results:
+            shared = view_rule(build, bound)
+            if not isinstance(shared, Shared) or not shared.views:
+                return Fresh(bound["self"].ref.node, layout_of(build.metas[0]))
+            (view,) = shared.views
+            return build.op(view.name, bound["self"], *view.args)
+
+        rule(f"{packet}_copy.{overload}")(copied)
+
+
+_register_view_copies()
+
+
+# Copies ----------------------------------------------------------------------------------------
+
+
+@rule("clone.default")
+def _clone(build: Build, bound: Bound) -> Results:
+    # A value never changes, so a copy of it is the value itself, in memory of its own.
+    return Fresh(bound["self"].ref.node, layout_of(build.metas[0]))
+
+
+@rule("_to_copy.default")
+def _to_copy(build: Build, bound: Bound) -> Results:
+    have, want = bound["self"].layout, layout_of(build.metas[0])
+    return Fresh(build.cast(bound["self"].ref, have.dtype, want.dtype).node, want)
+
+
+@rule("slice_scatter.default")
+def _slice_scatter(build: Build, bound: Bound) -> Results:
+    shape = bound["self"].layout.shape
+    dim = bound["dim"] % len(shape)
+    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(shape[dim])
+    return build.op(
+        "slice_scatter", bound["self"], bound["src"], dim, start, max(start, stop), step
+    )
+
+
+@edit("copy_.default")
+def _copy(build: Build, bound: Bound) -> Ref:
+    source: Operand = bound["src"]
+    return build.fit(source.ref, source.layout, build.layout)
+
+
+@edit("fill_.Scalar", "fill_.Tensor")
+def _fill(build: Build, bound: Bound) -> Ref:
+    value, want = bound["value"], build.layout
+    if not isinstance(value, Operand):
+        return build.full(want, value)
+    return build.fit(value.ref, value.layout, want)
+
+
+@edit("zero_.default")
+def _zero(build: Build, bound: Bound) -> Ref:
+    return build.full(build.layout, 0)
+
+
+# New tensors -----------------------------------------------------------------------------------
+
+
+@rule(
+    "zeros_like.default",
+    "empty_like.default",  # never uninitialised memory: it may hold another user's data
+    "new_zeros.default",
+    "new_empty.default",
+    "new_empty_strided.default",
+)
+def _zeros(build: Build, bound: Bound) -> Results:
+    return build.full(build.layout, 0)
+
+
+@rule("ones_like.default", "new_ones.default")
+def _ones(build: Build, bound: Bound) -> Results:
+    return build.full(build.layout, 1)
+
+
+@rule("full_like.default", "new_full.default")
+def _filled(build: Build, bound: Bound) -> Results:
+    value = bound["fill_value"]
+    if isinstance(value, Operand):
+        return build.fit(value.ref, value.layout, build.layout)
+    return build.full(build.layout, value)
+
+
+# Random numbers --------------------------------------------------------------------------------
+# Only the shape and dtype of the tensor matter, so a blank one stands for it: the draw depends on
+# nothing.
+
+
+def _drawn(build: Build, bound: Bound, op: str, *args: Any) -> Ref:
+    refuse_left_over(build, {"generator": bound.get("generator")})
+    return build.op(op, build.full(build.layout, 0), *args)
+
+
+@rule("rand_like.default")
+def _rand_like(build: Build, bound: Bound) -> Results:
+    return _drawn(build, bound, "rand_like", None)
+
+
+@rule("randn_like.default")
+def _randn_like(build: Build, bound: Bound) -> Results:
+    return _drawn(build, bound, "randn_like", None)
+
+
+@rule("randint_like.default", "randint_like.low_dtype")
+def _randint_like(build: Build, bound: Bound) -> Results:
+    return _drawn(build, bound, "randint_like", bound.get("low", 0), bound["high"], None)
+
+
+@rule("bernoulli.default")
+def _bernoulli(build: Build, bound: Bound) -> Results:
+    refuse_left_over(build, {"generator": bound["generator"]})
+    return build.op("bernoulli", bound["self"], None)
+
+
+@rule("bernoulli.p")
+def _bernoulli_p(build: Build, bound: Bound) -> Results:
+    return _drawn(build, bound, "bernoulli", bound["p"])
+
+
+@edit("bernoulli_.float")
+def _bernoulli_in_place(build: Build, bound: Bound) -> Ref:
+    return _drawn(build, bound, "bernoulli", bound["p"])
+
+
+@edit("bernoulli_.Tensor")
+def _bernoulli_from(build: Build, bound: Bound) -> Ref:
+    refuse_left_over(build, {"generator": bound["generator"]})
+    odds: Operand = bound["p"]
+    whole = build.fit(odds.ref, odds.layout, intern_layout(odds.layout.dtype, build.layout.shape))
+    return build.cast(build.op("bernoulli", whole, None), odds.layout.dtype, build.layout.dtype)
+
+
+@edit("normal_.default")
+def _normal(build: Build, bound: Bound) -> Ref:
+    return _drawn(build, bound, "normal", bound["mean"], bound["std"])
+
+
+@edit("uniform_.default")
+def _uniform(build: Build, bound: Bound) -> Ref:
+    low = bound["from"]
+    return _drawn(build, bound, "uniform", low, bound["to"])
+
+
+@edit("exponential_.default")
+def _exponential(build: Build, bound: Bound) -> Ref:
+    return _drawn(build, bound, "exponential", bound["lambd"])
+
+
+@edit("random_.from", "random_.to")
+def _random(build: Build, bound: Bound) -> Ref:
+    if bound["to"] is None:
+        raise NotInTable("random_() without an upper bound cannot be traced; give it", line=here())
+    return _drawn(build, bound, "randint_like", bound.get("from", 0), bound["to"], None)
+
+
+@rule("normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor")
+def _normal_of(build: Build, bound: Bound) -> Results:
+    drawn = _drawn(build, bound, "normal", 0.0, 1.0)
+    scaled = build.op("mul", drawn, bound["std"])
+    return build.op("add", scaled, bound["mean"])
+
+
+@rule("native_dropout.default")
+def _dropout(build: Build, bound: Bound) -> Results:
+    if bound["train"] is False or bound["p"] == 0:
+        return [Fresh(bound["input"].ref.node, layout_of(build.metas[0])), None]
+    return [build.op("dropout", bound["input"], bound["p"]), None]
+
+
+# Arithmetic ------------------------------------------------------------------------------------
+
+
+@rule("div.Tensor_mode", "div.Scalar_mode")
+def _div(build: Build, bound: Bound) -> Results:
+    return build.op("div", bound["self"], bound["other"], bound["rounding_mode"] or "none")
+
+
+@rule("floor_divide.default", "floor_divide.Scalar")
+def _floor_divide(build: Build, bound: Bound) -> Results:
+    return build.op("div", bound["self"], bound["other"], "floor")
+
+
+@rule("rad2deg.default")
+def _rad2deg(build: Build, bound: Bound) -> Results:
+    return build.op("mul", bound["self"], 180.0 / math.pi)
+
+
+@rule("deg2rad.default")
+def _deg2rad(build: Build, bound: Bound) -> Results:
+    return build.op("mul", bound["self"], math.pi / 180.0)
+
+
+@rule("dist.default")
+def _dist(build: Build, bound: Bound) -> Results:
+    apart = build.op("sub", bound["self"], bound["other"])
+    return build.op("vector_norm", apart, bound["p"])
+
+
+@rule("_prelu_kernel.default")
+def _prelu(build: Build, bound: Bound) -> Results:
+    scaled = build.op("mul", bound["weight"], bound["self"])
+    return build.op("where", build.op("gt", bound["self"], 0), bound["self"], scaled)
+
+
+@rule("_softmax.default", "_log_softmax.default")
+def _softmax(build: Build, bound: Bound) -> Results:
+    value = bound["self"].ref
+    if bound["half_to_float"]:
+        value = build.op("to", value, torch.float32)
+    return build.op(build.name.partition(".")[0].strip("_"), value, bound["dim"])
+
+
+@rule("_safe_softmax.default")
+def _safe_softmax(build: Build, bound: Bound) -> Results:
+    value = build.cast(bound["self"].ref, bound["self"].layout.dtype, build.layout.dtype)
+    soft = build.op("softmax", value, bound["dim"])
+    nothing = build.op("all", build.op("eq", bound["self"], -math.inf), bound["dim"], True)
+    return build.op("masked_fill", soft, nothing, 0.0)
+
+
+# Reductions ------------------------------------------------------------------------------------
+
+
+@rule("sum.default", "mean.default", "nansum.default", "sum.dim_IntList", "mean.dim")
+def _sum(build: Build, bound: Bound) -> Results:
+    name = build.name.partition(".")[0]
+    dims = bound.get("dim") or None
+    return build.op(name, bound["self"], dims, bound.get("keepdim", False), bound["dtype"])
+
+
+@rule("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
+def _var(build: Build, bound: Bound) -> Results:
+    name = build.name.partition(".")[0]
+    correction = 1 if bound["correction"] is None else bound["correction"]
+    args = (bound["self"], bound["dim"] or None, correction, bound["keepdim"])
+    return build.outputs(name, *args) if name.endswith("_mean") else build.op(name, *args)
+
+
+@rule("norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim_dtype")
+def _norm(build: Build, bound: Bound) -> Results:
+    order = 2.0 if bound["p"] is None else bound["p"]
+    dims, keepdim = bound.get("dim") or None, bound.get("keepdim", False)
+    return build.op("vector_norm", bound["self"], order, dims, keepdim, bound.get("dtype"))
+
+
+@rule("sort.stable")
+def _stable_sort(build: Build, bound: Bound) -> Results:
+    args = (bound["self"], bound["dim"], bound["descending"], bool(bound["stable"]))
+    return build.outputs("sort", *args)
+
+
+@rule("argsort.default", "argsort.stable")
+def _argsort(build: Build, bound: Bound) -> Results:
+    stable = bool(bound.get("stable", False))
+    return build.outputs("sort", bound["self"], bound["dim"], bound["descending"], stable)[1]
+
+
+@rule("searchsorted.Tensor", "searchsorted.Scalar")
+def _searchsorted(build: Build, bound: Bound) -> Results:
+    ordered = bound["sorted_sequence"]
+    if bound["sorter"] is not None:
+        ordered = build.op("gather", ordered, -1, bound["sorter"])
+    right = bound["right"] or bound["side"] == "right"
+    found = build.op("searchsorted", ordered, bound["self"], right)
+    return build.cast(found, torch.int64, build.layout.dtype)
+
+
+@rule("bucketize.Tensor", "bucketize.Scalar")
+def _bucketize(build: Build, bound: Bound) -> Results:
+    found = build.op("bucketize", bound["self"], bound["boundaries"], bound["right"])
+    return build.cast(found, torch.int64, build.layout.dtype)
+
+
+# Indexing --------------------------------------------------------------------------------------
+
+_MASKS: Final = (torch.bool, torch.uint8)
+
+
+@rule("index.Tensor", "_unsafe_index.Tensor")
+def _index(build: Build, bound: Bound) -> Results:
+    return build.op("index", bound["self"], bound["indices"])
+
+
+@rule("index_put.default", "_unsafe_index_put.default")
+def _index_put(build: Build, bound: Bound) -> Results:
+    whole: Operand = bound["self"]
+    indices: Sequence[Operand | None] = bound["indices"]
+    values: Operand = bound["values"]
+    if any(index is not None and index.layout.dtype in _MASKS for index in indices):
+        return _masked_put(build, whole, indices, values, bound["accumulate"])
+    return build.op("index_put", whole, indices, values, bound["accumulate"])
+
+
+def _masked_put(
+    build: Build,
+    whole: Operand,
+    indices: Sequence[Operand | None],
+    values: Operand,
+    accumulate: bool,
+) -> Ref:
+    """`h[mask] = v` where each masked place gets the same v, whatever their number."""
+    (mask, *others) = indices
+    if mask is not None and not any(others) and not accumulate:
+        rank = len(mask.layout.shape)
+        left = len(whole.layout.shape) - rank
+        shape = values.layout.shape
+        if len(shape) <= left or (len(shape) == left + 1 and shape[0] == 1):
+            wide = build.op("reshape", mask, mask.layout.shape + (1,) * left)
+            if mask.layout.dtype != torch.bool:
+                wide = build.op("to", wide, torch.bool)
+            value = values.ref if len(shape) <= left else build.op("reshape", values, shape[1:])
+            return build.op("where", wide, value, whole)
+    raise DataDependent(
+        "assigning to a traced mask needs as many values as are true, which is not known before "
+        "the model runs; assign one value, or use torch.where(mask, values, h)",
+        line=here(),
+    )
+
+
+@rule("scatter.reduce", "scatter.value_reduce")
+def _scatter_reduce(build: Build, bound: Bound) -> Results:
+    reduce = {"add": "sum", "multiply": "prod"}[bound["reduce"]]
+    source = bound.get("src")
+    if source is None:
+        shape = bound["index"].layout.shape
+        source = build.full(intern_layout(build.layout.dtype, shape), bound["value"])
+    return build.op("scatter_reduce", bound["self"], bound["dim"], bound["index"], source, reduce)
+
+
+# Matrices --------------------------------------------------------------------------------------
+
+
+@rule("vdot.default")
+def _vdot(build: Build, bound: Bound) -> Results:
+    if bound["self"].layout.dtype.is_complex:
+        return build.op("dot", build.op("conj", bound["self"]), bound["other"])
+    return build.op("dot", bound["self"], bound["other"])
+
+
+@rule("_cdist_forward.default")
+def _cdist(build: Build, bound: Bound) -> Results:
+    if bound["compute_mode"]:
+        raise NotInTable("cdist with compute_mode= cannot be traced; leave it out", line=here())
+    return build.op("cdist", bound["x1"], bound["x2"], bound["p"])
+
+
+@rule("_euclidean_dist.default")
+def _euclidean_dist(build: Build, bound: Bound) -> Results:
+    return build.op("cdist", bound["x1"], bound["x2"], 2.0)
+
+
+@rule("_linalg_check_errors.default")
+def _check_errors(build: Build, bound: Bound) -> Results:
+    return None  # peers run the checked form of each decomposition
+
+
+@rule("_linalg_eigh.default")
+def _eigh(build: Build, bound: Bound) -> Results:
+    return build.outputs("linalg_eigh", bound["A"], bound["UPLO"])
+
+
+@rule("_linalg_svd.default")
+def _svd(build: Build, bound: Bound) -> Results:
+    if bound["compute_uv"]:
+        return build.outputs("linalg_svd", bound["A"], bound["full_matrices"])
+    return [None, build.outputs("linalg_svd", bound["A"], False)[1], None]
+
+
+# Layers ----------------------------------------------------------------------------------------
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu.default")
+def _sdpa(build: Build, bound: Bound) -> Results:
+    q, k, v = bound["query"], bound["key"], bound["value"]
+    return build.op("sdpa", q, k, v, bound["attn_mask"], bound["is_causal"], bound["scale"], False)
+
+
+@rule(
+    "native_batch_norm.default",
+    "_native_batch_norm_legit_no_training.default",
+    "cudnn_batch_norm.default",
+)
+def _batch_norm(build: Build, bound: Bound) -> Results:
+    if bound.get("training") or bound["running_mean"] is None:
+        raise NotInTable(
+            "batch_norm in training mode would change its running statistics; call .eval() on the "
+            "module",
+            line=here(),
+        )
+    weights = (bound["weight"], bound["bias"], bound["running_mean"], bound["running_var"])
+    return build.op("batch_norm", bound["input"], *weights, bound["eps"])
+
+
+# Refused ---------------------------------------------------------------------------------------
+
+
+def _refuse(kind: type, packets: str, text: str) -> None:
+    for packet in packets.split():
+        REFUSED[packet] = (kind, text)
+
+
+NUMBER_TEXT: Final = (
+    "Python needs the number in a traced value (item, bool, int, an index), which exists only when "
+    "the model runs; use torch.where for a choice, gather or index_select for an index, or save "
+    "the value and go on in a second trace"
+)
+_refuse(DataDependent, "_local_scalar_dense item is_nonzero", NUMBER_TEXT)
+_refuse(
+    DataDependent,
+    "equal allclose",
+    "torch.equal and torch.allclose need the numbers, which exist only when the model runs; save "
+    "both values and compare them after the block, or record (a == b).all().save()",
+)
+_refuse(
+    DataDependent,
+    "nonzero nonzero_numpy masked_select _unique _unique2 unique_dim unique_consecutive "
+    "unique_dim_consecutive bincount argwhere repeat_interleave.Tensor",
+    "the shape of this result depends on the numbers, which exist only when the model runs; use "
+    "torch.where, masked_fill, topk or sort, or save the value and go on after the block",
+)
+_refuse(
+    OutOfSight,
+    "as_strided as_strided_ as_strided_scatter resize_ resize_as_ set_ view.dtype",
+    "strides and storage do not exist in a graph; use reshape, slices, unfold or .to(dtype)",
+)
+_refuse(
+    OutOfSight,
+    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ detach_ rename_ _resize_output_",
+    "an in-place change of shape cannot be traced; use the form without the underscore",
+)
+_refuse(
+    NotInTable,
+    "_transformer_encoder_layer_fwd _native_multi_head_attention",
+    "torch's fused encoder layer is in use; leave torch.backends.mha.set_fastpath_enabled(False) "
+    "as it is inside a trace",
+)

@@ -1,0 +1,172 @@
+"""A recorded trace, finished: simplified, put into passes, with the shape of every value."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glasshive.client.job import PassInput
+from glasshive.client.prompts import Tokens
+from glasshive.client.sites import Sites
+from glasshive.client.source_lines import Mark, SourceLine, here, resolve
+from glasshive.client.traced import TracedTensor
+from glasshive.graph.budget import Bill, Budget, admit
+from glasshive.graph.codec import graph_digest
+from glasshive.graph.errors import GraphError, NoRoots, UnseenWrite
+from glasshive.graph.graph import Graph, Node, NodeId, Ref, Save, Write
+from glasshive.graph.order import DEFAULT_PASS_ROWS, Passes, assign_passes
+from glasshive.graph.outline import Outline
+from glasshive.graph.simplify import simplify
+from glasshive.graph.tensors import TensorSpec
+from glasshive.graph.twin import Calls, surroundings
+from glasshive.security.keys import PeerId
+
+_UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace is run. `pass_rows`: the most rows of one forward pass."""
+
+    batching: Literal["shared", "alone"] = "shared"
+    pass_rows: int = DEFAULT_PASS_ROWS
+    deadline_seconds: float = 300.0
+    retries: int = 2
+    avoid: frozenset[PeerId] = field(default_factory=frozenset)
+    show_progress: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a result came from.
+
+    `hops`: (peer id, span, its own compute seconds, hidden-state bytes and carried bytes that it
+    sent on, saved bytes that it sent back) for every peer of the route. No peer was audited.
+    """
+
+    model_id: str
+    dtype: str
+    attention: str
+    graph_digest: bytes
+    hops: tuple[tuple[PeerId, str, float, int, int, int], ...]
+    seconds: float
+    sent_bytes: int
+    received_bytes: int
+    passes: int
+    retried: int
+    audited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What is run: a graph in passes, the inputs, and where in the user's code each node stands."""
+
+    outline: Outline
+    graph: Graph
+    passes: Passes
+    bill: Bill
+    specs: Mapping[NodeId, TensorSpec]
+    consts: Mapping[bytes, Tensor]
+    inputs: tuple[PassInput, ...]
+    saves: Mapping[str, TracedTensor]
+    marks: Mapping[NodeId, Mark]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the graph's bytes."""
+        return graph_digest(self.graph)
+
+    def line_of(self, node_id: int | None) -> SourceLine | None:
+        """The user's line of a node."""
+        return None if node_id is None else resolve(self.marks.get(NodeId(node_id)))
+
+    def saved_specs(self) -> dict[str, TensorSpec]:
+        """What every save will be, by name."""
+        return {
+            node.name: self.specs[node.value.node]
+            for node in self.graph.nodes.values()
+            if isinstance(node, Save)
+        }
+
+
+def finish(
+    sites: Sites, tokens: Sequence[Tokens], calls: Calls, options: TraceOptions
+) -> Experiment:
+    """The experiment that `sites` recorded. The recording itself stays as it is.
+
+    Raises NoRoots, UnequalLengths and what else the rules of a graph say, at the user's line;
+    warns of every write that nothing saved can see.
+    """
+    recorder = sites.recorder
+    saved = {name: Ref(tensor._alias.value()) for name, tensor in recorder.saves.items()}
+    effects: list[tuple[Node, Mark]] = list(sites.writes())
+    effects += [(Save(ref, name), recorder.mark_of(ref.node)) for name, ref in saved.items()]
+    nodes = dict(recorder.nodes)
+    marks = {node_id: recorder.mark_of(node_id) for node_id in nodes}
+    for node_id, (node, mark) in enumerate(effects, start=max(nodes, default=-1) + 1):
+        nodes[NodeId(node_id)] = node
+        marks[NodeId(node_id)] = mark
+    try:
+        graph, unseen = simplify(Graph(nodes), sites.outline)
+        _warn_of(unseen, nodes, marks)
+        passes = assign_passes(
+            graph,
+            sites.outline,
+            sites.invokes,
+            pass_rows=options.pass_rows,
+            alone=options.batching == "alone",
+        )
+        bill = admit(graph, surroundings(sites.outline, calls, passes), _UNBOUNDED)
+    except NoRoots as error:
+        raise NoRoots(f"{_prefix(here())}{error}") from None
+    except GraphError as error:
+        if error.node is not None:
+            line = resolve(marks.get(NodeId(error.node)))
+            error.args = (f"{_prefix(line)}{error}",)
+        raise
+    specs = {i: spec for i, spec in bill.specs.items() if isinstance(spec, TensorSpec)}
+    digests = {node.digest for node in graph.nodes.values() if hasattr(node, "digest")}
+    consts = {name: recorder.consts[name][1] for name in digests}
+    inputs = tuple(_pass_input(one.invokes, tokens) for one in passes.passes)
+    return Experiment(
+        sites.outline, graph, passes, bill, specs, consts, inputs, dict(recorder.saves), marks
+    )
+
+
+def _pass_input(invokes: Sequence[int], tokens: Sequence[Tokens]) -> PassInput:
+    mine = [tokens[i] for i in invokes]
+    ids = torch.cat([one.input_ids for one in mine])
+    if mine[0].attention_mask is None:
+        return PassInput(ids)
+    positions = [one.position_ids for one in mine]
+    return PassInput(
+        ids,
+        torch.cat([one.mask for one in mine]),
+        torch.cat([one for one in positions if one is not None]),
+    )
+
+
+def _warn_of(
+    unseen: Sequence[NodeId], nodes: Mapping[NodeId, Node], marks: Mapping[NodeId, Mark]
+) -> None:
+    for node_id in unseen:
+        node = nodes[node_id]
+        where = node.site if isinstance(node, Write) else getattr(node, "module", "a module")
+        text = (
+            f"nothing that is saved can see this edit of {where}, so it is dropped; save a value "
+            "from a later module of the same invoke"
+        )
+        line = resolve(marks.get(node_id))
+        if line is None:
+            warnings.warn(text, UnseenWrite, stacklevel=2)
+        else:
+            warnings.warn_explicit(f"{line}: {text}", UnseenWrite, line.file, line.line)
+
+
+def _prefix(line: SourceLine | None) -> str:
+    return f"{line}: " if line else ""

@@ -1,0 +1,169 @@
+"""A model's configuration and tokenizer, fetched from any peer and treated as hostile.
+
+Only files from a closed list are asked for, each within its size limit, and each is compared with
+the manifest before it is kept; the manifest is compared with the model's id. Files are kept by
+their hash, so a second connection needs no peer for them. No code of a model is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glasshive.client.errors import BadModelFiles
+from glasshive.dht.errors import SwarmError
+from glasshive.dht.messages import FILES_PROTOCOL, AskFile, File, decode, encode
+from glasshive.dht.tensor_frames import receive_bytes
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.errors import SecurityError
+from glasshive.security.manifest import (
+    CLIENT_FILES,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    decode_manifest,
+)
+
+# Whole numbers of a configuration decide how much memory the twin's tables take.
+_MAX_CONFIG_INT = 1 << 24
+_MAX_BLOCKS = 1024
+_REFUSED_KEYS = ("auto_map", "custom_pipelines", "quantization_config")
+
+
+async def fetch_model_files(
+    transport: Transport,
+    peers: Sequence[PeerAddress],
+    model_id: str,
+    cache: Path,
+    deadline_seconds: float,
+) -> Path:
+    """A folder with the configuration and tokenizer of a model, taken from the first good peer.
+
+    Raises BadModelFiles if no peer gave files that fit the model's id, naming what each did.
+    """
+    folder = cache / model_id
+    if (folder / MANIFEST).exists():
+        return folder
+    problems = []
+    for peer in peers:
+        try:
+            return await _fetch_from(transport, peer, model_id, cache, deadline_seconds)
+        except (SwarmError, SecurityError, BadModelFiles) as error:
+            problems.append(f"{peer.peer_id[-8:]}: {error}")
+    raise BadModelFiles(
+        f"no peer gave the files of model {model_id[:16]}...: {'; '.join(problems) or 'none known'}"
+    )
+
+
+async def _fetch_from(
+    transport: Transport,
+    peer: PeerAddress,
+    model_id: str,
+    cache: Path,
+    deadline_seconds: float,
+) -> Path:
+    stream = await transport.open_stream(peer, FILES_PROTOCOL, deadline_seconds)
+    try:
+
+        async def ask(name: str, limit_bytes: int) -> bytearray:
+            await stream.send(encode(AskFile(model_id, name)), b"", deadline_seconds)
+            frame = await stream.receive(deadline_seconds)
+            size_bytes = decode(frame.header, File).size_bytes
+            if size_bytes > limit_bytes:
+                raise BadModelFiles(
+                    f"{name} of {size_bytes} bytes; at most {limit_bytes} are taken"
+                )
+            return await receive_bytes(stream, frame, size_bytes, deadline_seconds)
+
+        raw = await ask(MANIFEST, MAX_MANIFEST_BYTES)
+        manifest = decode_manifest(raw, model_id)
+        files: dict[str, bytes | bytearray] = {MANIFEST: raw}
+        for one in manifest.files:
+            if one.name in CLIENT_FILES:
+                data = await ask(one.name, min(CLIENT_FILES[one.name], one.size_bytes))
+                manifest.check_file(one.name, data)
+                files[one.name] = data
+    finally:
+        await stream.close()
+    return _keep(files, cache, manifest)
+
+
+def _keep(files: dict[str, bytes | bytearray], cache: Path, manifest: Manifest) -> Path:
+    """Put the files in place all at once, so that nobody sees half of them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / manifest.model_id
+    with tempfile.TemporaryDirectory(dir=cache) as made:
+        for name, data in files.items():
+            (Path(made) / name).write_bytes(data)
+        final = Path(made).with_suffix(".whole")
+        os.rename(made, final)
+        try:
+            os.rename(final, folder)
+        except OSError:  # another process was first; its files have the same hashes
+            for left in final.iterdir():
+                left.unlink()
+            final.rmdir()
+        Path(made).mkdir()  # for the context manager to remove
+    return folder
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder of fetched files. Raises BadModelFiles."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModelFiles(f"the model's config.json cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadModelFiles("the model's config.json is not an object")
+    for key in _REFUSED_KEYS:
+        tree.pop(key, None)
+    _check_integers(tree)
+    model_type = tree.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise BadModelFiles(
+            f"the model's type is {str(model_type)[:40]!r}, which this release of transformers does "
+            "not know; update glasshive"
+        )
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(tree)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadModelFiles(f"the model's config.json is refused: {error}") from error
+    blocks = config.get_text_config().num_hidden_layers
+    if not isinstance(blocks, int) or not 0 < blocks <= _MAX_BLOCKS:
+        raise BadModelFiles(f"a model of {blocks} blocks; from 1 to {_MAX_BLOCKS} are taken")
+    return config
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in a folder of fetched files; None if the model has none."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadModelFiles(f"the model's tokenizer cannot be read: {error}") from error
+
+
+def _check_integers(tree: Any) -> None:
+    work = [tree]
+    while work:
+        one = work.pop()
+        if isinstance(one, dict):
+            work.extend(one.values())
+        elif isinstance(one, list):
+            work.extend(one)
+        elif type(one) is int and abs(one) > _MAX_CONFIG_INT:
+            raise BadModelFiles(
+                f"a whole number of {one:.3g} in config.json; at most {_MAX_CONFIG_INT} is taken"
+            )

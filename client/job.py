@@ -1,0 +1,270 @@
+"""Running a plan over the peers of a route: prepare all, then run, gather saves, end everywhere.
+
+The state of a job: `preparing` (every peer checks its part) -> `running` (inputs have left) ->
+`done`, `failed` or `cancelled`. Input leaves only after every peer has accepted. Whatever the end
+is, every stream is closed, which frees the trace on its peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from glasshive.client.errors import BadAnswer, PeerFailed, PeerLost, TraceTimeout
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    MalformedMessage,
+    PeerUnreachable,
+    StreamClosed,
+    TransportError,
+)
+from glasshive.dht.framing import Stream
+from glasshive.dht.messages import (
+    TRACE_PROTOCOL,
+    Accepted,
+    Cancel,
+    Constant,
+    Done,
+    Failed,
+    Input,
+    Need,
+    Prepare,
+    Run,
+    Saved,
+    decode,
+    encode,
+    spec_of,
+)
+from glasshive.dht.tensor_frames import receive_tensor, send_tensor
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.graph.kernels import spec_of as spec_of_tensor
+from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
+from glasshive.graph.plan import Part, Plan
+from glasshive.graph.plan_codec import encode_part
+from glasshive.graph.tensors import TensorSpec
+
+State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassInput:
+    """One pass's tokens: int64 `[batch, seq]`. Mask and positions only if a row is padded."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+@dataclass
+class HopReport:
+    """What one peer did: its own compute time, and the bytes that it sent on or back."""
+
+    peer: PeerAddress
+    part: Part
+    compute_seconds: float = 0.0
+    hidden_bytes: int = 0
+    carried_bytes: int = 0
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass
+class Job:
+    """One plan on one route. Create it, `run` it once, `cancel` it at any time."""
+
+    transport: Transport
+    plan: Plan
+    peers: Sequence[PeerAddress]  # by the parts' index
+    model_id: str
+    dtype: str
+    inputs: Sequence[PassInput]
+    consts: Mapping[bytes, Tensor]
+    expected: Mapping[str, TensorSpec]  # the saves, by name
+    trace_id: bytes
+    deadline_seconds: float
+    clock: Callable[[], float] = time.monotonic
+    on_change: Callable[[Job], None] = lambda job: None
+    state: State = "preparing"
+    saves: dict[str, Tensor] = field(default_factory=dict)
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    hops: list[HopReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
+        self.began_at = self.clock()
+
+    @property
+    def left_seconds(self) -> float:
+        """How long the job may still take."""
+        return max(self.began_at + self.deadline_seconds - self.clock(), 0.0)
+
+    async def run(self) -> dict[str, Tensor]:
+        """The saved tensors by name, on the CPU.
+
+        Raises PeerFailed for what a peer refused or what failed there, PeerLost for a peer that
+        cannot be reached or is gone, BadAnswer for one that breaks the protocol, TraceTimeout.
+        """
+        streams: list[Stream] = []
+        try:
+            async with asyncio.timeout(self.deadline_seconds):
+                await self._together(self._prepare(hop, streams) for hop in self.hops)
+                self._change("running")
+                by_peer: dict[str, Stream] = {stream.peer_id: stream for stream in streams}
+                await self._together(self._run_hop(hop, by_peer) for hop in self.hops)
+        except TimeoutError:
+            self._change("failed")
+            raise TraceTimeout(
+                f"the trace was not done after {self.deadline_seconds:g} s; allow more with "
+                "deadline=, or look at glasshive status for a slow peer"
+            ) from None
+        except asyncio.CancelledError:
+            self._change("cancelled")
+            await asyncio.gather(*(_cancel(stream) for stream in streams), return_exceptions=True)
+            raise
+        except BaseException:
+            self._change("failed")
+            raise
+        finally:
+            await asyncio.gather(*(stream.close() for stream in streams), return_exceptions=True)
+        missing = sorted(set(self.expected) - set(self.saves))
+        if missing:
+            self._change("failed")
+            last = self.hops[-1].peer.peer_id
+            raise BadAnswer(f"the peers said they were done, but {missing} never came", peer=last)
+        self._change("done")
+        return self.saves
+
+    async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for one in several:
+                    tasks.create_task(one)
+        except BaseExceptionGroup as group:
+            # A peer that says what is wrong tells more than the ones that only lost contact.
+            causes: list[BaseException] = list(group.exceptions)
+            raise min(causes, key=lambda e: not isinstance(e, PeerFailed)) from None
+
+    async def _prepare(self, hop: HopReport, streams: list[Stream]) -> None:
+        with _blaming(hop, "while it was asked to prepare"):
+            stream = await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.left_seconds)
+            streams.append(stream)
+            prepare = Prepare(
+                self.trace_id,
+                self.model_id,
+                self.dtype,
+                [[peer.peer_id, list(peer.addresses)] for peer in self.peers],
+                float(self.left_seconds),
+            )
+            body = encode_part(hop.part, self.plan.passes)
+            await stream.send(encode(prepare), body, self.left_seconds)
+            self.sent_bytes += len(body)
+            frame = await stream.receive(self.left_seconds)
+            need = decode(frame.header, Need, Failed)
+            if isinstance(need, Failed):
+                raise _failure(hop, need)
+            for name in need.digests:
+                tensor = self.consts.get(name)
+                if tensor is None:
+                    raise MalformedMessage("asked for a constant that is not in the trace")
+                spec = spec_of_tensor(tensor)
+                data = tensor_to_bytes(tensor)
+                await send_tensor(
+                    stream, Constant(spec.dtype.value, list(spec.shape)), data, self.left_seconds
+                )
+                self.sent_bytes += len(data)
+            frame = await stream.receive(self.left_seconds)
+            answer = decode(frame.header, Accepted, Failed)
+            if isinstance(answer, Failed):
+                raise _failure(hop, answer)
+            hop.peak_bytes = answer.peak_bytes
+
+    async def _run_hop(self, hop: HopReport, streams: Mapping[str, Stream]) -> None:
+        with _blaming(hop, "while it ran its part"):
+            stream = streams[hop.peer.peer_id]
+            for stage in hop.part.stages:
+                if stage.forward:
+                    await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
+            await stream.send(encode(Run()), b"", self.left_seconds)
+            while True:
+                frame = await stream.receive(self.left_seconds)
+                message = decode(frame.header, Saved, Done, Failed)
+                if isinstance(message, Failed):
+                    raise _failure(hop, message)
+                if isinstance(message, Done):
+                    hop.compute_seconds = message.compute_seconds
+                    hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
+                    hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
+                    return
+                spec = spec_of(message.dtype, message.shape)
+                wanted = self.expected.get(message.name)
+                if wanted is None or message.name in self.saves or spec != wanted:
+                    raise MalformedMessage(
+                        f"sent {message.name[:40]!r} as {spec}; "
+                        f"{wanted or 'nothing of that name'} is expected"
+                    )
+                data = await receive_tensor(stream, frame, spec, self.left_seconds)
+                self.saves[message.name] = tensor_from_bytes(spec, data)
+                hop.saved_bytes += len(data)
+                self.received_bytes += len(data)
+                self.on_change(self)
+
+    async def _send_inputs(self, stream: Stream, pass_index: int, first: bool) -> None:
+        one = self.inputs[pass_index]
+        named = {
+            "input_ids": one.input_ids if first else None,
+            "attention_mask": one.attention_mask,
+            "position_ids": one.position_ids,
+        }
+        for name, tensor in named.items():
+            if tensor is not None:
+                message = Input(pass_index, name, "int64", list(tensor.shape))
+                data = tensor_to_bytes(tensor.to(torch.int64))
+                await send_tensor(stream, message, data, self.left_seconds)
+                self.sent_bytes += len(data)
+
+    def _change(self, state: State) -> None:
+        self.state = state
+        self.on_change(self)
+
+
+async def _cancel(stream: Stream) -> None:
+    await stream.send(encode(Cancel()), b"", 1.0)
+
+
+def _failure(hop: HopReport, message: Failed) -> PeerFailed:
+    return PeerFailed(
+        message.text,
+        code=message.code,
+        node=message.node if message.node >= 0 else None,
+        peer=hop.peer.peer_id,
+        span=hop.part.span,
+    )
+
+
+class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
+    """Turns what the network says about one peer into an error that names the peer."""
+
+    def __init__(self, hop: HopReport, doing: str) -> None:
+        self.hop = hop
+        self.doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        who = f"peer {self.hop.peer.peer_id} (blocks {self.hop.part.span})"
+        if isinstance(error, MalformedMessage):
+            raise BadAnswer(f"{who}: {error}", peer=self.hop.peer.peer_id) from error
+        if isinstance(error, DeadlineExceeded):
+            raise TraceTimeout(f"{who} did not answer in time {self.doing}: {error}") from error
+        if isinstance(error, PeerUnreachable | StreamClosed | TransportError):
+            raise PeerLost(
+                f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id
+            ) from error

@@ -1,0 +1,127 @@
+"""A model as the researcher sees it: its module tree, its tokenizer, and `trace`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from glasshive.client.constants import Constants
+from glasshive.client.experiment import Experiment, Provenance, TraceOptions
+from glasshive.client.modules import Module
+from glasshive.client.prompts import Prompt, Tokens, tokenize
+from glasshive.client.tracer import Tracer
+from glasshive.graph.outline import Outline
+from glasshive.graph.twin import Calls
+from glasshive.security.keys import PeerId
+
+
+class Runner(Protocol):
+    """What runs a model's experiments: a swarm, reached over some transport."""
+
+    def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
+        """Run it and fill what was saved."""
+
+    def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
+        """What it would take."""
+
+    def describe(self) -> str:
+        """Who serves what, for people."""
+
+
+class Model(Module):
+    """A language model that others host. Weights never come here.
+
+    `config` and `tokenizer` are transformers' own; `model_id` is the manifest's hash.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model_id: str,
+        config: Any,
+        tokenizer: Any,
+        twin: nn.Module,
+        outline: Outline,
+        runner: Runner,
+    ) -> None:
+        super().__init__(self, "")
+        self.__dict__.update(
+            name=name,
+            model_id=model_id,
+            config=config,
+            tokenizer=tokenizer,
+            twin=twin,
+            outline=outline,
+            calls=Calls(twin, outline.blocks_path),
+            constants=Constants(),
+            _runner=runner,
+        )
+
+    # For type checkers: these are written past Module.__setattr__.
+    name: str
+    model_id: str
+    config: Any
+    tokenizer: Any
+    twin: nn.Module
+    outline: Outline
+    calls: Calls
+    constants: Constants
+    _runner: Runner
+
+    def trace(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        batching: Literal["shared", "alone"] = "shared",
+        pass_rows: int | None = None,
+        deadline: float = 300.0,
+        retries: int = 2,
+        avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
+        progress: bool | None = None,
+    ) -> Tracer:
+        """Record the body of a `with` block, and run it on the swarm when the block ends.
+
+        With a `prompt` the block is about this prompt; without one, `tracer.invoke(prompt)` blocks
+        inside it each are about theirs. Invokes of equal length share forward passes of at most
+        `pass_rows` rows; `batching="alone"` gives every invoke its own. `deadline` is in seconds;
+        `retries` is how often a trace that lost a peer is run again on another route.
+        """
+        options = TraceOptions(
+            batching=batching,
+            deadline_seconds=float(deadline),
+            retries=retries,
+            avoid=frozenset(avoid),
+            show_progress=progress,
+            **({} if pass_rows is None else {"pass_rows": pass_rows}),
+        )
+        return Tracer(self, prompt, options)
+
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """The token ids of a prompt, checked against the model. Raises BadPrompt."""
+        return tokenize(
+            prompt,
+            self.tokenizer,
+            vocabulary_tokens=self.outline.vocabulary_tokens,
+            max_tokens=self.outline.max_positions_tokens,
+        )
+
+    def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
+        """Run a finished experiment; what it saves is filled in."""
+        return self._runner.run(experiment, options)
+
+    def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
+        """What a finished experiment would take."""
+        return self._runner.estimate(experiment, options)
+
+    def nearest(self, path: str, name: str) -> str:
+        """The names beside `name` under `path` that are most like it, for a message."""
+        known = [one for one in self.outline.modules if one.rpartition(".")[0] == path and one]
+        names = [one.rpartition(".")[2] for one in known]
+        return " or ".join(difflib.get_close_matches(name, names, n=2, cutoff=0.5))
+
+    def __repr__(self) -> str:
+        return f"{self.twin!r}\n{self._runner.describe()}"

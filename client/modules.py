@@ -1,0 +1,282 @@
+"""The model's module tree as the researcher writes it: `model.model.layers[5].mlp.output`.
+
+A `Module` is a path and what the twin knows of it; it holds no weights. Inside a trace `.output`,
+`.input` and `.inputs` are traced tensors of the current invoke, parameters are read-only traced
+tensors, and calling a module applies the model's own one to traced values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from glasshive.client.errors import NotInATrace, TraceError
+from glasshive.client.source_lines import here
+from glasshive.client.traced import TracedTensor
+from glasshive.graph.errors import NotASite
+from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
+from glasshive.graph.outline import ModuleInfo
+from glasshive.graph.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from glasshive.client.model import Model
+    from glasshive.client.tracer import Tracer
+
+
+class NamedValues(dict[str, Any]):
+    """A module's output that has names, such as `logits`: a dictionary, also by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            names = ", ".join(self) or "none"
+            raise AttributeError(f"this output has no {name!r}; it has {names}") from None
+
+
+class Module:
+    """One module of the model, by its Hugging Face path."""
+
+    def __init__(self, model: Model, path: str) -> None:
+        # Written past __setattr__, which is for the researcher's assignments.
+        self.__dict__.update(_model=model, _path=path)
+
+    @property
+    def path(self) -> str:
+        """The path, such as `model.layers.5.mlp`; empty for the whole model."""
+        return str(self.__dict__["_path"])
+
+    # Sites ----------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returns: a traced tensor, or a tuple or mapping of them.
+
+        What stands in a tuple and is no tensor (a cache, None) is None. Raises NotInATrace, NotASite.
+        """
+        return self._tree("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._set_tree("output", value)
+
+    @property
+    def input(self) -> TracedTensor:
+        """The module's first tensor argument, positional or by name."""
+        return self._tracer().read(self._first_input())
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._tracer().assign(self._first_input(), value)
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All arguments: positional ones as a tuple, named ones as a dictionary."""
+        tracer = self._tracer()
+        info = self._info()
+        self._require(info, "input")
+        positional: dict[int, Any] = {}
+        named: dict[str, Any] = {}
+        for leaf in info.inputs:
+            value = tracer.read(Site(self.path, "input", leaf.path))
+            first = leaf.path[0]
+            target: dict[Any, Any] = positional if isinstance(first, int) else named
+            target[first] = _nest(target.get(first), leaf.path[1:], value)
+        args = tuple(_as_tuple(positional.get(i)) for i in range(max(positional, default=-1) + 1))
+        return args, {name: _as_tuple(value) for name, value in named.items()}
+
+    def skip(self, value: Any) -> None:
+        """Refused in this release: see the error's text."""
+        from glasshive.graph.errors import NotYet
+
+        raise NotYet(f"{_at()}{self.path}.skip(...) is not in this release yet")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TracedTensor:
+        """The model's own module applied to traced values, with edits off.
+
+        Raises ShapeMismatch if the module refuses them, NotASite if it gives no single tensor.
+        """
+        tracer = self._tracer()
+        if kwargs or not args or not all(isinstance(arg, Tensor) for arg in args):
+            raise TraceError(
+                f"{self.path}(...) takes tensors by position in a trace; call a part of it, or "
+                "write the rest with torch",
+                line=here(),
+            )
+        recorder = tracer.sites.recorder
+        specs = tuple(TensorSpec(_dtype(arg), tuple(arg.shape)) for arg in args)
+        result = self._model.calls.spec(self.path, specs)
+        node = recorder.add(Call(self.path, tuple(Ref(recorder.value(arg)) for arg in args)))
+        return recorder.traced(node, result)
+
+    # Tree -----------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        path = f"{self.path}.{name}" if self.path else name
+        if path in self._model.outline.modules:
+            return Module(self._model, path)
+        info = self._info()
+        if name in info.params:
+            return self._parameter(name)
+        near = self._model.nearest(self.path, name)
+        raise AttributeError(
+            f"{_at()}{self.path or 'the model'} ({info.kind}) has no module or parameter {name!r}"
+            + (f"; did you mean {near}?" if near else "; print(model) shows what there is")
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("output", "input"):
+            raise AttributeError(
+                f"{_at()}{self.path}.{name} cannot be assigned; .output and .input can, and weights "
+                "are read-only"
+            )
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        children = self._children()
+        if isinstance(index, slice):
+            return [Module(self._model, path) for path in children[index]]
+        try:
+            return Module(self._model, children[index])
+        except IndexError:
+            raise IndexError(
+                f"{_at()}{self.path} has {len(children)} modules; index {index} is outside"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._children())
+
+    def __iter__(self) -> Iterator[Module]:
+        return (Module(self._model, path) for path in self._children())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Module) and (other.path, other._model) == (self.path, self._model)
+
+    def __hash__(self) -> int:
+        return hash((self.path, id(self._model)))
+
+    def __dir__(self) -> list[str]:
+        prefix = f"{self.path}." if self.path else ""
+        names = {
+            path[len(prefix) :].split(".", 1)[0]
+            for path in self._model.outline.modules
+            if path.startswith(prefix) and path
+        }
+        return sorted({*object.__dir__(self), *names, *self._info().params})
+
+    def __repr__(self) -> str:
+        return f"{self.path or 'model'}: {self._twin_module()!r}"
+
+    # ----------------------------------------------------------------------------------------
+
+    def _twin_module(self) -> nn.Module:
+        return self._model.twin.get_submodule(self.path)
+
+    def _info(self) -> ModuleInfo:
+        return self._model.outline.module(self.path)
+
+    def _children(self) -> list[str]:
+        module = self._twin_module()
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            raise TypeError(f"{_at()}{self.path} ({self._info().kind}) is not a list of modules")
+        return [f"{self.path}.{name}" for name, _ in module.named_children()]
+
+    def _tracer(self) -> Tracer:
+        from glasshive.client.tracer import current_tracer
+
+        tracer = current_tracer()
+        if tracer is None or tracer.model is not self._model:
+            raise NotInATrace(
+                f"{_at()}{self.path or 'the model'} is used outside a trace; open one with "
+                "`with model.trace(prompt):`"
+            )
+        return tracer
+
+    def _parameter(self, name: str) -> TracedTensor:
+        recorder = self._tracer().sites.recorder
+        spec = self._model.outline.param(self.path, name)
+        return recorder.traced(recorder.add(Param(self.path, name)), spec)
+
+    def _require(self, info: ModuleInfo, io: IO) -> None:
+        try:
+            self._model.outline.event(Site(info.path, io))
+        except NotASite as error:
+            raise NotASite(f"{_at()}{error}") from None
+
+    def _first_input(self) -> Site:
+        info = self._info()
+        self._require(info, "input")
+        if not info.inputs:
+            raise NotASite(f"{_at()}{self.path}.input is no tensor whose rows can be told apart")
+        return Site(self.path, "input", info.inputs[0].path)
+
+    def _tree(self, io: IO) -> Any:
+        tracer = self._tracer()
+        info = self._info()
+        self._require(info, io)
+        leaves = info.outputs if io == "output" else info.inputs
+        if not leaves:
+            raise NotASite(f"{_at()}{self.path}.{io} holds no tensor whose rows can be told apart")
+        tree: Any = None
+        for leaf in leaves:
+            tree = _nest(tree, leaf.path, tracer.read(Site(self.path, io, leaf.path)))
+        return _as_tuple(tree)
+
+    def _set_tree(self, io: IO, value: Any) -> None:
+        tracer = self._tracer()
+        info = self._info()
+        self._require(info, io)
+        leaves = info.outputs if io == "output" else info.inputs
+        if len(leaves) == 1 and leaves[0].path == ():
+            tracer.assign(Site(self.path, io, ()), value)
+            return
+        if not isinstance(value, tuple | list | dict):
+            raise TraceError(
+                f"{self.path}.{io} is a {'tuple' if isinstance(leaves[0].path[0], int) else 'dict'}, "
+                f"but a {type(value).__name__} is assigned; assign to a part of it, such as "
+                f"{self.path}.{io}[0][:] = ..., or give a whole tuple",
+                line=here(),
+            )
+        for leaf in leaves:
+            part = value
+            for step in leaf.path:
+                try:
+                    part = part[step]
+                except (KeyError, IndexError, TypeError):
+                    raise TraceError(
+                        f"what is assigned to {self.path}.{io} has no part {step!r}", line=here()
+                    ) from None
+            tracer.assign(Site(self.path, io, leaf.path), part)
+
+
+def _nest(tree: Any, path: LeafPath, value: Any) -> Any:
+    """`tree` (dictionaries by index or name) with `value` put in at `path`."""
+    if not path:
+        return value
+    inner = {} if tree is None else tree
+    inner[path[0]] = _nest(inner.get(path[0]), path[1:], value)
+    return inner
+
+
+def _as_tuple(tree: Any) -> Any:
+    """Dictionaries by index as tuples, with None where nothing was put in; the rest by name."""
+    if not isinstance(tree, dict):
+        return tree
+    if all(isinstance(key, int) for key in tree):
+        return tuple(_as_tuple(tree.get(index)) for index in range(max(tree) + 1))
+    return NamedValues({key: _as_tuple(value) for key, value in tree.items()})
+
+
+def _dtype(tensor: Tensor) -> Any:
+    from glasshive.graph.kernels import from_torch_dtype
+
+    return from_torch_dtype(tensor.dtype)
+
+
+def _at() -> str:
+    line = here()
+    return f"{line}: " if line else ""

@@ -1,0 +1,142 @@
+"""Choosing the peers of a trace: a chain of spans over the blocks that it needs.
+
+One manifest, dtype, quantisation and attention backend from end to end: they are never mixed
+silently. Among the chains of one kind the one with the fewest hops wins, then the least loaded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from glasshive.client.errors import NoRoute
+from glasshive.dht.records import PeerRecord
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.plan import Span
+from glasshive.security.keys import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Peers with ascending spans; `records[i]` hosts `spans[i]`."""
+
+    records: tuple[PeerRecord, ...]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans, in order."""
+        return tuple(Span(one.start, one.end) for one in self.records)
+
+    @property
+    def peers(self) -> tuple[PeerAddress, ...]:
+        """Who hosts them, and where."""
+        return tuple(PeerAddress(one.peer_id, one.addresses) for one in self.records)
+
+
+def choose_route(
+    records: Sequence[PeerRecord],
+    needed: Collection[int],
+    n_blocks: int,
+    *,
+    avoid: Collection[PeerId] = (),
+) -> Route:
+    """A route over the `needed` blocks.
+
+    The blocks from 0 on without a gap are covered by a chain in which each span starts where the
+    one before it ended; single blocks behind them (the home of a head or a parameter) by any peer
+    behind the chain. Raises NoRoute, naming the missing blocks and who serves the rest.
+    """
+    usable = [one for one in records if one.peer_id not in avoid and one.n_blocks == n_blocks]
+    depth = next(i for i in range(n_blocks + 1) if i not in needed)
+    extra = sorted(block for block in needed if block > depth)
+    best: tuple[tuple[int, float], list[PeerRecord]] | None = None
+    for same in _by_class(usable):
+        found = _chain(same, depth, extra)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    if best is None:
+        raise NoRoute(_why_none(usable, sorted(needed), avoid))
+    return Route(tuple(best[1]))
+
+
+def _by_class(records: Iterable[PeerRecord]) -> list[list[PeerRecord]]:
+    classes: dict[tuple[str, str, str], list[PeerRecord]] = {}
+    for one in records:
+        classes.setdefault((one.dtype, one.quantisation, one.attention), []).append(one)
+    return list(classes.values())
+
+
+def _chain(
+    records: Sequence[PeerRecord], depth: int, extra: Sequence[int]
+) -> tuple[tuple[int, float], list[PeerRecord]] | None:
+    """The best chain over `[0, depth)` and then the extra blocks, with its (hops, load)."""
+    by_start: dict[int, list[PeerRecord]] = {}
+    for one in records:
+        by_start.setdefault(one.start, []).append(one)
+    counter = 0  # breaks ties, so that records are never compared
+    heap: list[tuple[int, float, int, int, list[PeerRecord]]] = [(0, 0.0, counter, 0, [])]
+    done: set[int] = set()
+    while heap:
+        hops, load, _, at, chain = heapq.heappop(heap)
+        if at >= depth:
+            rest = _cover_extra(records, at, extra)
+            if rest is not None:
+                return (hops + len(rest), load), [*chain, *rest]
+        if at in done:
+            continue
+        done.add(at)
+        for one in by_start.get(at, ()):
+            counter += 1
+            heapq.heappush(heap, (hops + 1, load + one.load, counter, one.end, [*chain, one]))
+    return None
+
+
+def _cover_extra(
+    records: Sequence[PeerRecord], at: int, extra: Sequence[int]
+) -> list[PeerRecord] | None:
+    chosen: list[PeerRecord] = []
+    for block in extra:
+        if block < at:
+            continue
+        here = [one for one in records if one.start >= at and one.start <= block < one.end]
+        if not here:
+            return None
+        best = min(here, key=lambda one: one.load)
+        chosen.append(best)
+        at = best.end
+    return chosen
+
+
+def _why_none(
+    records: Sequence[PeerRecord], needed: Sequence[int], avoid: Collection[PeerId]
+) -> str:
+    served = {block for one in records for block in range(one.start, one.end)}
+    missing = [block for block in needed if block not in served]
+    who = ", ".join(
+        f"{one.start}:{one.end} {one.dtype} by {one.peer_id[-8:]}"
+        for one in sorted(records, key=lambda one: (one.start, one.end))
+    )
+    lost = f"; {len(avoid)} lost peers are left out" if avoid else ""
+    if missing:
+        text = f"no route: nobody serves blocks {_ranges(missing)}"
+    else:
+        text = (
+            "no route: every needed block is served, but no chain of spans of one dtype and "
+            "attention backend fits together end to start"
+        )
+    return (
+        f"{text} (served now: {who or 'nothing'}{lost}); start the missing part with "
+        "`glasshive serve MODEL --blocks A:B`"
+    )
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """Blocks as `0:10, 20:30`, with ends that are not in."""
+    parts: list[list[int]] = []
+    for block in blocks:
+        if parts and parts[-1][1] == block:
+            parts[-1][1] = block + 1
+        else:
+            parts.append([block, block + 1])
+    return ", ".join(f"{start}:{end}" for start, end in parts)

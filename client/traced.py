@@ -1,0 +1,591 @@
+"""The tensor that a user holds inside a trace.
+
+A `TracedTensor` is a `torch.Tensor` without data: it has a dtype and a shape, says that it lies on
+the CPU (any other device makes dataless constants or ends the process), and hands every call that
+torch dispatches to `_record`. So `isinstance`, einops, `torch.nn.functional` and modules of the
+user's own work on it as on any tensor.
+
+After its trace it is either filled, and then a plain tensor in all but name (saved.py), or it was
+not saved, and any use says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+
+import torch
+
+import glasshive.client.canonical  # noqa: F401  (fills the rules of lowering)
+from glasshive.client.canonical import NUMBER_TEXT
+from glasshive.client.errors import (
+    AmbientState,
+    DataDependent,
+    Misfit,
+    NotSaved,
+    OutOfSight,
+    TraceError,
+)
+from glasshive.client.functional import Alias, Cell, DeadCell, Layout, layout_of
+from glasshive.client.lowering import Fresh, Given, Out, Plan, Shared, lower
+from glasshive.client.source_lines import here
+from glasshive.graph.errors import NotYet
+from glasshive.graph.graph import Arg, NodeId, Ref
+
+if TYPE_CHECKING:
+    from glasshive.client.recorder import Recorder
+
+_PLANS_MAX: Final = 16_384
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+class TracedTensor(torch.Tensor):
+    """A value of the graph, seen through an alias of a cell."""
+
+    _alias: Alias
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def wrap(alias: Alias) -> TracedTensor:
+        """A traced tensor that shows what `alias` sees."""
+        tensor: TracedTensor = make_wrapper(TracedTensor, alias.layout)
+        tensor._alias = alias
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _record(func, args, kwargs)
+
+    # What the user asks of a value --------------------------------------------------------------
+
+    def save(self) -> TracedTensor:
+        """Bring this value back: after the block it is a tensor. Returns itself."""
+        recorder = _open_recorder(self)
+        return recorder.save(self)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        state = "traced" if self._alias.cell.recorder.is_open else "not saved"
+        return f"<{state} tensor {self._alias.layout}>"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return repr(self)
+        _refuse(self, DataDependent, NUMBER_TEXT)
+
+    # Devices do not exist in a trace ------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Convert to a dtype. A device is ignored: the peer that computes decides."""
+        kept = []
+        copy = kwargs.pop("copy", False)
+        dtype = kwargs.pop("dtype", None)
+        other = kwargs.pop("other", None)
+        kwargs.pop("device", None)
+        kwargs.pop("non_blocking", None)
+        for position, arg in enumerate(args):
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            elif isinstance(arg, torch.Tensor):
+                other = arg
+            elif isinstance(arg, bool):
+                kept.append((position, arg))
+        if len(kept) > 1:  # non_blocking, copy
+            copy = kept[1][1]
+        if other is not None:
+            dtype = other.dtype
+        if dtype is None and not copy and "memory_format" not in kwargs:
+            _open_recorder(self)
+            return self
+        return super().to(self.dtype if dtype is None else dtype, copy=copy, **kwargs)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Itself: the peer that computes decides on the device."""
+        return self.to()
+
+    def cuda(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Itself: the peer that computes decides on the device."""
+        return self.to()
+
+    def type(self, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        """The name of the tensor's type, or the value converted to `dtype`."""
+        if dtype is None:
+            return super().type()
+        if isinstance(dtype, str):
+            named = _TYPE_NAMES.get(dtype.rpartition(".")[2])
+            if named is None:
+                raise Misfit(f"type({dtype!r:.40}): no such tensor type", line=here())
+            dtype = named
+        elif not isinstance(dtype, torch.dtype):
+            dtype = dtype.dtype
+        return self.to(dtype)
+
+    # Copies -------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __copy__(self) -> torch.Tensor:
+        return self.detach()
+
+    # Numbers, which do not exist yet ------------------------------------------------------------
+
+    def _no_number(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(self, DataDependent, NUMBER_TEXT)
+
+    item = __bool__ = __int__ = __float__ = __index__ = __complex__ = _no_number
+    tolist = __contains__ = _no_number
+
+    # Memory, which does not exist at all ----------------------------------------------------------
+
+    def _no_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(
+            self,
+            OutOfSight,
+            "a traced value has no memory here, so NumPy, pickle, storage and other libraries "
+            "cannot see it; use torch functions, or save it and use it after the block",
+        )
+
+    numpy = __array__ = __array_wrap__ = __reduce_ex__ = __reduce__ = __dlpack__ = _no_memory
+    data_ptr = untyped_storage = storage = _typed_storage = storage_type = _no_memory
+    share_memory_ = pin_memory = __dlpack_device__ = is_set_to = _no_memory
+    __getstate__ = __setstate__ = new = _no_memory
+
+    def _no_python(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(
+            self,
+            OutOfSight,
+            "apply_ and map_ run Python on every number, which exists only when the model runs; "
+            "use torch functions",
+        )
+
+    apply_ = map_ = map2_ = _no_python
+
+    def _no_gradient(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _open_recorder(self)
+        raise NotYet(
+            f"{_line_prefix()}gradients through a traced model are not in this release; save the "
+            "activations and differentiate what comes after them outside the block"
+        )
+
+    backward = register_hook = retain_grad = register_post_accumulate_grad_hook = _no_gradient
+
+    # Properties that torch answers in C -----------------------------------------------------------
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same value through the same memory."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: object) -> NoReturn:
+        _refuse(self, OutOfSight, "assigning to .data cannot be traced; use h.copy_(value)")
+
+    @property
+    def grad(self) -> Any:
+        """Raises NotYet."""
+        self._no_gradient()
+
+    @grad.setter
+    def grad(self, value: object) -> NoReturn:
+        self._no_gradient()
+
+
+def make_wrapper(kind: type[torch.Tensor], layout: Layout) -> Any:
+    """A tensor of a subclass, without data, that says it lies on the CPU."""
+    return _make(kind, layout.shape, strides=layout.strides, dtype=layout.dtype, device=_CPU)
+
+
+_make: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+_CPU: Final = torch.device("cpu")
+_TYPE_NAMES: Final = {
+    "DoubleTensor": torch.float64,
+    "FloatTensor": torch.float32,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "LongTensor": torch.int64,
+    "IntTensor": torch.int32,
+    "ShortTensor": torch.int16,
+    "CharTensor": torch.int8,
+    "ByteTensor": torch.uint8,
+    "BoolTensor": torch.bool,
+}
+
+
+def _line_prefix() -> str:
+    line = here()
+    return f"{line}: " if line is not None else ""
+
+
+def _open_recorder(tensor: TracedTensor) -> Recorder:
+    recorder = tensor._alias.cell.recorder
+    if not recorder.is_open:
+        raise NotSaved(not_saved_text(tensor))
+    return recorder
+
+
+def _refuse(tensor: TracedTensor, kind: type[TraceError], text: str) -> NoReturn:
+    _open_recorder(tensor)
+    raise kind(text, line=here())
+
+
+def not_saved_text(tensor: TracedTensor) -> str:
+    """Why a traced tensor that is used after its trace has no value."""
+    alias = tensor._alias
+    recorder = alias.cell.recorder
+    if recorder.was_saved(tensor):
+        return (
+            f"{_line_prefix()}the saved value {alias.layout} has no value, because its trace has "
+            "not brought results back"
+        )
+    made = None if isinstance(alias.cell, DeadCell) else recorder.line_of(alias.cell.vid)
+    where = f", made at {made}," if made is not None else ""
+    return (
+        f"{_line_prefix()}the value {alias.layout}{where} was not saved, so it did not come back; "
+        "call .save() on it inside the trace"
+    )
+
+
+# Recording ---------------------------------------------------------------------------------------
+
+
+def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """Add one call of torch to the graph. Returns what torch would."""
+    normalise = _NORMALISE.get(func)
+    if normalise is not None:
+        func, args, kwargs = normalise(func, args, kwargs or {})
+    key: list[Any] = [func]
+    tensors: list[Any] = []
+    _flatten(args, key, tensors)
+    if kwargs:
+        for name, value in kwargs.items():
+            key.append(name)
+            _flatten((value,), key, tensors)
+    recorder = _recorder_of(tensors)
+    if recorder is None:
+        return func(*args, **(kwargs or {}))
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _any_autocast():
+        _check_ambient()
+    cache_key = tuple(key)
+    plan = _plans.get(cache_key)
+    if plan is None:
+        plan = lower(func, args, kwargs or {}, _is_traced)
+        while len(_plans) >= _PLANS_MAX:
+            del _plans[next(iter(_plans))]
+        _plans[cache_key] = plan
+    if plan.writes:
+        return _replay_edit(recorder, plan, tensors)
+    values = _replay(recorder, plan, tensors) if plan.steps or plan.needs else ()
+    form = plan.form
+    if form is torch.Tensor:
+        return _result(recorder, plan.outs[0], values, tensors)
+    results = [_result(recorder, out, values, tensors) for out in plan.outs]
+    return None if form is None else form(results)
+
+
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def _is_traced(value: object) -> bool:
+    return isinstance(value, TracedTensor)
+
+
+def _flatten(args: Sequence[Any], key: list[Any], tensors: list[Any]) -> None:
+    """Append what the call's plan depends on, and its tensors in order.
+
+    Numbers go with their type: in Python 1 == 1.0 == True.
+    """
+    for arg in args:
+        kind = type(arg)
+        if kind is TracedTensor:
+            key.append(arg._alias.layout)
+            tensors.append(arg)
+        elif kind is int or kind is bool:
+            key.append(kind)
+            key.append(arg)
+        elif kind is float:
+            key.append(kind)
+            key.append(arg if arg * 0.0 == 0.0 and arg else repr(arg))  # -0.0 == 0.0, nan != nan
+        elif kind is list or kind is tuple:
+            key.append("[")
+            _flatten(arg, key, tensors)
+            key.append("]")
+        elif isinstance(arg, torch.Tensor):
+            key.append("plain")
+            key.append(layout_of(arg))
+            tensors.append(arg)
+        else:
+            key.append(arg)
+
+
+def _recorder_of(tensors: Sequence[Any]) -> Recorder | None:
+    """The open recorder of the traced tensors; None if there are none.
+
+    Raises NotSaved for one whose trace is over, TraceError if they belong to two traces.
+    """
+    recorder: Recorder | None = None
+    for tensor in tensors:
+        if isinstance(tensor, TracedTensor):
+            owner = tensor._alias.cell.recorder
+            if owner is recorder:
+                continue
+            if not owner.is_open:
+                raise NotSaved(not_saved_text(tensor))
+            if recorder is not None:
+                raise TraceError(
+                    "values of two traces meet in one call; save one of them, and use it in the "
+                    "other trace",
+                    line=here(),
+                )
+            recorder = owner
+    return recorder
+
+
+def _check_ambient() -> None:
+    if torch.is_inference_mode_enabled():
+        raise AmbientState(
+            "torch.inference_mode() is open inside the trace, which hides what torch computes; "
+            "leave it out: recording needs no gradients anyway",
+            line=here(),
+        )
+    if torch.is_grad_enabled():
+        raise AmbientState(
+            "gradients are switched on inside the trace (torch.enable_grad(), or another thread), "
+            "but a graph records values only; leave it out",
+            line=here(),
+        )
+    for device in _AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(device):
+            raise AmbientState(
+                f"torch.autocast({device!r}) is open inside the trace; traced values are on no "
+                "device, so it would silently do nothing; convert with .to(dtype), or use "
+                "torch.autocast('cpu')",
+                line=here(),
+            )
+
+
+_AUTOCAST_DEVICES: Final = ("cuda", "mps", "xpu", "hpu", "mtia")
+
+
+def _replay(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Sequence[NodeId]:
+    """Add the steps of a plan to the graph.
+
+    The result holds the node of each step, then those of the operands from the last to the first,
+    so that a plan's negative numbers find theirs.
+    """
+    operands: list[NodeId | None] = [None] * len(tensors)
+    for index in plan.needs:
+        tensor = tensors[index]
+        if isinstance(tensor, TracedTensor):
+            operands[-1 - index] = tensor._alias.value()
+        else:
+            operands[-1 - index] = recorder.const(tensor)
+    values: list[Any] = []
+    for step in plan.steps:
+        args = list(step.args)
+        for position in step.refs:
+            arg = args[position]
+            if type(arg) is Ref:
+                node = arg.node
+                args[position] = Ref(values[node] if node >= 0 else operands[node])  # type: ignore[arg-type]
+            else:
+                args[position] = _replace(arg, values, operands)
+        if step.seed is not None:
+            args[step.seed] = recorder.draw_seed()
+        values.append(recorder.add_op(step.op, tuple(args)))
+    values.extend(operands)
+    return values
+
+
+def _replace(arg: Any, values: Sequence[Any], operands: Sequence[Any]) -> Arg:
+    if type(arg) is Ref:
+        return Ref(values[arg.node] if arg.node >= 0 else operands[arg.node])
+    if type(arg) is tuple:
+        return tuple(_replace(item, values, operands) for item in arg)
+    return arg  # type: ignore[no-any-return]
+
+
+def _result(
+    recorder: Recorder, out: Out, values: Sequence[NodeId], tensors: Sequence[Any]
+) -> torch.Tensor:
+    if isinstance(out, Fresh):
+        return TracedTensor.wrap(Cell(recorder, values[out.source], out.layout).root)
+    if isinstance(out, Shared):
+        alias: Alias = tensors[out.operand]._alias
+        for view in out.views:
+            alias = alias.through(view)
+        return TracedTensor.wrap(alias)
+    if isinstance(out, Given):
+        given: torch.Tensor = tensors[out.operand]
+        return given
+    return TracedTensor.wrap(DeadCell(recorder, out.layout, out.reason).root)
+
+
+def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
+    """Compute what an in-place call writes, and write it."""
+    for index, value in plan.writes:
+        alias: Alias = tensors[index]._alias
+        others = [
+            t._alias for i, t in enumerate(tensors) if i != index and isinstance(t, TracedTensor)
+        ]
+        if plan.is_copy:
+            # `h[i] += v` ends in a copy of the part to itself.
+            if any(other is alias for other in others):
+                return tensors[index]
+        elif any(alias.overlaps_partly(other) for other in others):
+            raise OutOfSight(
+                "the destination and another argument share some of their memory, which torch "
+                "refuses; call .clone() on the argument first",
+                line=here(),
+            )
+
+        def compute(value: NodeId = value) -> NodeId:
+            return _replay(recorder, plan, tensors)[value]
+
+        alias.cell.edit(alias, compute)
+    results = [_result(recorder, out, (), tensors) for out in plan.outs]
+    if plan.form is None:
+        return None
+    return results[0] if plan.form is torch.Tensor else plan.form(results)
+
+
+# Calls whose plan depends on the numbers in plain tensors -----------------------------------------
+
+Args: TypeAlias = "Sequence[Any]"
+Kwargs: TypeAlias = "Mapping[str, Any]"
+Call: TypeAlias = "tuple[Any, Args, Kwargs]"
+_aten: Final = torch.ops.aten
+
+
+def _number(value: Any) -> Any:
+    """A plain 0-dim tensor as a number; anything else as None."""
+    if (
+        isinstance(value, torch.Tensor)
+        and not isinstance(value, TracedTensor)
+        and value.dim() == 0
+        and not value.dtype.is_complex
+        and value.device.type != "meta"
+    ):
+        return value.item()
+    return None
+
+
+def _fill_with(func: Any, args: Args, kwargs: Kwargs) -> Call:
+    """`copy_` or `fill_` of a plain number is `fill_.Scalar`."""
+    destination, source = args[0], args[1] if len(args) > 1 else kwargs.get("value")
+    number = _number(source)
+    if number is None:
+        return func, args, kwargs
+    if not destination.dtype.is_floating_point and (number != number or number in _INFINITIES):
+        return func, args, kwargs  # no int is that number: torch decides what it becomes
+    return _aten.fill_.Scalar, (destination, number), {}
+
+
+_INFINITIES: Final = (float("inf"), float("-inf"))
+
+
+def _masked_fill_with(func: Any, args: Args, kwargs: Kwargs) -> Call:
+    number = _number(args[2])
+    if number is None:
+        return func, args, kwargs
+    packet = _aten.masked_fill if func is _aten.masked_fill.Tensor else _aten.masked_fill_
+    return packet.Scalar, (args[0], args[1], number), {}
+
+
+def _tolerances(func: Any, args: Args, kwargs: Kwargs) -> Call:
+    atol, rtol = _number(kwargs.get("atol")), _number(kwargs.get("rtol"))
+    for name, number in (("atol", atol), ("rtol", rtol)):
+        if number is None and kwargs.get(name) is not None:
+            return func, args, kwargs
+    rest = {name: value for name, value in kwargs.items() if name == "hermitian"}
+    return _aten.linalg_pinv.atol_rtol_float, args, {"atol": atol, "rtol": rtol, **rest}
+
+
+def _indices(func: Any, args: Args, kwargs: Kwargs) -> Call:
+    """Plain masks become the indices of what is true; plain indices are checked."""
+    whole, indices, *rest = args
+    flat: list[Any] = []
+    for index in indices:
+        plain = isinstance(index, torch.Tensor) and not isinstance(index, TracedTensor)
+        dim = len(flat)
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if plain:
+                flat.extend(_of_mask(whole, dim, index))
+                continue
+            if func is _aten.index.Tensor or func is _aten._unsafe_index.Tensor:
+                raise DataDependent(
+                    "indexing by a traced mask has as many elements as are true, which is not "
+                    "known before the model runs; use torch.where(mask, h, 0), h * mask, or "
+                    "h.masked_fill",
+                    line=here(),
+                )
+        if plain and index.numel() and dim < whole.dim():
+            _check_bounds(whole, dim, index)
+        flat.append(index)
+    return func, (whole, flat, *rest), kwargs
+
+
+def _of_mask(whole: torch.Tensor, dim: int, mask: torch.Tensor) -> Sequence[torch.Tensor]:
+    axes = list(whole.shape[dim : dim + mask.dim()])
+    if list(mask.shape) != axes:
+        raise Misfit(
+            f"a mask of shape {list(mask.shape)} does not fit the axes {axes} that it indexes",
+            line=here(),
+        )
+    return mask.nonzero().unbind(1) if mask.dim() else (mask,)
+
+
+def _along(func: Any, args: Args, kwargs: Kwargs) -> Call:
+    """Plain indices along one axis are checked, where torch itself would look at them."""
+    whole, dim, index = args[:3]
+    plain = isinstance(index, torch.Tensor) and not isinstance(index, TracedTensor)
+    if plain and index.numel() and whole.numel() and whole.dim():
+        from_end = func in (_aten.index_fill.int_Scalar, _aten.index_fill_.int_Scalar)
+        _check_bounds(whole, dim % whole.dim(), index, from_end)
+    return func, args, kwargs
+
+
+def _check_bounds(
+    whole: torch.Tensor, dim: int, index: torch.Tensor, from_end: bool = True
+) -> None:
+    low, high, size = int(index.min()), int(index.max()), whole.shape[dim]
+    lowest = -size if from_end else 0
+    if low < lowest or high >= size:
+        raise Misfit(
+            f"index {low if low < lowest else high} is out of bounds for axis {dim} of size {size}",
+            line=here(),
+        )
+
+
+_NORMALISE: Final[Mapping[Any, Callable[[Any, Args, Kwargs], Call]]] = {
+    _aten.copy_.default: _fill_with,
+    _aten.fill_.Tensor: _fill_with,
+    _aten.masked_fill.Tensor: _masked_fill_with,
+    _aten.masked_fill_.Tensor: _masked_fill_with,
+    _aten.linalg_pinv.atol_rtol_tensor: _tolerances,
+    _aten.index.Tensor: _indices,
+    _aten.index_put.default: _indices,
+    _aten.index_put_.default: _indices,
+    _aten._unsafe_index.Tensor: _indices,
+    _aten.index_select.default: _along,
+    _aten.index_add.default: _along,
+    _aten.index_add_.default: _along,
+    _aten.index_copy.default: _along,
+    _aten.index_copy_.default: _along,
+    _aten.index_fill.int_Scalar: _along,
+    _aten.index_fill_.int_Scalar: _along,
+    _aten.gather.default: _along,
+    _aten.scatter.src: _along,
+    _aten.scatter.value: _along,
+    _aten.scatter_.src: _along,
+    _aten.scatter_.value: _along,
+    _aten.scatter_add.default: _along,
+    _aten.scatter_add_.default: _along,
+}

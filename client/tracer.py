@@ -1,0 +1,163 @@
+"""`with model.trace(prompt) as tracer:`: the body is recorded, and run when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from glasshive.client.errors import TraceError
+from glasshive.client.experiment import Experiment, Provenance, TraceOptions, finish
+from glasshive.client.prompts import Prompt, Tokens
+from glasshive.client.recorder import recording
+from glasshive.client.sites import Sites
+from glasshive.client.source_lines import here
+from glasshive.client.traced import TracedTensor
+from glasshive.graph.graph import Site
+
+if TYPE_CHECKING:
+    from glasshive.client.model import Model
+
+_current: ContextVar[Tracer | None] = ContextVar("glasshive_tracer", default=None)
+
+
+class _Stop(BaseException):
+    """Ends the body of a trace. Not an `Exception`: no user code may catch it."""
+
+
+def current_tracer() -> Tracer | None:
+    """The tracer whose body runs now."""
+    return _current.get()
+
+
+class Tracer:
+    """One trace: what `model.trace(...)` gives.
+
+    After the block, what was saved holds its tensor, and `result` says where it came from.
+    """
+
+    def __init__(self, model: Model, prompt: Prompt | None, options: TraceOptions) -> None:
+        self.model = model
+        self.options = options
+        self.sites = Sites(model.outline, model.constants)
+        self.tokens: list[Tokens] = []
+        self.result: Provenance | None = None
+        self._prompt = prompt
+        self._invoke: int | None = None
+        self._stack = contextlib.ExitStack()
+
+    # The body -------------------------------------------------------------------------------
+
+    def __enter__(self) -> Tracer:
+        self._stack.enter_context(recording(self.sites.recorder))
+        token = _current.set(self)
+        self._stack.callback(_current.reset, token)
+        try:
+            if self._prompt is not None:
+                self._invoke = self._add_invoke(self._prompt)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        experiment: Experiment | None = None
+        try:
+            if error is None or isinstance(error, _Stop):
+                experiment = self._finish()
+        finally:
+            self._stack.close()
+        if experiment is None:
+            return False  # nothing is sent
+        self.result = self.model.run(experiment, self.options)
+        return True
+
+    @contextlib.contextmanager
+    def invoke(self, prompt: Prompt) -> Iterator[Tracer]:
+        """One more prompt of the trace, or batch of prompts; its sites are read and edited inside.
+
+        Values of one invoke may be used in another, in any order; `tracer.stop()` ends the body.
+        """
+        if _current.get() is not self:
+            raise TraceError(
+                "tracer.invoke(...) outside its `with model.trace()` block", line=here()
+            )
+        if self._prompt is not None:
+            raise TraceError(
+                "tracer.invoke(...) in a trace that was given a prompt itself; write "
+                "`with model.trace() as tracer:` and give every prompt to an invoke",
+                line=here(),
+            )
+        if self._invoke is not None:
+            raise TraceError("an invoke inside another; close the first one before", line=here())
+        self._invoke = self._add_invoke(prompt)
+        try:
+            yield self
+        finally:
+            self._invoke = None
+
+    def stop(self) -> None:
+        """End the body here. What was recorded is run; the blocks after the last read are not."""
+        raise _Stop
+
+    def _add_invoke(self, prompt: Prompt) -> int:
+        tokens = self.model.tokenize(prompt)
+        self.tokens.append(tokens)
+        self.sites.invokes.append(tokens.shape)
+        return len(self.tokens) - 1
+
+    # What the body can ask --------------------------------------------------------------------
+
+    @property
+    def input_ids(self) -> Tensor:
+        """The token ids of the current invoke, int64 `[batch, seq]`, padded on the left."""
+        return self.tokens[self._here()].input_ids
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for a token and 0 for padding, int64 `[batch, seq]`, of the current invoke."""
+        return self.tokens[self._here()].mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of every row of the current invoke, int64 `[batch]`."""
+        return self.attention_mask.sum(-1)
+
+    def estimate(self) -> Mapping[str, Any]:
+        """What the trace as it stands would take, before anything is sent.
+
+        A mapping: `route` (the peers), `hops`, `passes`, `rows`, `sent_bytes`, `hop_bytes`,
+        `saved_bytes`, `peak_bytes`, `flops`.
+        """
+        return self.model.estimate(self._finish(), self.options)
+
+    def _finish(self) -> Experiment:
+        return finish(self.sites, self.tokens, self.model.calls, self.options)
+
+    # For modules ------------------------------------------------------------------------------
+
+    def read(self, site: Site) -> TracedTensor:
+        """What stands at a site of the current invoke."""
+        return self.sites.read(site, self._here())
+
+    def assign(self, site: Site, value: object) -> None:
+        """Put a value at a site of the current invoke."""
+        self.sites.assign(site, self._here(), value)
+
+    def _here(self) -> int:
+        if self._invoke is None:
+            raise TraceError(
+                "no prompt: a site belongs to an invoke; write `with model.trace(prompt):`, or "
+                "`with tracer.invoke(prompt):` inside the trace",
+                line=here(),
+            )
+        return self._invoke

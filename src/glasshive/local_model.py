@@ -1,0 +1,85 @@
+"""The same experiments in this process: `glasshive.local(path, cuts=(10, 20))`.
+
+Every span is a real host over the memory transport: the same graph, split, protocol and executor as
+on a swarm, with no network and no other process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from glasshive.client.model import Model
+from glasshive.client.swarm import Swarm
+from glasshive.dht.loop_thread import LoopThread
+from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.plan import Span
+from glasshive.models import cache_dir, find_model
+from glasshive.peer.checkpoint import Attention, Checkpoint
+from glasshive.peer.host import HostLimits
+from glasshive.peer.served_model import ServedModel, load_served_model, make_manifest
+from glasshive.peer.serving import Serving
+from glasshive.peer.span_model import check_span
+from glasshive.security.keys import Identity
+
+_START_SECONDS = 120.0
+
+
+def local(
+    path: str | Path,
+    *,
+    cuts: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: Attention = "sdpa",
+    limits: HostLimits | None = None,
+) -> Model:
+    """The model at `path` (a folder, or a name that `find_model` knows), to be traced right here.
+
+    `cuts=(10, 20)` makes three spans joined by the memory transport; without cuts there is one. All
+    of it ends with the model. Raises BadSpan for cuts that are not ascending blocks of the model,
+    and what loading raises.
+    """
+    folder = find_model(path)
+    n_blocks = Checkpoint(folder).n_blocks
+    bounds = [0, *cuts, n_blocks]
+    for start, end in itertools.pairwise(bounds):
+        check_span(start, end, n_blocks, folder.name)
+    manifest = make_manifest(folder, folder.name)
+    served = [
+        load_served_model(
+            folder,
+            folder.name,
+            Span(start, end),
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            manifest=manifest,
+        )
+        for start, end in itertools.pairwise(bounds)
+    ]
+    loop = LoopThread("glasshive-local")
+    network = MemoryNetwork()
+    peers = loop.run(_serve_all(network, served, limits), _START_SECONDS)
+    client = network.transport(Identity.generate(), dht=False)
+    swarm = Swarm(loop, client, peers, cache_dir() / "files")
+    model = swarm.model(manifest.model_id)
+    weakref.finalize(model, loop.close)
+    return model
+
+
+async def _serve_all(
+    network: MemoryNetwork, served: Sequence[ServedModel], limits: HostLimits | None
+) -> list[PeerAddress]:
+    peers = []
+    for one in served:
+        identity = Identity.generate()
+        transport = network.transport(identity)
+        await Serving(transport, identity, one, limits=limits).start()
+        peers.append(PeerAddress(transport.peer_id, transport.addresses))
+    return peers
