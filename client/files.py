@@ -127,8 +127,8 @@ def read_config(folder: Path) -> Any:
     model_type = tree.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise BadModelFiles(
-            f"the model's type is {str(model_type)[:40]!r}, which this release of transformers does "
-            "not know; update glasshive"
+            f"the model's type is {str(model_type)[:40]!r}, which this release of transformers "
+            "does not know; update glasshive"
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(tree)

@@ -144,23 +144,6 @@ class Cell:
         """Where in the user's code each edit was made."""
         return tuple(line for place in self.marks or () if (line := resolve(place)) is not None)
 
-    def edit(self, alias: Alias, compute: Callable[[], NodeId]) -> None:
-        """Give the part seen through `alias` the value that `compute` records.
-
-        Raises OutOfSight for a part whose elements overlap, and whatever the hooks raise.
-        """
-        alias.check_writable()
-        if self.on_mutate is not None:
-            self.on_mutate(self)
-        value = compute()
-        alias.fold(value)
-        self.version += 1
-        if self.marks is None:
-            self.marks = []
-        self.marks.append(mark())
-        if self.after_mutate is not None:
-            self.after_mutate(self, self.vid)
-
 
 class DeadCell(Cell):
     """The memory of a result that glasshive does not give: reading it raises."""
@@ -220,8 +203,12 @@ class Alias:
             self._seen = newest
         return self._node
 
-    def check_writable(self) -> None:
-        """Return if each element seen is a place of its own. Raises OutOfSight if not."""
+    def prepare_edit(self) -> None:
+        """Return if an in-place edit through this alias may be made now.
+
+        Raises OutOfSight if several of its elements are one place, and what the cell's `on_mutate`
+        raises.
+        """
         alias: Alias = self
         while alias.parent is not None and alias.view is not None:
             if alias.view.name in ("expand", "unfold"):
@@ -232,18 +219,27 @@ class Alias:
                     line=here(),
                 )
             alias = alias.parent
+        if self.cell.on_mutate is not None:
+            self.cell.on_mutate(self.cell)
 
-    def fold(self, value: NodeId) -> None:
+    def edit(self, value: NodeId) -> None:
         """Make `value` what is seen through this alias: a new value of the whole cell."""
         alias = self
         folded = value
         while alias.parent is not None and alias.view is not None:
             folded = _put_back(alias.cell.recorder, alias.view, alias.parent, folded)
             alias = alias.parent
-        self.cell.vid = folded
+        cell = self.cell
+        cell.vid = folded
         if self.parent is not None:
             self._node = value
             self._seen = folded
+        cell.version += 1
+        if cell.marks is None:
+            cell.marks = []
+        cell.marks.append(mark())
+        if cell.after_mutate is not None:
+            cell.after_mutate(cell, folded)
 
     def overlaps_partly(self, other: Alias) -> bool:
         """Whether the two share memory, but not place for place, as far as torch itself checks."""

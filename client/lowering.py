@@ -310,12 +310,6 @@ _LITERALS: Final[Mapping[str, Any]] = {"None": None, "True": True, "False": Fals
 def refuse_left_over(build: Build, left: Bound) -> None:
     """Raise NotInTable if an argument that the op has no place for says anything."""
     for name, value in left.items():
-        if name == "generator" and value is not None:
-            raise NotInTable(
-                "generator= cannot travel; call torch.manual_seed before the trace instead: every "
-                "random op carries a seed that is drawn from torch's default generator",
-                line=here(),
-            )
         if name not in _IGNORED and value is not None and value is not False and value != []:
             raise NotInTable(
                 f"{build.name} with {name}={value!r:.60} cannot be traced", line=here()
@@ -386,6 +380,13 @@ def _lower(
     entered = [enter(arg) for arg in args]
     named = {key: enter(value) for key, value in kwargs.items()}
     bound = _bind(func, entered, named)
+    _check_dtypes(name, bound)
+    if bound.get("generator") is not None:
+        raise NotInTable(
+            "generator= cannot travel; call torch.manual_seed before the trace instead: every "
+            "random op carries a seed that is drawn from torch's default generator",
+            line=here(),
+        )
     written = [arg.name for arg in func._schema.arguments if _is_written(arg)]
     for key in written:
         _check_destination(bound[key])
@@ -443,7 +444,10 @@ def _lower_edit(
         fitted = build.fit(ref, layout, destination.layout)
         writes.append((destination.index, fitted.node))
     outs = tuple(Given(destination.index) for destination in destinations)
-    return _plan(build, outs, tuple(writes), _form(func), is_copy=name == "copy_.default")
+    return _plan(build, outs, tuple(writes), _form(func), is_copy=name in _COPIES)
+
+
+_COPIES: Final = frozenset({"copy_.default", "fill_.Tensor"})
 
 
 def _call(func: Any, bound: Bound) -> tuple[list[Any], dict[str, Any]]:
@@ -477,6 +481,66 @@ def _check_destination(destination: Any) -> None:
             "h.new_zeros(shape), or join the pieces with torch.stack or torch.cat",
             line=here(),
         )
+
+
+# What torch checks on the CPU and not on the meta device.
+_ALIKE: Final[Mapping[str, tuple[str, ...]]] = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "mv": ("self", "vec"),
+    "dot": ("self", "tensor"),
+    "vdot": ("self", "other"),
+    "addmm": ("self", "mat1", "mat2"),
+    "addmv": ("self", "mat", "vec"),
+    "baddbmm": ("self", "batch1", "batch2"),
+    "_cdist_forward": ("x1", "x2"),
+    "_euclidean_dist": ("x1", "x2"),
+    "linalg_cross": ("self", "other"),
+    "convolution": ("input", "weight", "bias"),
+    "native_layer_norm": ("weight", "bias"),
+    "binary_cross_entropy": ("self", "target", "weight"),
+    "huber_loss": ("self", "target"),
+    "heaviside": ("self", "values"),
+    "index_add": ("self", "source"),
+    "index_copy": ("self", "source"),
+    "index_put": ("self", "values"),
+    "put": ("self", "source"),
+    "masked_scatter": ("self", "source"),
+}
+_WIDE: Final = (torch.int64, torch.int32)
+_INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
+    "index": ("indices", (*_WIDE, torch.uint8, torch.bool)),
+    "index_put": ("indices", (*_WIDE, torch.uint8, torch.bool)),
+    "index_select": ("index", _WIDE),
+    "index_add": ("index", _WIDE),
+    "index_copy": ("index", (torch.int64,)),
+    "index_fill": ("index", (torch.int64,)),
+    "put": ("index", (torch.int64,)),
+    "take": ("index", (torch.int64,)),
+}
+
+
+def _check_dtypes(name: str, bound: Bound) -> None:
+    """Raise Misfit if arguments that must be of one dtype differ, or an index is no whole number."""
+    packet = name.partition(".")[0]
+    packet = packet.rstrip("_") if packet not in _ALIKE else packet
+    same = [bound[key] for key in _ALIKE.get(packet, ()) if isinstance(bound[key], Operand)]
+    if len({operand.layout.dtype for operand in same}) > 1:
+        shapes = " and ".join(str(operand.layout) for operand in same)
+        raise Misfit(
+            f"{packet} takes tensors of one dtype, but got {shapes}; convert one with .to(h.dtype)",
+            line=here(),
+        )
+    argument, allowed = _INDICES.get(packet, ("", ()))
+    given = bound.get(argument)
+    for index in given if isinstance(given, list) else [given]:
+        if isinstance(index, Operand) and index.layout.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise Misfit(
+                f"{packet} takes an index of dtype {names}, but got {index.layout}; convert it "
+                "with .long()",
+                line=here(),
+            )
 
 
 def _run_meta(

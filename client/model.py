@@ -56,7 +56,7 @@ class Model(Module):
             tokenizer=tokenizer,
             twin=twin,
             outline=outline,
-            calls=Calls(twin, outline.blocks_path),
+            calls=Calls(twin, outline),
             constants=Constants(),
             _runner=runner,
         )

@@ -54,7 +54,8 @@ class Module:
     def output(self) -> Any:
         """What the module returns: a traced tensor, or a tuple or mapping of them.
 
-        What stands in a tuple and is no tensor (a cache, None) is None. Raises NotInATrace, NotASite.
+        What stands in a tuple and is no tensor (a cache, None) is None. Raises NotInATrace or
+        NotASite.
         """
         return self._tree("output")
 
@@ -88,10 +89,14 @@ class Module:
         return args, {name: _as_tuple(value) for name, value in named.items()}
 
     def skip(self, value: Any) -> None:
-        """Refused in this release: see the error's text."""
-        from glasshive.graph.errors import NotYet
+        """Do not run the module for this invoke: its output is `value`.
 
-        raise NotYet(f"{_at()}{self.path}.skip(...) is not in this release yet")
+        A tensor, or a tuple whose first part is one for a module that gives a tuple. Sites inside
+        the module are errors. Raises NotASite, LateEdit, ImpossibleOrder or ShapeMismatch.
+        """
+        if isinstance(value, tuple | list) and value:
+            value = value[0]
+        self._tracer().skip(self.path, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> TracedTensor:
         """The model's own module applied to traced values, with edits off.
@@ -131,8 +136,8 @@ class Module:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("output", "input"):
             raise AttributeError(
-                f"{_at()}{self.path}.{name} cannot be assigned; .output and .input can, and weights "
-                "are read-only"
+                f"{_at()}{self.path}.{name} cannot be assigned; .output and .input can, and "
+                "weights are read-only"
             )
         object.__setattr__(self, name, value)
 
@@ -174,10 +179,12 @@ class Module:
     # ----------------------------------------------------------------------------------------
 
     def _twin_module(self) -> nn.Module:
-        return self._model.twin.get_submodule(self.path)
+        module: nn.Module = self._model.twin.get_submodule(self.path)
+        return module
 
     def _info(self) -> ModuleInfo:
-        return self._model.outline.module(self.path)
+        info: ModuleInfo = self._model.outline.module(self.path)
+        return info
 
     def _children(self) -> list[str]:
         module = self._twin_module()
@@ -235,14 +242,15 @@ class Module:
             tracer.assign(Site(self.path, io, ()), value)
             return
         if not isinstance(value, tuple | list | dict):
+            kind = "tuple" if isinstance(leaves[0].path[0], int) else "dict"
             raise TraceError(
-                f"{self.path}.{io} is a {'tuple' if isinstance(leaves[0].path[0], int) else 'dict'}, "
+                f"{self.path}.{io} is a {kind}, "
                 f"but a {type(value).__name__} is assigned; assign to a part of it, such as "
                 f"{self.path}.{io}[0][:] = ..., or give a whole tuple",
                 line=here(),
             )
         for leaf in leaves:
-            part = value
+            part: Any = value
             for step in leaf.path:
                 try:
                     part = part[step]

@@ -106,8 +106,8 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
         if matrix is not None:
             return matrix, None
     raise BadPrompt(
-        f"a prompt of type {type(prompt).__name__}; give text, a list of texts, token ids (one list "
-        "or a list of lists), a tensor of ids, or what a tokenizer returns"
+        f"a prompt of type {type(prompt).__name__}; give text, a list of texts, token ids (one "
+        "list or a list of lists), a tensor of ids, or what a tokenizer returns"
     )
 
 

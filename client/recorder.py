@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from glasshive.client.constants import Constants
-from glasshive.client.errors import AmbientState, TraceError
+from glasshive.client.errors import AmbientState, NotInTable, TraceError
 from glasshive.client.functional import Cell, CellHook, EditHook, intern_layout
 from glasshive.client.source_lines import Mark, SourceLine, here, mark, resolve
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.graph import Arg, Const, Graph, Node, NodeId, Op, Ref, Save, refs
-from glasshive.graph.kernels import from_torch_dtype, infer, to_torch_dtype
+from glasshive.graph.errors import BadTensor
+from glasshive.graph.graph import Arg, Const, Node, NodeId, Op, Ref, refs
+from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
 from glasshive.graph.tensors import TensorSpec
 
 Merge = Callable[[Sequence[Any]], Any]
@@ -69,23 +70,6 @@ class Recorder:
         """Add an op of the table with all its arguments; its id. Nothing is checked here."""
         return self.add(Op(name, args))
 
-    def op(self, name: str, args: tuple[Arg, ...], specs: Sequence[TensorSpec | None]) -> Any:
-        """Add an op by hand. Returns its value, or a tuple of them.
-
-        `specs` are those of the refs in `args`, in place, and None elsewhere. Raises ShapeMismatch.
-        """
-        known = tuple(
-            spec if spec is not None else arg for arg, spec in zip(args, specs, strict=True)
-        )
-        result = infer(name, known)  # type: ignore[arg-type]
-        node_id = self.add_op(name, args)
-        if isinstance(result, TensorSpec):
-            return self.traced(node_id, result)
-        return tuple(
-            self.traced(self.add_op("pick", (Ref(node_id), index)), spec)
-            for index, spec in enumerate(result)
-        )
-
     def const(self, tensor: torch.Tensor) -> NodeId:
         """The node of a tensor of the user's, as it is now.
 
@@ -93,7 +77,10 @@ class Recorder:
         its lack of dimensions, on which torch's dtype rules depend.
         """
         if tensor.dim() == 0 and not tensor.dtype.is_complex and tensor.device.type != "meta":
-            dtype = from_torch_dtype(tensor.dtype)
+            try:
+                dtype = from_torch_dtype(tensor.dtype)
+            except BadTensor as error:
+                raise NotInTable(str(error), line=here()) from None
             return self.add_op("full", ((), tensor.detach().item(), dtype))
         strides = tensor.stride()
         order = tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
@@ -128,11 +115,7 @@ class Recorder:
 
     def draw_seed(self) -> int:
         """A seed from torch's default generator, so that `torch.manual_seed` repeats a run."""
-        return int(torch.randint(2**63 - 1, ()).item())
-
-    def graph(self) -> Graph:
-        """The nodes so far."""
-        return Graph(dict(self.nodes))
+        return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
     # Values ---------------------------------------------------------------------------------------
 
@@ -193,12 +176,6 @@ class Recorder:
     def was_saved(self, tensor: TracedTensor) -> bool:
         """Whether this very object was registered with `save`."""
         return any(saved is tensor for saved in self.saves.values())
-
-    def flush_saves(self) -> dict[str, TracedTensor]:
-        """Add a Save node for every registered tensor, as it is now; the tensors by name."""
-        for name, tensor in self.saves.items():
-            self.add(Save(Ref(tensor._alias.value()), name))
-        return dict(self.saves)
 
 
 def active_recorder() -> Recorder | None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from glasshive.client.recorder import Recorder
 from glasshive.client.source_lines import Mark, here, mark, resolve
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import ImpossibleOrder, LateEdit, NotASite, NotYet, ShapeMismatch
-from glasshive.graph.graph import NodeId, Read, Ref, Site, Write
+from glasshive.graph.graph import NodeId, Read, Ref, Site, Skip, Write
 from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
 from glasshive.graph.order import InvokeShape, merge_reads
 from glasshive.graph.outline import Outline
@@ -40,6 +41,7 @@ class _Seen:
     memory: Cell | None = None
     current: TracedTensor | None = None
     assigned_at: Mark = None
+    skipped: tuple[TracedTensor, Mark] | None = None
 
 
 class Sites:
@@ -52,6 +54,7 @@ class Sites:
         self._seen: dict[tuple[int, Site], _Seen] = {}
         self._reads: dict[int, list[tuple[int, Site, Mark]]] = {}
         self._edits: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
+        self._skipped: dict[int, list[str]] = {}
 
     def read(self, site: Site, invoke: int) -> TracedTensor:
         """What stands at a site now. Raises UnknownModule or NotASite."""
@@ -84,10 +87,37 @@ class Sites:
         seen.assigned_at = mark()
         self._watch(traced._alias.cell, seen)
 
-    def writes(self) -> list[tuple[Write, Mark]]:
+    def skip(self, module: str, invoke: int, value: object) -> None:
+        """Have the model not run a module: its output is `value`, which may use its input.
+
+        Raises NotASite for a module that gives more than one tensor or that holds blocks, and what
+        `assign` raises.
+        """
+        info = self.outline.module(module)
+        self.outline.event(Site(module, "output"))
+        if len(info.outputs) != 1 or self.outline.holds_blocks(module):
+            raise NotASite(
+                f"{_line()}{module} cannot be skipped: it gives {len(info.outputs)} tensors, or "
+                "holds the blocks themselves; skip a block, or a module inside one"
+            )
+        seen = self._find(Site(module, "output", info.outputs[0].path), invoke)
+        entrance = dataclasses.replace(seen, event=info.input_event or 0)
+        self._check_writable(seen)
+        self._check_late(entrance)
+        traced = self._as_traced(value, seen)
+        self._check_order(entrance, traced._alias.value())
+        seen.current = traced
+        seen.skipped = (traced, mark())
+        self._skipped.setdefault(invoke, []).append(module)
+
+    def writes(self) -> list[tuple[Write | Skip, Mark]]:
         """What the model is given, in the order of events, each with the user's line of it."""
-        found: list[tuple[Write, Mark]] = []
+        found: list[tuple[Write | Skip, Mark]] = []
         for seen in sorted(self._seen.values(), key=lambda one: (one.invoke, one.event)):
+            if seen.skipped is not None:
+                value, where = seen.skipped
+                skip = Skip(seen.site.module, seen.invoke, Ref(value._alias.value()))
+                found.append((skip, where))
             if seen.memory is not None and seen.memory.marks:
                 write = Write(seen.site, seen.invoke, Ref(seen.memory.vid), "inplace")
                 found.append((write, seen.memory.marks[-1]))
@@ -122,6 +152,12 @@ class Sites:
         seen = self._seen.get(key)
         if seen is None:
             event = self.outline.event(site)
+            for skipped in self._skipped.get(invoke, ()):
+                if site.module.startswith(f"{skipped}."):
+                    raise NotASite(
+                        f"{_line()}{site} is inside {skipped}, which this invoke skips, so it "
+                        "never runs; read it in another invoke"
+                    )
             leaf = self.outline.leaf(site)
             shape = self.invokes[invoke]
             spec = TensorSpec(leaf.dtype, leaf.shape(shape.batch, shape.seq))
@@ -145,10 +181,10 @@ class Sites:
         self._check_writable(seen)
         for event, site, where in self._reads.get(seen.invoke, ()):
             if event > seen.event:
-                read_at = resolve(where)
+                read_at = f" at {line}" if (line := resolve(where)) else ""
                 raise LateEdit(
                     f"{_line()}late edit: {seen.site} runs before {site}, which was read already"
-                    f"{f' at {read_at}' if read_at else ''} and depends on it; move this edit above "
+                    f"{read_at} and depends on it; move this edit above "
                     "that read, or read it in a second invoke"
                 )
 

@@ -30,10 +30,9 @@ class SourceLine:
 
 
 def _own_folders() -> tuple[str, ...]:
-    import glasshive
-
     here = os.path.dirname(os.path.realpath(__file__))
-    return (here, *(os.path.realpath(path) for path in glasshive.__path__))
+    package = sys.modules[__name__.partition(".")[0]]
+    return (here, *(os.path.realpath(path) for path in package.__path__))
 
 
 def _library_folders() -> tuple[str, ...]:

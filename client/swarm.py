@@ -116,7 +116,7 @@ def twin_blocks(config: Any) -> int:
 
 
 class ModelRunner:
-    """Runs one model's experiments: route, split, job; and again on another route if a peer is lost."""
+    """Runs one model's experiments: route, split, job; again elsewhere if a peer is lost."""
 
     def __init__(self, swarm: Swarm, model_id: str, dtype: str, n_blocks: int) -> None:
         self._swarm = swarm

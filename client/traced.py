@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import torch
 
-import glasshive.client.canonical  # noqa: F401  (fills the rules of lowering)
+import glasshive.client.canonical_shapes  # noqa: F401  (its import registers the rules)
 from glasshive.client.canonical import NUMBER_TEXT
 from glasshive.client.errors import (
     AmbientState,
@@ -430,7 +430,7 @@ def _result(
 
 def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
     """Compute what an in-place call writes, and write it."""
-    for index, value in plan.writes:
+    for index, _ in plan.writes:
         alias: Alias = tensors[index]._alias
         others = [
             t._alias for i, t in enumerate(tensors) if i != index and isinstance(t, TracedTensor)
@@ -445,11 +445,10 @@ def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
                 "refuses; call .clone() on the argument first",
                 line=here(),
             )
-
-        def compute(value: NodeId = value) -> NodeId:
-            return _replay(recorder, plan, tensors)[value]
-
-        alias.cell.edit(alias, compute)
+        alias.prepare_edit()
+    values = _replay(recorder, plan, tensors)  # all of them, before the first is written
+    for index, value in plan.writes:
+        tensors[index]._alias.edit(values[value])
     results = [_result(recorder, out, (), tensors) for out in plan.outs]
     if plan.form is None:
         return None

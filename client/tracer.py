@@ -153,6 +153,10 @@ class Tracer:
         """Put a value at a site of the current invoke."""
         self.sites.assign(site, self._here(), value)
 
+    def skip(self, module: str, value: object) -> None:
+        """Have the current invoke not run a module."""
+        self.sites.skip(module, self._here(), value)
+
     def _here(self) -> int:
         if self._invoke is None:
             raise TraceError(

@@ -44,7 +44,7 @@ from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
-__all__ = ["DhtMode", "HivemindTransport"]
+__all__ = ["DhtMode", "HivemindTransport", "check_loopback"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class HivemindTransport:
         DeadlineExceeded.
         """
         for address in listen:
-            _check_loopback(address)
+            check_loopback(address)
         self = cls(
             identity,
             listen=tuple(listen),
@@ -476,7 +476,7 @@ class HivemindTransport:
         return self._node
 
 
-def _check_loopback(address: str) -> None:
+def check_loopback(address: str) -> None:
     """Returns for an address that only this machine reaches; raises ListenRefused or BadAddress."""
     check_address(address)
     _, kind, host, *_ = address.split("/")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, final
 
 from glasshive.dht.errors import DeadlineExceeded, TransportClosed
 
-__all__ = ["LoopThread"]
+__all__ = ["LoopThread", "new_loop"]
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str = "glasshive-network") -> None:
-        self._loop = _new_loop()
+        self._loop = new_loop()
         self._closed = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -97,7 +97,8 @@ class LoopThread:
             self._loop.close()
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
+def new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop that nobody runs yet: uvloop's, where it is installed."""
     try:
         import uvloop
     except ImportError:  # not on every platform

@@ -29,9 +29,9 @@ async def send_tensor(
 async def receive_bytes(
     stream: Stream, first: Frame, size_bytes: int, deadline_seconds: float
 ) -> bytearray:
-    """The `size_bytes` that begin in the body of `first`. Raises MalformedMessage and TransportError.
+    """The `size_bytes` that begin in the body of `first`.
 
-    The caller has checked that it wants as many.
+    The caller has checked that it wants as many. Raises MalformedMessage and TransportError.
     """
     if len(first.body) == size_bytes:
         return first.body

@@ -13,11 +13,13 @@ it lives: an `expand` to 164 TB owns next to no memory, but the `clone` after it
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph, GraphError, OverBudget, ShapeMismatch
 from glasshive.graph.graph import (
     Arg,
@@ -267,6 +269,11 @@ def _in_words(node: Node) -> str:
 # What ops cost ---------------------------------------------------------------------------------
 
 
+_REAL_OR_COMPLEX: Final = frozenset(
+    {DType.FLOAT64, DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.COMPLEX64}
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """The arguments and results of one op. `item_bytes` is that of the widest number format."""
@@ -284,20 +291,28 @@ class _Sizes:
 
     @property
     def item_bytes(self) -> int:
-        # Half precision is often widened to four bytes inside a kernel.
-        return max(4, *(spec.dtype.itemsize for spec in (*self.inputs, *self.outputs)))
+        # Inside a kernel, half precision is often widened to four bytes, and a bool or an int,
+        # next to a number, to eight.
+        dtypes = [spec.dtype for spec in (*self.inputs, *self.outputs)]
+        narrow = 4 if all(dtype in _REAL_OR_COMPLEX for dtype in dtypes) else 8
+        return max(narrow, *(dtype.itemsize for dtype in dtypes))
 
     @property
     def uniform(self) -> bool:
-        """Whether no number has to be widened: TensorIterator then works in place of a copy."""
-        return len({spec.dtype for spec in (*self.inputs, *self.outputs)}) == 1
+        """Whether no number has to be widened, for which torch makes a copy first."""
+        dtypes = {spec.dtype for spec in (*self.inputs, *self.outputs)}
+        return len(dtypes) == 1 and dtypes <= _REAL_OR_COMPLEX
 
 
 def cost_of(name: str, args: tuple[SpecArg, ...], specs: Specs) -> Cost:
     """What op `name` takes at most, by its rule in the table."""
     sizes = _Sizes(tuple(_tensors(args)), _parts(specs))
-    flops, elements = _RULES[OPS[name].cost](sizes)
-    return Cost(max(1, flops), elements * sizes.item_bytes)
+    rule = OPS[name].cost
+    if rule == "view":
+        return Cost(1, 0)
+    flops, elements = _RULES[rule](sizes)
+    # A grain more, for scalars and flags that become tensors.
+    return Cost(max(1, flops), elements * sizes.item_bytes + _GRAIN_BYTES)
 
 
 def _tensors(args: tuple[SpecArg, ...]) -> Iterable[TensorSpec]:
@@ -308,15 +323,21 @@ def _tensors(args: tuple[SpecArg, ...]) -> Iterable[TensorSpec]:
             yield from _tensors(arg)
 
 
+def _broadcast_numel(shapes: Iterable[tuple[int, ...]]) -> int:
+    """The elements of all `shapes` together, as if each size of one went with those of the rest."""
+    sizes = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return math.prod(max(column) for column in sizes)
+
+
 # Each rule gives FLOPs and the elements of workspace, both upper bounds.
 
 
-def _view(_: _Sizes) -> tuple[int, int]:
-    return 1, 0
-
-
 def _elementwise(sizes: _Sizes) -> tuple[int, int]:
-    return sizes.given, 0 if sizes.uniform else 2 * sizes.taken
+    return sizes.given, 0 if sizes.uniform else 2 * sizes.taken + sizes.given
+
+
+def _move(sizes: _Sizes) -> tuple[int, int]:
+    return sizes.given, sizes.taken + sizes.given
 
 
 def _special(sizes: _Sizes) -> tuple[int, int]:
@@ -328,7 +349,9 @@ def _reduce(sizes: _Sizes) -> tuple[int, int]:
 
 
 def _normalise(sizes: _Sizes) -> tuple[int, int]:
-    return 8 * sizes.taken, 2 * sizes.taken
+    # A loss of a column and a row takes their whole product on the way to one number.
+    steps = max(sizes.taken, _broadcast_numel(spec.shape for spec in sizes.inputs))
+    return 8 * steps, 3 * steps
 
 
 def _scan(sizes: _Sizes) -> tuple[int, int]:
@@ -346,7 +369,8 @@ def _pairs(sizes: _Sizes) -> tuple[int, int]:
 
 
 def _matmul(sizes: _Sizes) -> tuple[int, int]:
-    inner = max(spec.shape[-1] if spec.shape else 1 for spec in sizes.inputs[-2:-1])
+    left = sizes.inputs[-2]
+    inner = left.shape[-1] if left.shape else 1
     return 2 * sizes.given * inner, sizes.taken + sizes.given
 
 
@@ -373,8 +397,10 @@ def _attention(sizes: _Sizes) -> tuple[int, int]:
 
 
 def _cubic(sizes: _Sizes) -> tuple[int, int]:
-    side = max((max(spec.shape[-2:], default=1) for spec in sizes.inputs), default=1)
-    return 32 * side * (sizes.taken + sizes.given), 4 * (sizes.taken + sizes.given)
+    batch = _broadcast_numel(spec.shape[:-2] for spec in sizes.inputs)
+    steps = sizes.given + sum(batch * math.prod(spec.shape[-2:]) for spec in sizes.inputs)
+    side = max(min(spec.shape[-2:], default=1) for spec in sizes.inputs)
+    return 32 * max(1, side) * steps, 4 * steps
 
 
 def _fourier(sizes: _Sizes) -> tuple[int, int]:
@@ -383,9 +409,9 @@ def _fourier(sizes: _Sizes) -> tuple[int, int]:
 
 
 _RULES: Final[Mapping[CostRule, Callable[[_Sizes], tuple[int, int]]]] = {
-    "view": _view,
     "cast": _elementwise,
     "elementwise": _elementwise,
+    "move": _move,
     "special": _special,
     "reduce": _reduce,
     "normalise": _normalise,

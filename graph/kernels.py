@@ -314,7 +314,7 @@ def _one_hot(a: Tensor, classes: int) -> Tensor:
     _check(classes > 0, "classes must be 1 or more")
     _check(a.dtype is torch.int64, "indices must be int64")
     zeros = torch.zeros((*a.shape, classes), dtype=torch.int64, device=a.device)
-    return zeros.scatter(-1, _within(a, classes).unsqueeze(-1), 1)
+    return zeros.scatter_(-1, _within(a, classes).unsqueeze(-1), 1)
 
 
 def _masked_scatter(a: Tensor, mask: Tensor, src: Tensor) -> Tensor:

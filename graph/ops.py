@@ -42,6 +42,7 @@ CostRule: TypeAlias = Literal[
     "view",  # nothing is computed; the result may share the input's memory
     "cast",  # one step an output element; the result may share the input's memory
     "elementwise",  # one step an output element
+    "move",  # one step an output element, perhaps by way of a copy
     "special",  # 16 steps an output element: a transcendental function
     "reduce",  # one step an input element
     "normalise",  # 8 steps an input element
@@ -303,17 +304,17 @@ _op("detach", "a:value", "view", differentiable=False)
 _op("clone", "a:value", "elementwise")
 _op("to", "a:value dtype:dtype", "cast")
 
-_op("select_scatter", "a:value src:value dim:int index:int", "elementwise")
-_op("slice_scatter", "a:value src:value dim:int start:int stop:int step:int=1", "elementwise")
-_op("diagonal_scatter", "a:value src:value offset:int=0 dim1:int=0 dim2:int=1", "elementwise")
+_op("select_scatter", "a:value src:value dim:int index:int", "move")
+_op("slice_scatter", "a:value src:value dim:int start:int stop:int step:int=1", "move")
+_op("diagonal_scatter", "a:value src:value offset:int=0 dim1:int=0 dim2:int=1", "move")
 
-_op("cat stack", "tensors:values dim:int=0", "elementwise")
-_op("repeat", "a:value repeats:ints", "elementwise")
-_op("flip", "a:value dims:ints", "elementwise")
-_op("roll", "a:value shifts:ints dims:ints=()", "elementwise")
-_op("tril triu", "a:value diagonal:int=0", "elementwise")
-_op("diag_embed", "a:value offset:int=0 dim1:int=-2 dim2:int=-1", "elementwise")
-_op("constant_pad_nd", "a:value pad:ints value:scalar=0", "elementwise")
+_op("cat stack", "tensors:values dim:int=0", "move")
+_op("repeat", "a:value repeats:ints", "move")
+_op("flip", "a:value dims:ints", "move")
+_op("roll", "a:value shifts:ints dims:ints=()", "move")
+_op("tril triu", "a:value diagonal:int=0", "move")
+_op("diag_embed", "a:value offset:int=0 dim1:int=-2 dim2:int=-1", "move")
+_op("constant_pad_nd", "a:value pad:ints value:scalar=0", "move")
 
 # New tensors ---------------------------------------------------------------------------------
 
@@ -325,7 +326,7 @@ _op("arange", "start:scalar stop:scalar step:scalar dtype:dtype",
 _op("linspace", "start:scalar stop:scalar steps:int dtype:dtype",
     "elementwise", differentiable=False)
 _op("eye", "n:int m:int dtype:dtype", "elementwise", differentiable=False)
-_op("one_hot", "a:value classes:int", "elementwise", differentiable=False)
+_op("one_hot", "a:value classes:int", "move", differentiable=False)
 
 # Random numbers ------------------------------------------------------------------------------
 
@@ -426,21 +427,21 @@ _op("renorm", "a:value p:scalar dim:int maxnorm:scalar", "normalise")
 
 # Picking and placing by index ----------------------------------------------------------------
 
-_op("index", "a:value indices:optional_values", "elementwise")
+_op("index", "a:value indices:optional_values", "move")
 _op("index_put", "a:value indices:optional_values src:value accumulate:bool=False", "scan")
-_op("index_select", "a:value dim:int index:value", "elementwise")
+_op("index_select", "a:value dim:int index:value", "move")
 _op("index_add", "a:value dim:int index:value src:value alpha:scalar=1", "scan")
 _op("index_copy", "a:value dim:int index:value src:value", "scan")
 _op("index_fill", "a:value dim:int index:value value:operand", "scan")
-_op("gather", "a:value dim:int index:value", "elementwise")
+_op("gather", "a:value dim:int index:value", "move")
 _op("scatter", "a:value dim:int index:value src:operand", "scan")
 _op("scatter_add", "a:value dim:int index:value src:value", "scan")
 _op("scatter_reduce",
     "a:value dim:int index:value src:value reduce:sum|prod|mean|amax|amin "
     "include_self:bool=True", "scan")
-_op("take", "a:value index:value", "elementwise")
+_op("take", "a:value index:value", "move")
 _op("put", "a:value index:value src:value accumulate:bool=False", "scan")
-_op("embedding", "weight:value indices:value", "elementwise")
+_op("embedding", "weight:value indices:value", "move")
 _op("isin", "a:value test:operand invert:bool=False", "pairs", differentiable=False)
 _op("searchsorted", "sorted:value a:operand right:bool=False", "sort", differentiable=False)
 _op("bucketize", "a:operand boundaries:value right:bool=False", "sort", differentiable=False)

@@ -122,6 +122,10 @@ class Outline:
         """The block in which `event` happens: -1 before block 0, `n_blocks` after the last."""
         return self.block_of_event[event]
 
+    def holds_blocks(self, path: str) -> bool:
+        """Whether a module contains the blocks, and so lies on several peers."""
+        return not path or self.blocks_path == path or self.blocks_path.startswith(f"{path}.")
+
     def owner_block(self, path: str) -> int:
         """The block on whose peer the module's weights lie: where a call or a parameter goes."""
         info = self.module(path)

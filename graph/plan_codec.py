@@ -1,8 +1,9 @@
 """A peer's part of a plan as bytes: msgpack arrays under a version number (see codec.py).
 
-`[version, index, [start, end], stages, passes, specs, graph]`, where a stage is `[pass, nodes, imports,
-exports, from_hidden, forward, stop event or -1]` and a pass `[seq, padded, [[invoke, first row,
-last row], ...]]` and a spec `[value, dtype, shape]`. Whether the part makes sense is `check_part`'s business (plan.py).
+`[version, index, [start, end], stages, passes, specs, graph]`, where a stage is `[pass, nodes,
+imports, exports, from_hidden, forward, stop event or -1]`, a pass `[seq, padded, [[invoke, first
+row, last row], ...]]` and a spec `[value, dtype, shape]`. Whether the part makes sense is
+`check_part`'s business (plan.py).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def encode_part(part: Part, passes: Passes) -> bytes:
 
 
 def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Passes]:
-    """The part in `data` and the passes of its trace. Raises BadGraph or UnknownOp, nothing else."""
+    """The part in `data` and the passes of its trace. Raises BadGraph or UnknownOp only."""
     if len(data) > _FRAME_SLACK * limits.graph_bytes:
         raise BadGraph(
             f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"

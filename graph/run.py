@@ -55,14 +55,13 @@ class Interpreter:
             del self._values[node_id]
         return value
 
-    def run(self, node_id: NodeId, node: Op) -> None:
-        """Compute one op and keep its value. An error of the kernel names the node."""
+    def run(self, node_id: NodeId, node: Op) -> Any:
+        """The value of one op, not kept yet. An error of the kernel names the node."""
         try:
-            value = self._run_op(node.name, self.arguments(node.args))
+            return self._run_op(node.name, self.arguments(node.args))
         except GraphError as error:
             error.node = node_id
             raise
-        self.put(node_id, value)
 
     def arguments(self, args: tuple[Arg, ...]) -> list[Any]:
         """`args` with every reference replaced by its value."""

@@ -159,13 +159,13 @@ def with_leaf(tree: Any, path: LeafPath, value: torch.Tensor) -> Any:
 
 
 @dataclass
-class _Taint(TorchDispatchMode):  # type: ignore[misc]
+class _Taint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows which modules' outputs each tensor was computed from."""
 
     sources: dict[int, tuple[torch.Tensor, frozenset[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def of(self, tensor: torch.Tensor) -> frozenset[str]:
         found = self.sources.get(id(tensor))
@@ -322,9 +322,9 @@ class Calls:
 
     _KEPT = 4096
 
-    def __init__(self, twin: nn.Module, blocks: str) -> None:
+    def __init__(self, twin: nn.Module, outline: Outline) -> None:
         self._modules = dict(twin.named_modules())
-        self._blocks = blocks
+        self._outline = outline
         self._known: dict[tuple[str, tuple[TensorSpec, ...]], TensorSpec] = {}
 
     def spec(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
@@ -352,7 +352,7 @@ class Calls:
         module = self._modules.get(path)
         if module is None:
             raise UnknownModule(f"the model has no module {path!r:.120}")
-        if self._blocks == path or self._blocks.startswith(f"{path}.") or not path:
+        if self._outline.holds_blocks(path):
             raise NotASite(
                 f"{path or 'the model'} holds the blocks, which lie on several peers, so it cannot "
                 "be called; call the parts that you need"

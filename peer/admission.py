@@ -16,7 +16,7 @@ class Admission:
 
     def __init__(self, outline: Outline, twin: nn.Module, budget: Budget) -> None:
         self._outline = outline
-        self._calls = Calls(twin, outline.blocks_path)
+        self._calls = Calls(twin, outline)
         self._budget = budget
 
     def admit(self, part: Part, passes: Passes) -> Bill:

@@ -27,11 +27,14 @@ from glasshive.graph.graph import (
     Param,
     Read,
     Save,
+    Site,
     Skip,
     Write,
+    is_effect,
     refs,
 )
 from glasshive.graph.kernels import run_op
+from glasshive.graph.ops import OPS
 from glasshive.graph.order import Passes, event_of
 from glasshive.graph.outline import Leaf, Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
@@ -68,6 +71,25 @@ class Outbox(Protocol):
         """A value, or HIDDEN, for another peer of the route."""
 
 
+class _Removable(Protocol):
+    """Something put on a module for one stage."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
+class _Bypass:
+    """Has a module give something without running, until it is removed."""
+
+    def __init__(self, module: nn.Module, give: Callable[..., Tensor]) -> None:
+        self._module = module
+        module.forward = give
+
+    def remove(self) -> None:
+        """Let the module run again."""
+        del self._module.forward
+
+
 class Executor:
     """One trace on one peer. `consts` are the user's tensors by digest."""
 
@@ -91,6 +113,15 @@ class Executor:
             functools.partial(run_op, device=model.device),
             extra_uses=(v for s in part.stages for v, _ in s.exports if v != HIDDEN),
         )
+        self._users: dict[NodeId, set[NodeId]] = {node_id: set() for node_id in part.graph.nodes}
+        self._kept = {value for stage in part.stages for value, _ in stage.exports}
+        for node_id, node in part.graph.nodes.items():
+            for ref in refs(node):
+                if is_effect(node):
+                    self._kept.add(ref)
+                elif ref in self._users:
+                    self._users[ref].add(node_id)
+        self._skipped: dict[tuple[str, int], Tensor] = {}
         self._calling = False
         self._cancelled = False
 
@@ -137,7 +168,7 @@ class Executor:
     def _forward(
         self, stage: Stage, buckets: dict[int, Bucket], inputs: PassInputs, hidden: Tensor | None
     ) -> None:
-        handles = []
+        handles: list[_Removable] = []
         for module, event, bucket, io in self._sites(stage, buckets):
             if io == "input":
                 hook = self._input_hook(stage, event, bucket)
@@ -145,6 +176,7 @@ class Executor:
             else:
                 after = self._output_hook(stage, event, bucket)
                 handles.append(module.register_forward_hook(after, prepend=True))
+        handles += self._skip_modules(stage)  # last, so that they come before the others
         try:
             output = self._model.run(
                 input_ids=inputs.input_ids,
@@ -160,6 +192,41 @@ class Executor:
                 if output is None:
                     raise NotASite("the forward ended before the hidden states left the span")
                 self._outbox.exported(stage, HIDDEN, receiver, output)
+
+    def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
+        """Have skipped modules give what the graph says instead of what they compute."""
+        skipped: dict[str, set[int]] = {}
+        for node_id in stage.nodes:
+            node = self._part.graph.nodes[node_id]
+            if isinstance(node, Skip):
+                skipped.setdefault(node.module, set()).add(node.invoke)
+        one = self._passes.passes[max(stage.pass_index, 0)]
+        for path, invokes in skipped.items():
+            leaf = self._outline.module(path).outputs[0]
+            module = self._model.module.get_submodule(path)
+            if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
+                give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
+                yield _Bypass(module, give)
+            else:  # other rows need it, or its output holds more than the value: it runs
+                give = functools.partial(self._put_skipped, path, sorted(invokes), leaf)
+                yield module.register_forward_hook(give, prepend=True)
+
+    def _skipped_output(
+        self, path: str, invokes: tuple[int, ...], axis: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return torch.cat([self._skipped.pop((path, invoke)) for invoke in invokes], axis)
+
+    def _put_skipped(
+        self, path: str, invokes: list[int], leaf: Leaf, module: nn.Module, args: Any, output: Any
+    ) -> Any:
+        if self._calling:
+            return None
+        whole = leaf_of(output, leaf.path).clone()
+        for invoke in invokes:
+            site = Site(path, "output", leaf.path)
+            rows = self._rows(Read(site, invoke), whole)
+            rows.copy_(self._skipped.pop((path, invoke)))
+        return with_leaf(output, leaf.path, whole)
 
     def _sites(
         self, stage: Stage, buckets: dict[int, Bucket]
@@ -210,15 +277,25 @@ class Executor:
     def _run_bucket(self, bucket: Bucket, tree: Any = None) -> Any:
         """Run nodes in order; returns `tree` with the writes applied to it."""
         fresh: set[tuple[object, ...]] = set()
+        borrowed, settled = self._borrowed(bucket)
         for node_id in bucket:
             node = self._part.graph.nodes[node_id]
             try:
                 if isinstance(node, Op):
-                    self._values.run(node_id, node)
+                    value = self._values.run(node_id, node)
+                    if node_id in settled:
+                        value = value.clone(memory_format=torch.contiguous_format)
+                    self._values.put(node_id, value)
                 elif isinstance(node, Read):
-                    self._values.put(node_id, self._read(node, tree))
+                    rows = self._rows(node, leaf_of(tree, self._path(node)))
+                    if node_id not in borrowed:
+                        rows = rows.clone(memory_format=torch.contiguous_format)
+                    self._values.put(node_id, rows)
                 elif isinstance(node, Write):
                     tree = self._write(node, tree, fresh)
+                elif isinstance(node, Skip):
+                    value = self._values.take(node.value.node)
+                    self._skipped[node.module, node.invoke] = value
                 elif isinstance(node, Const):
                     self._values.put(node_id, self._consts[node.digest])
                 elif isinstance(node, Call):
@@ -257,9 +334,37 @@ class Executor:
         first, last = self._passes.rows(node.invoke)
         return whole.narrow(leaf.batch_axis, first, last - first)
 
-    def _read(self, node: Read, tree: Any) -> Tensor:
-        rows = self._rows(node, leaf_of(tree, self._path(node)))
-        return rows.clone(memory_format=torch.contiguous_format)
+    def _borrowed(self, bucket: Bucket) -> tuple[set[NodeId], set[NodeId]]:
+        """Reads and views that may share the model's memory, and views that must be copied.
+
+        A read need not be copied if all that uses it runs at the same event, before the model goes
+        on: a slice of the logits then costs a slice. What is left of it afterwards is copied.
+        """
+        nodes = self._part.graph.nodes
+        inside = set(bucket)
+        borrowed: set[NodeId] = set()
+        settled: set[NodeId] = set()
+        edited = False
+        for node_id in bucket:
+            node = nodes[node_id]
+            if isinstance(node, Write):
+                edited = True
+            elif edited:
+                return set(), set()  # something is computed after an edit: copy everything
+        for node_id in bucket:
+            node = nodes[node_id]
+            shares = isinstance(node, Read) or (
+                isinstance(node, Op)
+                and OPS[node.name].cost in ("view", "cast")
+                and any(ref in borrowed for ref in refs(node))
+            )
+            if not shares:
+                continue
+            if self._users[node_id] <= inside and node_id not in self._kept:
+                borrowed.add(node_id)
+            elif isinstance(node, Op):
+                settled.add(node_id)
+        return borrowed, settled
 
     def _write(self, node: Write, tree: Any, fresh: set[tuple[object, ...]]) -> Any:
         path = self._path(node)

@@ -139,6 +139,11 @@ class Host:
         """How much of its traces the host has running, from 0 to 1."""
         return min((len(self._traces) + self._preparing) / self._limits.traces, 1.0)
 
+    @property
+    def overdue_seconds(self) -> float:
+        """How far a running stage is past the deadline of its trace; 0 or less if none is."""
+        return self._torch.overdue_seconds
+
     async def start(self) -> None:
         """Answer from now on."""
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)

@@ -49,7 +49,7 @@ from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.span_model import SpanModel
 
 T = TypeVar("T")
-RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
+RunOnTorch = Callable[[Callable[[], None], float], Awaitable[None]]
 
 
 @dataclass
@@ -190,13 +190,13 @@ class HostedTrace:
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
-            began = time.thread_time()
+            began = time.perf_counter()
             try:
                 self._executor.run(stage, inputs, hidden)
             finally:
-                self.compute_seconds += time.thread_time() - began
+                self.compute_seconds += time.perf_counter() - began
 
-        await self._soon(self.run_on_torch(work))
+        await self._soon(self.run_on_torch(work, self.left_seconds))
 
     async def _soon(self, awaitable: Awaitable[T]) -> T:
         try:

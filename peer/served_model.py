@@ -38,6 +38,15 @@ class ServedModel:
     attention: Attention
 
 
+def manifest_paths(folder: Path) -> list[Path]:
+    """The files in `folder` that a manifest names, sorted."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in CLIENT_FILES or path.name.endswith(_WEIGHT_SUFFIXES))
+    )
+
+
 def make_manifest(
     folder: Path, name: str, on_progress: OnProgress = lambda done, total: None
 ) -> Manifest:
@@ -45,11 +54,7 @@ def make_manifest(
 
     `on_progress(done_bytes, total_bytes)` is called as files are read.
     """
-    wanted = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and (path.name in CLIENT_FILES or path.name.endswith(_WEIGHT_SUFFIXES))
-    )
+    wanted = manifest_paths(folder)
     total = sum(path.stat().st_size for path in wanted)
     done = 0
     files = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from dataclasses import replace
 
 import torch
 
@@ -34,14 +35,21 @@ class Serving:
     ) -> None:
         self.host = Host(transport, served, limits=limits)
         self._transport = transport
-        record = record_of(transport, served, lifetime_seconds)
-        self._announcer = Announcer(transport, identity, record, lifetime_seconds)
+        self.record = record_of(transport, served, lifetime_seconds)
+        self._announcer = Announcer(transport, identity, self.record, lifetime_seconds)
 
     async def start(self) -> None:
         """Answer traces and directory requests, then announce. Raises what announcing raises."""
         await self.host.start()
         await serve_directory(self._transport)
         await self._announcer.start()
+
+    def refresh(self) -> None:
+        """Announce what has changed of the record: load, or the addresses after a rebuild."""
+        addresses, load = self._transport.addresses[:4], round(self.host.load, 2)
+        if (addresses, load) != (self.record.addresses, self.record.load):
+            self.record = replace(self.record, addresses=addresses, load=load)
+            self._announcer.update(self.record)
 
     async def close(self) -> None:
         """Withdraw the record, so that no client comes any more, and stop what runs."""

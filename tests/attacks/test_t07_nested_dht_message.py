@@ -43,7 +43,7 @@ LEVELS = 400  # about 2 kB; each level costs the stock decoder some 40 kB of C s
 
 
 def nested_message(levels: int) -> bytes:
-    data = msgpack.packb([])
+    data: bytes = msgpack.packb([])
     for _ in range(levels):
         data = msgpack.packb([msgpack.ExtType(0x40, data)])
     return data

@@ -8,6 +8,7 @@ import msgpack
 import pytest
 
 from glasshive.dht import hardening
+from glasshive.dht.errors import RecordRefused
 
 # hivemind 1.1 itself, at import.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -58,7 +59,7 @@ class Gate:
     def admit(self, *arguments: Any) -> None:
         self.asked.append(arguments)
         if arguments[2] != b"good":
-            raise hardening.RecordRefused("refused")
+            raise RecordRefused("refused")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_the_expiry_of_an_answer_follows_from_its_entries(claimed: float) -> Non
 
     full, empty = DictionaryDHTValue(), DictionaryDHTValue()
     full.store("peer", b"", FAR)
-    answer = {
+    answer: dict[str, Any] = {
         "full": (ValueWithExpiration(full, claimed), {}),
         "empty": (ValueWithExpiration(empty, claimed), {}),
         "bytes": (ValueWithExpiration(b"", claimed), {}),

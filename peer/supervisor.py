@@ -1,0 +1,241 @@
+"""The supervisor: a small process that starts a host process, watches it, and starts it again.
+
+A kernel can't be interrupted and a library can hang, so the process that computes is not the one
+that decides how long. Rules:
+
+1. The host process is in a session of its own: a terminal's Ctrl-C reaches only the supervisor,
+   which asks the host process to stop (SIGTERM), and so the record is withdrawn first.
+2. The host process holds two pipes. Over one it reports; when the other, its standard input, ends,
+   the supervisor is gone, and it stops by itself.
+3. It is killed when no report has come for `heartbeat_seconds`, or when it reports a pass that has
+   outrun its hard deadline by `overdue_seconds`.
+4. When it ends uninvited it is started again, after a pause that doubles at each failure in a row.
+   One that ends before it was ever ready has said why: then the supervisor ends with its exit code.
+
+Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS`` once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from asyncio.subprocess import Process
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+BEAT_SECONDS: Final = 1.0
+_MAX_LINE_BYTES: Final = 4096
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorLimits:
+    """When the supervisor acts."""
+
+    start_seconds: float = 120.0  # to the first report, imports included
+    heartbeat_seconds: float = 30.0
+    overdue_seconds: float = 10.0
+    stop_seconds: float = 10.0
+    first_pause_seconds: float = 1.0
+    longest_pause_seconds: float = 60.0
+    steady_seconds: float = 60.0  # after so long in service, failures are counted from none
+
+
+class Reporter:
+    """The host process's end of the report pipe. Never blocks, and never fails for the pipe's sake.
+
+    A report that finds the pipe full is left out: the supervisor is stopped, and wants the latest.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        os.set_inheritable(descriptor, False)
+        self._descriptor = descriptor
+
+    def beat(self, overdue_seconds: float) -> None:
+        """The process is alive; its pass is this much over its deadline (0 or less: in time)."""
+        self._write(f"beat {overdue_seconds:.3f}\n")
+
+    def ready(self, address: str) -> None:
+        """The process serves, listening at `address` (a multiaddr without the peer id)."""
+        self._write(f"ready {address}\n")
+
+    def _write(self, line: str) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._descriptor, line.encode())
+
+
+async def stdin_ended() -> None:
+    """Returns when standard input, a pipe, has ended: whoever held it is gone."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), open(0, "rb", buffering=0, closefd=False)
+    )
+    try:
+        while await reader.read(_MAX_LINE_BYTES):
+            pass
+    finally:
+        transport.close()
+
+
+class Supervisor:
+    """Keeps one host process running until it is told to stop.
+
+    `command(report_descriptor, listen)` is its command line; `listen` is the address that an
+    earlier process listened at, or None.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[int, str | None], Sequence[str]],
+        limits: SupervisorLimits | None = None,
+    ) -> None:
+        self._command = command
+        self._limits = limits or SupervisorLimits()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._listen: str | None = None
+        self._was_ready = False
+
+    async def run(self, *, until_stdin_ends: bool = False) -> int:
+        """The exit code: 0 after a stop that was asked for, else what the host process said."""
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        watch = asyncio.create_task(stdin_ended()) if until_stdin_ends else None
+        if watch is not None:
+            watch.add_done_callback(lambda _: self.stop())
+        try:
+            return await self._keep_running()
+        finally:
+            if watch is not None:
+                watch.cancel()
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Stop the host process cleanly; asked a second time, at once."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def _keep_running(self) -> int:
+        limits = self._limits
+        failures = 0
+        while True:
+            began = asyncio.get_running_loop().time()
+            code = await self._run_once()
+            if self._stop.is_set():
+                return 0
+            if not self._was_ready:
+                return code if code > 0 else 1
+            if asyncio.get_running_loop().time() - began > limits.steady_seconds:
+                failures = 0
+            pause = min(limits.first_pause_seconds * 2**failures, limits.longest_pause_seconds)
+            failures += 1
+            log.warning("host_process_ended", code=code, restart_in_seconds=pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stop.wait()
+                return 0
+
+    async def _run_once(self) -> int:
+        """Start the process and see it to its end; its exit code, negative for a signal."""
+        reading, writing = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(writing, self._listen),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        log.debug("host_process_started", pid=process.pid)
+        watch = asyncio.create_task(self._watch(process, reading))
+        stop = asyncio.create_task(self._stop.wait())
+        ended = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({stop, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                await self._end(process, ended)
+            return await ended
+        finally:
+            if process.returncode is None:
+                process.kill()
+            for task in (watch, stop, ended):
+                task.cancel()
+            await asyncio.wait({watch, stop, ended})
+
+    async def _end(self, process: Process, ended: asyncio.Task[int]) -> None:
+        """Ask it to stop; kill it when that takes too long or the user insists."""
+        process.terminate()
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait(
+            {ended, hurry},
+            timeout=self._limits.stop_seconds,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        hurry.cancel()
+        if not ended.done():
+            log.warning("host_process_killed", why="it did not stop when it was asked to")
+            process.kill()
+
+    async def _watch(self, process: Process, reading: int) -> None:
+        """Read reports, and kill the process when they stay away or say that a pass is overdue."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", buffering=0)
+        )
+        wait_seconds = self._limits.start_seconds
+        try:
+            while True:
+                line = await self._next_report(reader, wait_seconds)
+                if line is None:
+                    log.error("host_process_killed", why=f"no sign of life for {wait_seconds:g} s")
+                    process.kill()
+                    return
+                if not line:
+                    return
+                wait_seconds = self._limits.heartbeat_seconds
+                word, _, rest = line.decode("ascii", "replace").strip().partition(" ")
+                if word == "ready":
+                    self._was_ready = True
+                    self._listen = rest or self._listen
+                elif word == "beat" and float(rest) > self._limits.overdue_seconds:
+                    log.error("host_process_killed", why=f"a pass is {rest} s past its deadline")
+                    process.kill()
+                    return
+        finally:
+            transport.close()
+
+    async def _next_report(self, reader: asyncio.StreamReader, wait_seconds: float) -> bytes | None:
+        """The next line, b"" at the end, None if there was none in time.
+
+        Time in which this process itself did not run (a laptop that slept) doesn't count.
+        """
+        loop = asyncio.get_running_loop()
+        line = asyncio.ensure_future(reader.readline())
+        waited = 0.0
+        try:
+            while waited < wait_seconds:
+                began = loop.time()
+                done, _ = await asyncio.wait({line}, timeout=BEAT_SECONDS)
+                if done:
+                    return line.result()
+                waited += min(loop.time() - began, 2 * BEAT_SECONDS)
+            return None
+        finally:
+            line.cancel()

@@ -1,0 +1,279 @@
+"""The processes that a supervisor keeps running: a host with a span of a model, and a bootstrap."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import structlog
+
+from glasshive.dht.directory import serve_directory
+from glasshive.dht.errors import SwarmError
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.dht.loop_thread import new_loop
+from glasshive.graph.errors import GlasshiveError
+from glasshive.models import ModelUnavailableError, find_model
+from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended
+from glasshive.security.keys import Identity
+from glasshive.settings import Settings
+from glasshive.terminal import LogFormat, byte_bar, console, print_error
+
+if TYPE_CHECKING:
+    from glasshive.peer.served_model import ServedModel
+    from glasshive.peer.serving import Serving
+
+log = structlog.get_logger(__name__)
+
+_REFRESH_SECONDS = 10.0
+_REBUILD_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What every supervised process needs."""
+
+    settings: Settings
+    key: Path
+    listen: str
+    log_format: LogFormat
+    report_descriptor: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What a host serves. `blocks` None: the whole model; "auto": what suits the machine."""
+
+    model: str
+    blocks: tuple[int, int] | None
+    dtype: str
+    device: str
+    attention: str
+    name: str | None
+
+
+def run_host(life: Life, options: ServeOptions) -> NoReturn:
+    """Be a host until told to stop, and end the process: 0 after a clean stop, 1 after an error."""
+    _run(life, lambda process: _host(process, options))
+
+
+def run_bootstrap(life: Life) -> NoReturn:
+    """Be a bootstrap peer until told to stop, and end the process, as `run_host` does."""
+    _run(life, _bootstrap)
+
+
+class _Process:
+    """This process: its beats, the wish that it stop, its transport."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+        self.reporter = Reporter(life.report_descriptor)
+        self.stop = asyncio.Event()
+        self.overdue_seconds: Callable[[], float] = lambda: 0.0
+
+    async def beat(self) -> None:
+        while True:
+            self.reporter.beat(self.overdue_seconds())
+            await asyncio.sleep(BEAT_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def transport(self) -> AsyncIterator[HivemindTransport]:
+        life = self.life
+        transport = await HivemindTransport.create(
+            Identity.load_or_create(life.key),
+            listen=[life.listen],
+            bootstraps=life.settings.bootstraps,
+            swarm=life.settings.swarm,
+        )
+        try:
+            yield transport
+        finally:
+            await transport.close()
+
+    async def serve(
+        self, transport: HivemindTransport, refresh: Callable[[bool], None] = lambda lost: None
+    ) -> None:
+        """Until told to stop, with a new network daemon whenever the old one has died."""
+        address = transport.addresses[0]
+        self.reporter.ready(address.rpartition("/p2p/")[0])
+        while True:
+            events = [
+                asyncio.create_task(event.wait()) for event in (self.stop, transport.lost)
+            ]
+            try:
+                await asyncio.wait(
+                    events, timeout=_REFRESH_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                for task in events:
+                    task.cancel()
+            if self.stop.is_set():
+                return
+            lost = transport.lost.is_set()
+            if lost:
+                await self._rebuild(transport)
+            refresh(lost)
+
+    async def _rebuild(self, transport: HivemindTransport) -> None:
+        log.warning("network_daemon_lost")
+        for attempt in range(_REBUILD_TRIES):
+            try:
+                await transport.rebuild()
+            except SwarmError as error:
+                log.warning("network_daemon_rebuild_failed", error=str(error))
+                if attempt + 1 == _REBUILD_TRIES:
+                    raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(2.0**attempt):
+                        await self.stop.wait()
+                    return
+            else:
+                log.info("network_daemon_rebuilt", addresses=transport.addresses)
+                return
+
+
+def _run(life: Life, work: Callable[[_Process], Awaitable[None]]) -> NoReturn:
+    code = 0
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(_until_stopped(life, work))
+    except (GlasshiveError, ModelUnavailableError) as error:
+        code = 1
+        if life.log_format == "json":
+            log.error("failed", error=str(error), kind=type(error).__name__)
+        else:
+            print_error(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A plain exit would wait for threads, and a kernel that runs can't be interrupted.
+    os._exit(code)
+
+
+async def _until_stopped(life: Life, work: Callable[[_Process], Awaitable[None]]) -> None:
+    process = _Process(life)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, process.stop.set)
+    working = asyncio.ensure_future(work(process))
+    stop = asyncio.create_task(process.stop.wait())
+    beat = asyncio.create_task(process.beat())
+    orphaned = asyncio.create_task(stdin_ended())
+    orphaned.add_done_callback(lambda _: process.stop.set())
+    try:
+        await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and not process.reporter.is_ready:
+            working.cancel()  # it still starts, and has nothing to withdraw
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+    finally:
+        for task in (beat, orphaned, stop):
+            task.cancel()
+
+
+async def _bootstrap(process: _Process) -> None:
+    async with process.transport() as transport:
+        await serve_directory(transport)
+        address = transport.addresses[0]
+        if process.life.log_format == "json":
+            log.info("ready", address=address, swarm=transport.swarm)
+        else:
+            console.print(
+                f"bootstrap peer of the swarm [bold]{transport.swarm}[/]; others join with\n"
+                f"  glasshive serve MODEL --bootstrap ADDRESS\n"
+                f"where ADDRESS is the line below. Ctrl-C stops it."
+            )
+            print(address, flush=True)
+        await process.serve(transport)
+        log.info("stopped")
+
+
+async def _host(process: _Process, options: ServeOptions) -> None:
+    async with process.transport() as transport:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        served = await asyncio.get_running_loop().run_in_executor(
+            pool, _load, options, process.life.log_format == "pretty"
+        )
+        from glasshive.peer.serving import Serving
+
+        identity = Identity.load_or_create(process.life.key)
+        serving = Serving(transport, identity, served)
+        process.overdue_seconds = lambda: serving.host.overdue_seconds
+        await serving.start()
+        try:
+            _say_ready(process, serving)
+            await process.serve(transport, lambda lost: serving.refresh(again=lost))
+        finally:
+            await serving.close()
+            log.info("stopped")
+
+
+def _load(options: ServeOptions, show: bool) -> ServedModel:
+    import torch
+
+    from glasshive.graph.dtypes import DType
+    from glasshive.graph.kernels import to_torch_dtype
+    from glasshive.graph.plan import Span
+    from glasshive.manifest_cache import known_manifest
+    from glasshive.peer.checkpoint import attention_named
+    from glasshive.peer.served_model import load_served_model
+
+    folder = find_model(options.model)
+    name = options.name or (folder.name if Path(options.model).is_dir() else options.model)
+    device = options.device
+    if device == "auto":
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    with byte_bar(f"hashing {name}", show=show) as on_hashing:
+        manifest = known_manifest(folder, name, on_hashing)
+    with byte_bar(f"loading {name}", show=show) as on_loading:
+        return load_served_model(
+            folder,
+            name,
+            Span(*options.blocks) if options.blocks else None,
+            dtype=to_torch_dtype(DType.from_name(dtype)),
+            device=device,
+            attention=attention_named(options.attention),
+            manifest=manifest,
+            on_loading=on_loading,
+        )
+
+
+def _say_ready(process: _Process, serving: Serving) -> None:
+    record = serving.record
+    if process.life.log_format == "json":
+        log.info(
+            "ready",
+            model=record.model_name,
+            model_id=record.model,
+            blocks=f"{record.start}:{record.end}",
+            n_blocks=record.n_blocks,
+            dtype=record.dtype,
+            backend=record.backend,
+            attention=record.attention,
+            tokens_per_second=round(record.throughput_tokens_per_second),
+            peer=record.peer_id,
+            address=record.addresses[0],
+        )
+        return
+    console.print(
+        f"serving [bold]{record.model_name}[/] blocks [bold]{record.start}:{record.end}[/] of "
+        f"{record.n_blocks}: {record.dtype}, {record.attention} attention, {record.backend}, "
+        f"{record.throughput_tokens_per_second:.0f} tokens/s\n"
+        f"model   {record.model}\naddress {record.addresses[0]}\n"
+        "ready; Ctrl-C withdraws the record and stops"
+    )

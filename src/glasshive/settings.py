@@ -1,0 +1,138 @@
+"""Settings: flags win over environment variables, these over the file `hive.toml`.
+
+    swarm = "public"                                     # bound into every signature
+    bootstraps = ["/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW..."]
+    key = "client.key"                                   # a researcher's; relative to this file
+    host_key = "host.key"                                # a host's
+
+The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
+user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
+GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY).
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from glasshive.graph.errors import GlasshiveError
+from glasshive.security.envelope import PUBLIC_SWARM
+
+CONFIG_VARIABLE = "GLASSHIVE_CONFIG"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class ConfigError(GlasshiveError):
+    """Settings that are missing or can't be used; the text says which and what to write."""
+
+
+class Settings(BaseSettings):
+    """How to reach a swarm, and as whom."""
+
+    model_config = SettingsConfigDict(env_prefix="GLASSHIVE_", extra="forbid", frozen=True)
+
+    swarm: str = PUBLIC_SWARM
+    bootstraps: Annotated[tuple[str, ...], NoDecode] = ()
+    key: Path | None = None
+    host_key: Path | None = None
+
+    @field_validator("bootstraps", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(one.strip() for one in value.split(",") if one.strip())
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags arrive as `flags`, the file as the rest; the environment stands between them."""
+        given = init_settings() if isinstance(init_settings, InitSettingsSource) else {}
+        flags = given.pop("flags", {})
+        return (
+            InitSettingsSource(settings_cls, flags),
+            env_settings,
+            InitSettingsSource(settings_cls, given),
+        )
+
+    @property
+    def client_key_path(self) -> Path:
+        """Where the client's key is kept."""
+        return self.key or data_dir() / "client.key"
+
+    @property
+    def host_key_path(self) -> Path:
+        """Where the host's key is kept."""
+        return self.host_key or data_dir() / "host.key"
+
+
+def load_settings(config: str | os.PathLike[str] | None = None, **flags: Any) -> Settings:
+    """The settings in force. Flags that are None or empty don't count.
+
+    Raises ConfigError for a file that was named and is not there, and for anything in file,
+    environment or flags that can't be used.
+    """
+    place = config_path(config)
+    found: dict[str, Any] = {}
+    if place.is_file():
+        found = _read(place)
+    elif config is not None or os.environ.get(CONFIG_VARIABLE):
+        raise ConfigError(
+            f"there is no config file {place}; write one with the lines "
+            '`bootstraps = ["/ip4/.../tcp/.../p2p/12D3KooW..."]` and, for a swarm of your own, '
+            '`swarm = "its name"`'
+        )
+    for name in ("key", "host_key"):
+        if isinstance(found.get(name), str):
+            found[name] = place.parent / Path(found[name]).expanduser()
+    wanted = {name: value for name, value in flags.items() if value not in (None, (), [])}
+    try:
+        return Settings(**found, flags=wanted)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "?"
+        known = ", ".join(Settings.model_fields)
+        raise ConfigError(
+            f"the setting {name!r} can't be used ({first['msg'].lower()}); known settings are "
+            f"{known}; they come from {place}, from GLASSHIVE_... variables and from flags"
+        ) from None
+
+
+def config_path(config: str | os.PathLike[str] | None = None) -> Path:
+    """The file that settings are read from, whether or not it exists."""
+    given = config or os.environ.get(CONFIG_VARIABLE)
+    if given:
+        return Path(given).expanduser()
+    return platformdirs.user_config_path("glasshive", appauthor=False) / "hive.toml"
+
+
+def data_dir() -> Path:
+    """The folder of what must last: keys."""
+    return platformdirs.user_data_path("glasshive", appauthor=False)
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        if place.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{place} is larger than {MAX_CONFIG_BYTES} bytes; is it a config?")
+        return tomllib.loads(place.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{place} can't be read as TOML: {error}; correct or remove it") from None

@@ -1,0 +1,90 @@
+"""What a user sees of a command: logs, progress bars, error lines. All of it on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import structlog
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+LogFormat = Literal["pretty", "json"]
+OnBytes = Callable[[int, int], None]
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def set_up_logging(log_format: LogFormat, *, verbose: bool = False) -> None:
+    """Our logs, and the warnings of libraries, in one form; to be called once, at the start."""
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    shared: list[structlog.types.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if log_format == "json" else "%H:%M:%S"),
+    ]
+    last: structlog.types.Processor
+    if log_format == "json":
+        last = structlog.processors.JSONRenderer()
+    else:
+        last = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                last,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("glasshive").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def print_error(error: BaseException) -> None:
+    """One red line that says what is wrong."""
+    console.print(f"[bold red]error:[/] {_escape(' '.join(str(error).split()))}")
+
+
+@contextlib.contextmanager
+def byte_bar(title: str, *, show: bool) -> Iterator[OnBytes]:
+    """A function of (done, total) bytes that moves a bar, on a terminal only; gone at the end."""
+    if not (show and console.is_terminal):
+        yield lambda done, total: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
