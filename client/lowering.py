@@ -521,7 +521,7 @@ _INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
 
 
 def _check_dtypes(name: str, bound: Bound) -> None:
-    """Raise Misfit if arguments that must be of one dtype differ, or an index is no whole number."""
+    """Raise Misfit if dtypes differ that must be one, or an index is of a wrong dtype."""
     packet = name.partition(".")[0]
     packet = packet.rstrip("_") if packet not in _ALIKE else packet
     same = [bound[key] for key in _ALIKE.get(packet, ()) if isinstance(bound[key], Operand)]

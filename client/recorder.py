@@ -187,8 +187,8 @@ def active_recorder() -> Recorder | None:
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Open `recorder` for the body of a trace, and close it at the end.
 
-    Raises AmbientState if torch's default dtype is not float32, and TraceError inside another
-    trace.
+    Raises AmbientState if torch's default dtype is not float32 or autocast is on for another
+    device, and TraceError inside another trace.
     """
     if torch.get_default_dtype() != torch.float32:
         raise AmbientState(
@@ -196,6 +196,13 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
             "as the default; call torch.set_default_dtype(torch.float32)",
             line=here(),
         )
+    for device in ("cuda", "mps", "xpu"):
+        if torch.is_autocast_enabled(device):
+            raise AmbientState(
+                f"a trace is opened inside torch.autocast({device!r}), but traced values are on no "
+                "device; use torch.autocast('cpu'), or convert with .to(dtype)",
+                line=here(),
+            )
     if _active.get() is not None:
         raise TraceError("a trace is open already; close it before the next", line=here())
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -253,6 +253,20 @@ def not_saved_text(tensor: TracedTensor) -> str:
     )
 
 
+_aten: Final = torch.ops.aten
+# What autocast for the CPU computes in a shorter dtype.
+_LOWERED: Final = frozenset(
+    {
+        _aten.mm.default,
+        _aten.bmm.default,
+        _aten.addmm.default,
+        _aten.baddbmm.default,
+        _aten.convolution.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
 # Recording ---------------------------------------------------------------------------------------
 
 
@@ -271,8 +285,10 @@ def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
     recorder = _recorder_of(tensors)
     if recorder is None:
         return func(*args, **(kwargs or {}))
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _any_autocast():
-        _check_ambient()
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        _refuse_mode()
+    if func in _LOWERED and _autocast_nesting():
+        _check_autocast(func, tensors)
     cache_key = tuple(key)
     plan = _plans.get(cache_key)
     if plan is None:
@@ -288,9 +304,6 @@ def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
         return _result(recorder, plan.outs[0], values, tensors)
     results = [_result(recorder, out, values, tensors) for out in plan.outs]
     return None if form is None else form(results)
-
-
-_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def _is_traced(value: object) -> bool:
@@ -348,30 +361,39 @@ def _recorder_of(tensors: Sequence[Any]) -> Recorder | None:
     return recorder
 
 
-def _check_ambient() -> None:
+def _refuse_mode() -> NoReturn:
     if torch.is_inference_mode_enabled():
         raise AmbientState(
             "torch.inference_mode() is open inside the trace, which hides what torch computes; "
             "leave it out: recording needs no gradients anyway",
             line=here(),
         )
-    if torch.is_grad_enabled():
+    raise AmbientState(
+        "gradients are switched on inside the trace (torch.enable_grad(), or another thread), but "
+        "a graph records values only; leave it out",
+        line=here(),
+    )
+
+
+def _autocast_nesting() -> int:
+    """How many `torch.autocast` are open."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _check_autocast(func: Any, tensors: Sequence[Any]) -> None:
+    """Raise AmbientState if an open autocast did nothing to a product of float32 tensors.
+
+    Torch hides here for which device it is open. That for the CPU would have cast them; that for
+    another device does nothing to traced values, which are on none.
+    """
+    if all(tensor.dtype == torch.float32 for tensor in tensors):
         raise AmbientState(
-            "gradients are switched on inside the trace (torch.enable_grad(), or another thread), "
-            "but a graph records values only; leave it out",
+            f"torch.autocast is open inside the trace, but left {func.name()} in "
+            "float32, because traced values are on no device; use torch.autocast('cpu'), or "
+            "convert with .to(dtype)",
             line=here(),
         )
-    for device in _AUTOCAST_DEVICES:
-        if torch.is_autocast_enabled(device):
-            raise AmbientState(
-                f"torch.autocast({device!r}) is open inside the trace; traced values are on no "
-                "device, so it would silently do nothing; convert with .to(dtype), or use "
-                "torch.autocast('cpu')",
-                line=here(),
-            )
-
-
-_AUTOCAST_DEVICES: Final = ("cuda", "mps", "xpu", "hpu", "mtia")
 
 
 def _replay(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Sequence[NodeId]:
@@ -460,7 +482,6 @@ def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
 Args: TypeAlias = "Sequence[Any]"
 Kwargs: TypeAlias = "Mapping[str, Any]"
 Call: TypeAlias = "tuple[Any, Args, Kwargs]"
-_aten: Final = torch.ops.aten
 
 
 def _number(value: Any) -> Any:

@@ -8,11 +8,43 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from glasshive.security.keys import PeerId
 
-__all__ = ["SocketWriter", "connect", "open_stream"]
+__all__ = ["SocketWriter", "connect", "detach_daemons", "open_stream"]
+
+
+class _Detached:
+    """asyncio as hivemind's module sees it: the processes that it starts get their own session."""
+
+    subprocess: Any
+
+    def __init__(self) -> None:
+        self.subprocess = SimpleNamespace(
+            PIPE=asyncio.subprocess.PIPE,
+            STDOUT=asyncio.subprocess.STDOUT,
+            create_subprocess_exec=partial(
+                asyncio.subprocess.create_subprocess_exec, start_new_session=True
+            ),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+
+def detach_daemons() -> None:
+    """From now on a terminal's Ctrl-C no longer ends the daemons that hivemind starts.
+
+    A terminal sends it to every process of its foreground session, and p2pd would end before its
+    owner could cancel a trace or withdraw a record. p2pd still ends by itself when its owner dies.
+    """
+    from hivemind.p2p import p2p_daemon
+
+    if not isinstance(p2p_daemon.asyncio, _Detached):
+        p2p_daemon.asyncio = _Detached()
 
 
 async def connect(p2p: Any, peer_id: PeerId, addresses: Iterable[str]) -> None:

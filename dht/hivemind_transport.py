@@ -136,6 +136,7 @@ class HivemindTransport:
     async def _start(self) -> None:
         serializer.install()
         hardening.patch_storage()
+        daemon_control.detach_daemons()
         from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
         try:

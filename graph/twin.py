@@ -45,12 +45,17 @@ def build_twin(config: Any, dtype: torch.dtype, attention: str = "sdpa") -> nn.M
     """The causal language model of `config` on the meta device, in evaluation mode.
 
     `config` is a transformers configuration. No code from outside transformers is ever used.
+    Experts, if there are any, are batched: the grouped kernels run on no meta tensor.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            experts_implementation="batched_mm",
+            trust_remote_code=False,
         )
     model.requires_grad_(False)
     return model.eval()
@@ -215,7 +220,7 @@ class _Scan:
             handles.append(module.register_forward_hook(self._after(name), with_kwargs=False))
         ids = torch.zeros((batch, seq), dtype=torch.int64, device="meta")
         try:
-            with torch.no_grad(), self._taint, _no_warnings():
+            with torch.no_grad(), self._taint, _no_warnings(), _no_padding(self.twin):
                 # With a cache in play transformers does not look into the values of the mask.
                 self.twin(input_ids=ids, use_cache=True)
         except GlasshiveError:
@@ -307,6 +312,20 @@ def _typed_axes(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[Axis, ...] 
             return None
     # A tensor with two batch axes has no rows that could be told apart.
     return None if axes.count("batch") > 1 else tuple(axes)
+
+
+@contextlib.contextmanager
+def _no_padding(twin: nn.Module) -> Iterator[None]:
+    """Keep transformers from looking for padding among tokens that have no values.
+
+    `from_config` gave the twin a configuration of its own.
+    """
+    config: Any = twin.config
+    kept, config.pad_token_id = config.pad_token_id, None
+    try:
+        yield
+    finally:
+        config.pad_token_id = kept
 
 
 @contextlib.contextmanager

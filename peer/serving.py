@@ -44,10 +44,10 @@ class Serving:
         await serve_directory(self._transport)
         await self._announcer.start()
 
-    def refresh(self) -> None:
-        """Announce what has changed of the record: load, or the addresses after a rebuild."""
+    def refresh(self, *, again: bool = False) -> None:
+        """Announce what has changed of the record, load or addresses; all of it with `again`."""
         addresses, load = self._transport.addresses[:4], round(self.host.load, 2)
-        if (addresses, load) != (self.record.addresses, self.record.load):
+        if again or (addresses, load) != (self.record.addresses, self.record.load):
             self.record = replace(self.record, addresses=addresses, load=load)
             self._announcer.update(self.record)
 

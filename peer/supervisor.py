@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Reporter:
         os.set_blocking(descriptor, False)
         os.set_inheritable(descriptor, False)
         self._descriptor = descriptor
+        self.is_ready = False
 
     def beat(self, overdue_seconds: float) -> None:
         """The process is alive; its pass is this much over its deadline (0 or less: in time)."""
@@ -65,6 +67,7 @@ class Reporter:
 
     def ready(self, address: str) -> None:
         """The process serves, listening at `address` (a multiaddr without the peer id)."""
+        self.is_ready = True
         self._write(f"ready {address}\n")
 
     def _write(self, line: str) -> None:
@@ -77,7 +80,7 @@ async def stdin_ended() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), open(0, "rb", buffering=0, closefd=False)
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer
     )
     try:
         while await reader.read(_MAX_LINE_BYTES):

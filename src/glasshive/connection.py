@@ -29,21 +29,20 @@ def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swar
 def settings_of(where: str | os.PathLike[str] | Sequence[str] | None) -> Settings:
     """The settings that `connect(where)` uses, with at least one bootstrap. Raises ConfigError."""
     if where is None:
-        settings = load_settings()
-    elif isinstance(where, os.PathLike):
-        settings = load_settings(where)
-    elif isinstance(where, str):
-        if "/p2p/" in where and not os.path.exists(where):
-            settings = load_settings(bootstraps=(where,))
-        else:
-            settings = load_settings(where)
-    else:
-        settings = load_settings(bootstraps=tuple(where))
+        return with_bootstraps(load_settings(), None)
+    if isinstance(where, str) and "/p2p/" in where and not os.path.exists(where):
+        where = (where,)
+    if isinstance(where, str | os.PathLike):
+        return with_bootstraps(load_settings(where), where)
+    return with_bootstraps(load_settings(bootstraps=tuple(where)), None)
+
+
+def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -> Settings:
+    """The same settings, read from `config`, if they name a bootstrap. Raises ConfigError."""
     if not settings.bootstraps:
-        place = config_path(None if where is None or not isinstance(where, str) else where)
         raise ConfigError(
-            "no bootstrap peer is known, so no swarm can be found; give its address to "
-            f"`glasshive.connect(...)`, or write it into {place}: "
+            "no bootstrap peer is known, so no swarm can be found; give its address, or write it "
+            f"into {config_path(config)}: "
             'bootstraps = ["/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW..."] '
             "(`glasshive bootstrap` and `glasshive serve` print theirs)"
         )

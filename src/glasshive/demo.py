@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -40,7 +42,7 @@ def run_demo(out: Path, *, spans: Sequence[tuple[int, int]] = SPANS) -> int:
         swarm_process.__enter__()
     try:
         with glasshive.connect(swarm_process.config) as swarm:
-            console.print(_peers_table(swarm.records()))
+            _print_peers(console, swarm.records())
             with console.status("fetching configuration and tokenizer from a peer"):
                 model = swarm.model(folder.name)
             lens = _timed(console, "logit lens", lambda: demo_experiments.logit_lens(model))
@@ -61,15 +63,15 @@ def run_demo(out: Path, *, spans: Sequence[tuple[int, int]] = SPANS) -> int:
     logit_lens_png(lens.result, out / "logit_lens.png")
     patching_png(patching.result, out / "activation_patching.png")
 
-    console.print(_lens_table(lens.result))
-    console.print(_patching_table(patching.result))
-    console.print(_steering_table(steering.result))
+    _print_lens(console, lens.result)
+    _print_patching(console, patching.result)
+    _print_steering(console, steering.result)
     names = ("logit lens", "steering", "activation patching")
     differences = [
         mine.result.largest_difference(its) for mine, its in zip(ran, plain, strict=True)
     ]
-    console.print(_checks_table(names, ran, differences))
-    console.print(_traffic_table(names, ran))
+    _print_checks(console, names, ran, differences)
+    _print_traffic(console, names, ran)
     console.print(f"pictures: {out / 'logit_lens.png'}, {out / 'activation_patching.png'}")
     console.print(f"done in {time.perf_counter() - began:.0f} s")
     if any(difference != 0.0 for difference in differences):
@@ -131,133 +133,125 @@ def _run_patching(console: Console, model: Any) -> Any:
     return ran
 
 
-def _peers_table(records: Sequence[Any]) -> Table:
-    table = Table(title="the swarm, as its directory tells it", title_justify="left")
-    for name in ("blocks", "dtype", "attention", "tokens/s", "peer"):
-        table.add_column(name)
+def _table(*columns: str, gap: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap), pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def _print_peers(console: Console, records: Sequence[Any]) -> None:
+    console.print("\n[bold]the swarm[/], as its directory tells it")
+    table = _table("blocks", "dtype", "attention", "tokens/s", "peer")
     for one in sorted(records, key=lambda one: (one.start, one.end)):
+        speed = f"{one.throughput_tokens_per_second:.0f}"
         table.add_row(
-            f"{one.start}:{one.end}",
-            one.dtype,
-            one.attention,
-            f"{one.throughput_tokens_per_second:.0f}",
-            one.peer_id,
+            f"{one.start}:{one.end}", one.dtype, one.attention, speed, f"…{one.peer_id[-12:]}"
         )
-    return table
+    console.print(table)
 
 
-def _lens_table(result: Any) -> Table:
-    title = f"logit lens: what each layer would say after each token of “{result.spec.prompt}”"
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", justify="right")
-    for token in result.tokens:
-        table.add_column(token.strip() or repr(token), overflow="ellipsis", max_width=13)
-    layers = len(result.top_tokens)
-    shown = sorted({*range(0, layers, 4), *range(layers - 6, layers)})
-    for layer in shown:
-        cells = [
-            f"[bold]{token.strip()}[/] {probability:.2f}" if probability >= 0.5 else token.strip()
-            for token, probability in zip(
-                map(_escaped, result.top_tokens[layer]),
-                result.probabilities[layer].tolist(),
-                strict=True,
-            )
-        ]
-        table.add_row(str(layer), *cells)
-    return table
-
-
-def _patching_table(result: Any) -> Table:
-    spec = result.spec
-    title = (
-        f"activation patching: share of the clean answer{spec.answer} that one clean (layer, token)"
-        f" brings back\nclean: {spec.clean}\ncorrupted: {spec.corrupted}"
+def _print_lens(console: Console, result: Any) -> None:
+    console.print(
+        f"[bold]logit lens[/]: what layers would say after each token of “{result.spec.prompt}”"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", justify="right")
-    for token in result.tokens:
-        table.add_column(token.strip() or repr(token), justify="right")
-    for layer in range(0, len(result.restored), 3):
-        row = result.restored[layer].tolist()
-        table.add_row(str(layer), *(_share(value) for value in row))
-    return table
+    table = _table("layer", *(token.strip() or repr(token) for token in result.tokens))
+    layers = len(result.top_tokens)
+    for layer in sorted({*range(0, layers - 6, 4), *range(layers - 6, layers)}):
+        cells = []
+        said = zip(result.top_tokens[layer], result.probabilities[layer].tolist(), strict=True)
+        for token, probability in said:
+            word = _short(token)
+            cells.append(f"[bold green]{word}[/]" if probability >= 0.5 else f"[dim]{word}[/]")
+        table.add_row(str(layer), *cells)
+    console.print(table)
 
 
-def _share(value: float) -> str:
-    text = f"{value:.2f}"
-    if abs(value) < 0.005:
-        return "[dim]·[/]"
-    return f"[bold blue]{text}[/]" if value > 0.5 else text
-
-
-def _steering_table(result: Any) -> Table:
+def _print_patching(console: Console, result: Any) -> None:
     spec = result.spec
-    title = (
-        f"steering: “{spec.prompt} …” with layer {spec.layer} moved from “{spec.away}” "
+    console.print(
+        "[bold]activation patching[/]: per cent of the clean answer that one (layer, token) of the "
+        f"clean run brings back\n  clean: {spec.clean} →{spec.answer}\n"
+        f"  corrupted: {spec.corrupted} →{spec.distractor}"
+    )
+    table = _table("layer", *(_short(token, 4) for token in result.tokens), gap=0)
+    for layer in range(0, len(result.restored), 3):
+        table.add_row(str(layer), *(_per_cent(one) for one in result.restored[layer].tolist()))
+    console.print(table)
+
+
+def _per_cent(share: float) -> str:
+    text = f"{100 * share:.0f}"
+    if text in ("0", "-0"):
+        return "[dim]·[/]"
+    return f"[bold blue]{text}[/]" if share > 0.5 else text
+
+
+def _print_steering(console: Console, result: Any) -> None:
+    spec = result.spec
+    console.print(
+        f"[bold]steering[/]: “{spec.prompt} …”\n  layer {spec.layer} moved from “{spec.away}” "
         f"towards “{spec.toward}”"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("before", "p", "after", "p"):
-        table.add_column(name)
+    table = _table("before", "p", "after", "p")
     for (before, p), (after, q) in zip(result.plain_top, result.steered_top, strict=True):
-        table.add_row(_escaped(before.strip()), f"{p:.3f}", _escaped(after.strip()), f"{q:.3f}")
-    return table
+        table.add_row(_short(before), f"{p:.3f}", _short(after), f"{q:.3f}")
+    console.print(table)
 
 
-def _checks_table(names: Sequence[str], ran: Sequence[Any], differences: Sequence[float]) -> Table:
-    table = Table(title="against plain Hugging Face with torch hooks", title_justify="left")
-    for name in ("experiment", "passes", "rows", "largest difference", ""):
-        table.add_column(name, justify="left" if name in ("experiment", "") else "right")
+def _print_checks(
+    console: Console, names: Sequence[str], ran: Sequence[Any], differences: Sequence[float]
+) -> None:
+    console.print("[bold]against plain Hugging Face[/] with torch hooks, on this machine")
+    table = _table("experiment", "passes", "rows", "largest difference", "")
     for name, one, difference in zip(names, ran, differences, strict=True):
         verdict = "[green]bit-equal[/]" if difference == 0.0 else "[red]differs[/]"
         table.add_row(name, str(len(one.rows)), str(sum(one.rows)), f"{difference:g}", verdict)
-    return table
+    console.print(table)
 
 
-def _traffic_table(names: Sequence[str], ran: Sequence[Any]) -> Table:
-    table = Table(title="which peer did what, and the bytes that travelled", title_justify="left")
-    for name in ("experiment", "blocks", "compute s", "hidden on", "carried on", "saved back"):
-        table.add_column(name, justify="left" if name == "experiment" else "right")
+def _print_traffic(console: Console, names: Sequence[str], ran: Sequence[Any]) -> None:
+    console.print("[bold]which peer did what[/], and the bytes that travelled")
+    table = _table("experiment", "blocks", "compute s", "hidden on", "carried on", "saved back")
+    totals = []
     for name, one in zip(names, ran, strict=True):
         total = 0
         for place in range(len(one.traces[0].hops)):
             hops = [trace.hops[place] for trace in one.traces]
-            _, span, *_ = hops[0]
             seconds, hidden, carried, saved = (sum(hop[i] for hop in hops) for i in (2, 3, 4, 5))
             total += hidden + carried + saved
             table.add_row(
                 name if place == 0 else "",
-                span,
+                hops[0][1],
                 f"{seconds:.2f}",
                 amount(hidden),
                 amount(carried),
                 amount(saved),
             )
-        petals = petals_bytes(one)
-        table.add_row(
-            "",
-            "[bold]all[/]",
-            "",
-            "",
-            "",
-            f"[bold]{amount(total)}[/]\n[dim]Petals' way: {amount(petals)}[/]",
-            end_section=True,
-        )
-    table.caption = (
-        "Petals' way: hidden states go to the client and back at every block that the experiment "
-        "touches, since peers there run blocks and nothing else"
+        totals.append(f"{name} [bold]{amount(total)}[/] (Petals' way {amount(petals_bytes(one))})")
+        table.add_section()
+    console.print(table)
+    console.print(f"in all: {', '.join(totals)}")
+    console.print(
+        "[dim]Petals' way: peers there run blocks and nothing else, so hidden states go to the "
+        "client and back at every block that the experiment touches[/]"
     )
-    return table
+
+
+def _short(token: str, most: int = 10) -> str:
+    word = token.strip() or repr(token)
+    return escape(word if len(word) <= most else word[: most - 1] + "…")
 
 
 def petals_bytes(ran: Any) -> int:
     """What the same forwards would move if every touched block's states went through the client.
 
-    Each pass enters and leaves the swarm once more than it is interrupted; each way is
-    rows x tokens x width in fp32.
+    There a client sends hidden states to a peer and takes them back at the end of its span, and at
+    every block between which it wants to see or change them; each way is rows x tokens x width.
     """
     width_bytes = 576 * 4
-    crossings = 2 * (ran.touched_blocks + 1)
+    ends = {int(span.split(":")[1]) for _, span, *_ in ran.traces[0].hops}
+    crossings = 2 * len(ends | {block + 1 for block in ran.touched_blocks})
     return sum(rows * ran.tokens * width_bytes * crossings for rows in ran.rows)
 
 
@@ -269,9 +263,3 @@ def amount(size_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -31,7 +31,7 @@ from glasshive.demo_oracle import (
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A result, where each of its traces ran, and the block outputs that one trace touched.
+    """A result, where each of its traces ran, and the blocks whose outputs a trace touched.
 
     `rows` and `tokens` are the size of each trace's forward pass.
     """
@@ -40,11 +40,14 @@ class Ran:
     traces: tuple[Provenance, ...]
     rows: tuple[int, ...]
     tokens: int
-    touched_blocks: int
+    touched_blocks: frozenset[int]
 
 
 def logit_lens(model: Any, spec: LensSpec = DEMO.lens) -> Ran:
-    """What every layer would say next: norm and head applied to each layer's output."""
+    """What every layer would say next: norm and head applied to each layer's output.
+
+    A second trace, which is not in the report, brings the raw logits for the comparison.
+    """
     ids = token_ids(model.tokenizer, spec.prompt)
     top_ids, probabilities, last_logits = [], [], []
     with model.trace(ids) as tracer:
@@ -53,6 +56,9 @@ def logit_lens(model: Any, spec: LensSpec = DEMO.lens) -> Ran:
             best = logits.softmax(-1).max(-1)
             top_ids.append(best.indices[0].save())
             probabilities.append(best.values[0].save())
+    with model.trace(ids):
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output[:, -spec.shown_tokens :]))
             last_logits.append(logits[0, -1].save())
     result: LensResult = lens_result(
         spec,
@@ -61,7 +67,7 @@ def logit_lens(model: Any, spec: LensSpec = DEMO.lens) -> Ran:
         torch.stack([plain(one) for one in probabilities]),
         torch.stack([plain(one) for one in last_logits]),
     )
-    return Ran(result, (tracer.result,), (1,), len(ids), len(model.model.layers))
+    return Ran(result, (tracer.result,), (1,), len(ids), _all_blocks(model))
 
 
 def activation_patching(
@@ -100,7 +106,7 @@ def activation_patching(
         spec, model.tokenizer, torch.cat(answers), clean_logits
     )
     rows = tuple(len(cells) + 1 for cells in passes)
-    return Ran(result, tuple(traces), rows, len(clean), len(layers))
+    return Ran(result, tuple(traces), rows, len(clean), _all_blocks(model))
 
 
 def steering(model: Any, spec: SteeringSpec = DEMO.steering) -> Ran:
@@ -118,7 +124,11 @@ def steering(model: Any, spec: SteeringSpec = DEMO.steering) -> Ran:
             after = model.lm_head.output[0, -1].save()
     result: SteeringResult = steering_result(spec, model.tokenizer, plain(before), plain(after))
     tokens = len(token_ids(model.tokenizer, spec.prompt))
-    return Ran(result, (tracer.result,), (4,), tokens, 1)
+    return Ran(result, (tracer.result,), (4,), tokens, frozenset({spec.layer}))
+
+
+def _all_blocks(model: Any) -> frozenset[int]:
+    return frozenset(range(len(model.model.layers)))
 
 
 def plain(saved: Any) -> torch.Tensor:

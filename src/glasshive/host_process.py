@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
 
@@ -49,13 +49,13 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What a host serves. `blocks` None: the whole model; "auto": what suits the machine."""
+    """What a host serves. `blocks` None: the whole model; dtype and device may be "auto"."""
 
     model: str
     blocks: tuple[int, int] | None
     dtype: str
     device: str
-    attention: str
+    attention: Literal["eager", "sdpa", "flash"]
     name: str | None
 
 
@@ -104,9 +104,7 @@ class _Process:
         address = transport.addresses[0]
         self.reporter.ready(address.rpartition("/p2p/")[0])
         while True:
-            events = [
-                asyncio.create_task(event.wait()) for event in (self.stop, transport.lost)
-            ]
+            events = [asyncio.create_task(event.wait()) for event in (self.stop, transport.lost)]
             try:
                 await asyncio.wait(
                     events, timeout=_REFRESH_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -220,12 +218,13 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
     from glasshive.graph.dtypes import DType
     from glasshive.graph.kernels import to_torch_dtype
     from glasshive.graph.plan import Span
-    from glasshive.manifest_cache import known_manifest
-    from glasshive.peer.checkpoint import attention_named
+    from glasshive.manifest_cache import known_manifest, model_name
+    from glasshive.peer.checkpoint import Checkpoint
     from glasshive.peer.served_model import load_served_model
+    from glasshive.peer.span_model import check_span
 
     folder = find_model(options.model)
-    name = options.name or (folder.name if Path(options.model).is_dir() else options.model)
+    name = options.name or model_name(options.model, folder)
     device = options.device
     if device == "auto":
         device = (
@@ -238,6 +237,8 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
+    if options.blocks:
+        check_span(*options.blocks, Checkpoint(folder).n_blocks, name)
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
         manifest = known_manifest(folder, name, on_hashing)
     with byte_bar(f"loading {name}", show=show) as on_loading:
@@ -247,7 +248,7 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
             Span(*options.blocks) if options.blocks else None,
             dtype=to_torch_dtype(DType.from_name(dtype)),
             device=device,
-            attention=attention_named(options.attention),
+            attention=options.attention,
             manifest=manifest,
             on_loading=on_loading,
         )

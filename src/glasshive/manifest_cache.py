@@ -51,6 +51,11 @@ def known_manifest(
     return Manifest(name, found)
 
 
+def model_name(asked: str, folder: Path) -> str:
+    """What a model found in `folder` is called, if it was asked for as `asked`."""
+    return folder.resolve().name if Path(asked).expanduser().is_dir() else asked
+
+
 def _states(folder: Path) -> list[list[Any]]:
     """Name, size and time of change of each file that a manifest names."""
     states: list[list[Any]] = []

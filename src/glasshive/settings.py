@@ -55,24 +55,6 @@ class Settings(BaseSettings):
             return tuple(one.strip() for one in value.split(",") if one.strip())
         return value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags arrive as `flags`, the file as the rest; the environment stands between them."""
-        given = init_settings() if isinstance(init_settings, InitSettingsSource) else {}
-        flags = given.pop("flags", {})
-        return (
-            InitSettingsSource(settings_cls, flags),
-            env_settings,
-            InitSettingsSource(settings_cls, given),
-        )
-
     @property
     def client_key_path(self) -> Path:
         """Where the client's key is kept."""
@@ -103,9 +85,24 @@ def load_settings(config: str | os.PathLike[str] | None = None, **flags: Any) ->
     for name in ("key", "host_key"):
         if isinstance(found.get(name), str):
             found[name] = place.parent / Path(found[name]).expanduser()
+
+    class FromFile(Settings):
+        """Settings whose last source is that file."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, found)
+
     wanted = {name: value for name, value in flags.items() if value not in (None, (), [])}
     try:
-        return Settings(**found, flags=wanted)
+        return FromFile(**wanted)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "?"

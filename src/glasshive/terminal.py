@@ -51,7 +51,7 @@ def set_up_logging(log_format: LogFormat, *, verbose: bool = False) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                *([structlog.processors.format_exc_info] if log_format == "json" else []),
                 last,
             ],
         )

@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from glasshive.client.errors import OutOfSight
+from glasshive.client.functional import Cell, intern_layout, layout_of
 from glasshive.client.recorder import Recorder, recording
-from glasshive.graph.errors import GlasshiveError
+from glasshive.graph.errors import GlasshiveError, LateEdit
+from glasshive.graph.graph import NodeId, Op
+from glasshive.graph.kernels import spec_of
 
 PROGRAMS = 20_000 if os.environ.get("GLASSHIVE_SOAK") == "1" else 1_000
 BATCHES = 10
@@ -263,3 +267,133 @@ def run_program(seed: int, session: Any) -> None:
 def test_random_programs_equal_torch(batch: int, make_session: Any) -> None:
     for seed in range(batch, PROGRAMS, BATCHES):
         run_program(seed, make_session)
+
+
+# The rules one by one ---------------------------------------------------------------------------
+
+
+class Watch:
+    """A cell with hooks that write down what they see."""
+
+    def __init__(self, recorder: Recorder, tensor: Tensor) -> None:
+        self.seen: list[Any] = []
+        self.refuse = False
+        self.cell = recorder.new_cell(
+            recorder.const(tensor), spec_of(tensor), self._before, self._after
+        )
+        self.tensor = recorder.tensor_of(self.cell)
+
+    def _before(self, cell: Cell) -> None:
+        if self.refuse:
+            raise LateEdit("too late")
+        self.seen.append(("before", cell.vid))
+
+    def _after(self, cell: Cell, value: NodeId) -> None:
+        assert cell.vid == value
+        self.seen.append(("after", value))
+
+
+@pytest.fixture
+def watch(session: Any, h: Tensor) -> Watch:
+    return Watch(session(h).recorder, h)
+
+
+EDITS: dict[str, Callable[[Tensor], Any]] = {
+    "method": lambda x: x.add_(1),
+    "operator": lambda x: x.__iadd__(1),
+    "assignment": lambda x: x.__setitem__((slice(None), 0), 1.0),
+    "whole assignment": lambda x: x.__setitem__(slice(None), torch.zeros(8)),
+    "through a view": lambda x: x.mT.view(2, 8, 5, 1)[0].neg_(),
+    "through detach": lambda x: x.detach().zero_(),
+    "through data": lambda x: x.data[0].zero_(),
+    "by index": lambda x: x.__setitem__([0], 0.0),
+    "out=": lambda x: torch.neg(x, out=x),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_hooks_run_before_and_after_each_edit(name: str, watch: Watch) -> None:
+    first = watch.cell.vid
+    EDITS[name](watch.tensor)
+    assert watch.seen == [("before", first), ("after", watch.cell.vid)]
+    assert watch.cell.vid != first
+    assert watch.cell.version == 1
+    assert [line.file for line in watch.cell.lines] == [__file__]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_hook_that_refuses_leaves_the_cell_as_it_was(name: str, watch: Watch) -> None:
+    first = watch.cell.vid
+    watch.refuse = True
+    with pytest.raises(LateEdit):
+        EDITS[name](watch.tensor)
+    assert (watch.cell.vid, watch.cell.version) == (first, 0)
+
+
+def test_an_augmented_assignment_is_one_edit(watch: Watch) -> None:
+    watch.tensor[:, -1] += 1
+    watch.tensor[:, 1:3, ::2] *= 2
+    assert watch.cell.version == 2
+
+
+def test_values_made_before_an_edit_stay(session: Any, h: Tensor) -> None:
+    opened = session(h)
+    (traced,) = opened.traced
+    before, copied, shared = traced * 1, traced.clone(), traced[:, 0]
+    traced.zero_()
+    ids = [opened.recorder.value(x) for x in (before, copied, shared)]
+    values = opened.run()
+    assert torch.equal(values[ids[0]], h)
+    assert torch.equal(values[ids[1]], h)
+    assert not values[ids[2]].any()
+
+
+def test_a_view_is_recorded_once_for_each_value(session: Any, h: Tensor) -> None:
+    opened = session(h)
+    (traced,) = opened.traced
+    for _ in range(3):
+        traced[:, 0] + 1
+        traced[:, 0] * 2
+    names = [n.name for n in opened.recorder.nodes.values() if isinstance(n, Op)]
+    assert names.count("select") == 1
+    traced[:, 0] = traced[:, 0] + 1
+    traced[:, 0] + 1
+    names = [n.name for n in opened.recorder.nodes.values() if isinstance(n, Op)]
+    assert names.count("select") == 1  # what was assigned is what is seen
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda x: x[:1].expand(4, 5, 8).add_(1),
+        lambda x: x[:1].expand(4, 5, 8)[0].zero_(),
+        lambda x: x.unfold(1, 3, 1).zero_(),
+        lambda x: torch.broadcast_to(x[0, 0], (3, 8)).copy_(x[0, :3].clone()),
+    ],
+)
+def test_overlapping_views_are_not_written(edit: Any, watch: Watch) -> None:
+    with pytest.raises(OutOfSight, match=r"one place in memory; call \.clone\(\)"):
+        edit(watch.tensor)
+    assert watch.cell.version == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dense"),
+    [
+        ((2, 3), (3, 1), True),
+        ((3, 2), (1, 3), True),
+        ((2, 3), (6, 1), False),
+        ((2, 3), (0, 1), False),
+        ((1, 3), (77, 1), True),
+        ((), (), True),
+    ],
+)
+def test_dense_layouts(shape: Any, strides: Any, dense: bool) -> None:
+    assert intern_layout(torch.float32, shape, strides).is_dense is dense
+    plain = torch.empty_strided(shape, strides)
+    assert torch.ops.aten.is_non_overlapping_and_dense(plain) is dense
+
+
+def test_equal_layouts_are_one_object() -> None:
+    assert intern_layout(torch.float32, (2, 3)) is layout_of(torch.zeros(2, 3))
+    assert intern_layout(torch.float32, (2, 3)) is not intern_layout(torch.float64, (2, 3))

@@ -274,7 +274,7 @@ def run_graph(graph: Graph, values: Mapping[NodeId, Tensor]) -> list[Tensor]:
     with contextlib.suppress(ShapeMismatch):  # an index out of range; the bill holds up to there
         for node_id, node in graph.nodes.items():
             if isinstance(node, Op):
-                interpreter.run(node_id, node)
+                interpreter.put(node_id, interpreter.run(node_id, node))
             elif isinstance(node, Save):
                 saved.append(interpreter.take(node.value.node))
             else:

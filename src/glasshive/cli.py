@@ -1,0 +1,255 @@
+"""The command line. Exit codes: 0 done, 1 an error of ours (one line says which), 2 wrong usage,
+130 interrupted. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from glasshive.graph.errors import GlasshiveError
+from glasshive.models import ModelUnavailableError
+from glasshive.settings import data_dir, load_settings
+from glasshive.terminal import LogFormat, byte_bar, print_error, set_up_logging
+
+app = typer.Typer(
+    name="glasshive",
+    help="Interpretability experiments on language models split over a peer-to-peer swarm.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+BOOTSTRAP_LISTEN = "/ip4/127.0.0.1/tcp/31330"
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="A hive.toml; else the default one, if there.")
+]
+BootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option("--bootstrap", help="Address of a bootstrap peer; may be given several times."),
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", help="Key file; made at the first use, for you only.")
+]
+LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", help="How to write logs.")]
+ReportOption = Annotated[int | None, typer.Option("--report-descriptor", hidden=True)]
+StdinOption = Annotated[bool, typer.Option("--until-stdin-ends", hidden=True)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> NoReturn:
+    """The entry point: runs the command and exits with its code."""
+    try:
+        app()
+    except (GlasshiveError, ModelUnavailableError) as error:
+        print_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"glasshive {importlib.metadata.version('glasshive')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
+    ] = False,
+) -> None:
+    """Interpretability experiments on language models split over a peer-to-peer swarm."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A model folder, or the name of a fetched model.")],
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Blocks to serve, first:end, such as 0:10; without it the whole model."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Number format; auto: bfloat16 on CUDA, else float32."),
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
+    attention: Annotated[Literal["sdpa", "eager", "flash"], typer.Option()] = "sdpa",
+    name: Annotated[str | None, typer.Option(help="Announce the model under this name.")] = None,
+    listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = LOOPBACK,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    key: KeyOption = None,
+    log_format: LogFormatOption = "pretty",
+    report_descriptor: ReportOption = None,
+    until_stdin_ends: StdinOption = False,
+) -> None:
+    """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
+    set_up_logging(log_format)
+    span = _blocks(blocks)
+    settings = load_settings(config, bootstraps=bootstrap, host_key=key)
+    if report_descriptor is None:
+        _supervise(settings.host_key_path, listen, until_stdin_ends)
+    from glasshive.host_process import Life, ServeOptions, run_host
+
+    run_host(
+        Life(settings, settings.host_key_path, listen, log_format, report_descriptor),
+        ServeOptions(model, span, dtype, device, attention, name),
+    )
+
+
+@app.command()
+def bootstrap(
+    listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = BOOTSTRAP_LISTEN,
+    others: BootstrapOption = None,
+    config: ConfigOption = None,
+    key: KeyOption = None,
+    log_format: LogFormatOption = "pretty",
+    report_descriptor: ReportOption = None,
+    until_stdin_ends: StdinOption = False,
+) -> None:
+    """Be the peer through which others find the swarm. Prints its address; serves no model."""
+    set_up_logging(log_format)
+    settings = load_settings(config, bootstraps=others)
+    key = key or data_dir() / "bootstrap.key"
+    if report_descriptor is None:
+        _supervise(key, listen, until_stdin_ends)
+    from glasshive.host_process import Life, run_bootstrap
+
+    # Its own address may be among those that a shared config lists.
+    run_bootstrap(Life(settings, key, listen, log_format, report_descriptor))
+
+
+@app.command()
+def status(
+    model: Annotated[str | None, typer.Option(help="Only this model, by name or id.")] = None,
+    as_json: JsonOption = False,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    key: KeyOption = None,
+) -> None:
+    """Who serves what, and which blocks nobody serves; with --model, 1 if any is missing."""
+    set_up_logging("pretty")
+    from glasshive.connection import open_swarm, with_bootstraps
+    from glasshive.status_report import model_tables, report_of
+
+    settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
+    with open_swarm(settings) as swarm:
+        report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        out = Console()
+        for table in model_tables(report):
+            out.print(table)
+    if model is not None and any(one["missing_blocks"] for one in report["models"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def manifest(
+    path: Annotated[str, typer.Argument(help="A model folder, or the name of a fetched model.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; else the folder's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a model is: its id, and the hash of every file that counts."""
+    set_up_logging("pretty")
+    from glasshive.manifest_cache import known_manifest, model_name
+    from glasshive.models import find_model
+
+    folder = find_model(path)
+    with byte_bar("hashing", show=True) as on_hashing:
+        found = known_manifest(folder, name or model_name(path, folder), on_hashing)
+    if as_json:
+        files = [
+            {"name": one.name, "size_bytes": one.size_bytes, "sha256": one.sha256.hex()}
+            for one in found.files
+        ]
+        print(json.dumps({"name": found.name, "id": found.model_id, "files": files}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "bytes", "sha256", title=f"{found.name}\n{found.model_id}")
+    table.columns[1].justify = "right"
+    table.columns[2].overflow = "fold"
+    for one in found.files:
+        table.add_row(one.name, f"{one.size_bytes:,}", one.sha256.hex())
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-output"),
+) -> None:
+    """Run three experiments on a real model, split over three hosts on this machine."""
+    set_up_logging("pretty")
+    from glasshive.demo import run_demo
+
+    raise typer.Exit(run_demo(out))
+
+
+def _blocks(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise typer.BadParameter(
+            f"got {text!r}, wanted first:end, such as 0:10", param_hint="--blocks"
+        )
+    return int(first), int(end)
+
+
+def _supervise(key: Path, listen: str, until_stdin_ends: bool) -> NoReturn:
+    """Become the supervisor of a process with this very command line."""
+    from filelock import FileLock, Timeout
+
+    from glasshive.dht.hivemind_transport import check_loopback
+    from glasshive.peer.supervisor import Supervisor
+    from glasshive.security.keys import Identity
+
+    check_loopback(listen)
+    Identity.load_or_create(key)
+    lock = FileLock(key.with_name(key.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise KeyInUse(
+            f"another process on this machine is the peer of the key {key}; "
+            "end it, or give this one a key of its own with --key"
+        ) from None
+
+    def command(report_descriptor: int, listening_at: str | None) -> list[str]:
+        again = ["--listen", listening_at] if listening_at else []
+        report = ["--report-descriptor", str(report_descriptor)]
+        return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *report]
+
+    async def run() -> int:
+        return await Supervisor(command).run(until_stdin_ends=until_stdin_ends)
+
+    with lock:
+        sys.exit(asyncio.run(run()))
+
+
+class KeyInUse(GlasshiveError):
+    """Two processes of one machine would be the same peer."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""A whole swarm on this machine, for tests and demonstrations.
+
+    from glasshive.testing import LocalSwarm
+
+    with LocalSwarm("path/to/model", spans=[(0, 10), (10, 20), (20, 30)]) as hive:
+        with glasshive.connect(hive.config) as swarm:
+            model = swarm.model(hive.model_name)
+            ...
+            hive.hosts[1].kill()
+
+A bootstrap and the hosts are real processes on loopback, started as `glasshive bootstrap` and
+`glasshive serve` start them. They end with the `with`, and also when this process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+
+from glasshive.graph.errors import GlasshiveError
+
+_POLL_SECONDS = 0.02
+_TAIL_LINES = 30
+
+
+class SwarmNotReady(GlasshiveError):
+    """A process of a local swarm that ended or was not ready in time, with the end of its log."""
+
+
+class LocalPeer:
+    """One process of a local swarm, with the processes that belong to it."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path, env: dict[str, str]) -> None:
+        self.name = name
+        self._arguments = list(arguments)
+        self._log = log
+        self._env = env
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"<LocalPeer {self.name} {'running' if self.running else 'ended'}>"
+
+    @property
+    def log(self) -> str:
+        """Everything that its processes have written, restarts included: a JSON object a line."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Its log lines as data; lines that are not JSON are left out."""
+        return _events(self.log)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there, frozen ones included."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code of the last process, negative for a signal; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def address(self) -> str:
+        """The address under which it announced itself last; "" before it was ready."""
+        return str(self._ready().get("address", ""))
+
+    @property
+    def peer_id(self) -> str:
+        """Its peer id; "" before it was ready."""
+        return self.address.rpartition("/p2p/")[2]
+
+    def pids(self) -> list[int]:
+        """Its processes: supervisor, host process, network daemon."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self._process.pid)
+            return [top.pid, *(child.pid for child in top.children(recursive=True))]
+        return []
+
+    def start(self) -> None:
+        """Start it; `wait_ready` waits for it."""
+        if self.running:
+            raise SwarmNotReady(f"{self.name} is running already")
+        self._log_start = len(self.log)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 (our own command line, no shell)
+                [sys.executable, "-m", "glasshive.cli", *self._arguments],
+                stdin=subprocess.PIPE,  # its end tells the process that this one is gone
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, deadline_seconds: float = 90.0) -> None:
+        """Returns when it has announced itself. Raises SwarmNotReady."""
+
+        def ready() -> bool:
+            if not self.running:
+                raise SwarmNotReady(self._trouble(f"ended with {self.exit_code}"))
+            return bool(self._ready())
+
+        if not _wait(ready, deadline_seconds):
+            raise SwarmNotReady(self._trouble(f"was not ready in {deadline_seconds:g} s"))
+
+    def kill(self) -> None:
+        """End all of its processes at once, as if its machine had lost power."""
+        for pid in self.pids():
+            _signal(pid, signal.SIGKILL)
+        self._reap(10.0)
+
+    def kill_host_process(self) -> None:
+        """End only the process that computes; its supervisor starts another."""
+        for pid in self.pids()[1:]:
+            _signal(pid, signal.SIGKILL)
+
+    def stop(self, deadline_seconds: float = 20.0) -> int:
+        """Ask it to stop, as Ctrl-C does, and return its exit code.
+
+        Raises SwarmNotReady if it has not ended by the deadline.
+        """
+        if self._process is None:
+            raise SwarmNotReady(f"{self.name} was never started")
+        _signal(self._process.pid, signal.SIGINT)
+        if not self._reap(deadline_seconds):
+            raise SwarmNotReady(self._trouble(f"did not stop in {deadline_seconds:g} s"))
+        return self._process.returncode
+
+    def restart(self, deadline_seconds: float = 90.0) -> None:
+        """Start it again, with the same key, after `kill` or `stop`; returns when it is ready."""
+        self.start()
+        self.wait_ready(deadline_seconds)
+
+    def freeze(self) -> None:
+        """Stop all of its processes in mid-step, without ending them, until `thaw`."""
+        for pid in self.pids():
+            _signal(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let the processes go on."""
+        for pid in reversed(self.pids()):
+            _signal(pid, signal.SIGCONT)
+
+    def _reap(self, deadline_seconds: float) -> bool:
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(deadline_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        return True
+
+    def _ready(self) -> dict[str, Any]:
+        since = self.log[self._log_start :]
+        return next((one for one in reversed(_events(since)) if one.get("event") == "ready"), {})
+
+    def _trouble(self, what: str) -> str:
+        tail = "\n".join(self.log.splitlines()[-_TAIL_LINES:]) or "(nothing)"
+        return f"{self.name} {what}; its log ends with:\n{tail}"
+
+
+class LocalSwarm:
+    """A bootstrap and hosts of one model, as processes on loopback; a context manager.
+
+    `spans[i]` is served by `hosts[i]`; with `replicas=2` again by `hosts[len(spans) + i]`, and so
+    on. `attention` may be one for all or one a span.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        spans: Sequence[tuple[int, int]],
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: Literal["sdpa", "eager", "flash"] = "sdpa",
+        device: Literal["auto", "cpu", "cuda", "mps"] = "cpu",
+        replicas: int = 1,
+        name: str | None = None,
+        start_seconds: float = 120.0,
+    ) -> None:
+        if not spans or replicas < 1:
+            raise SwarmNotReady("a swarm without hosts; give spans=[(first, end), ...]")
+        self.model_name = name or Path(path).name
+        self.hosts: list[LocalPeer] = []
+        self._path = str(path)
+        self._spans = list(spans) * replicas
+        self._start_seconds = start_seconds
+        self._options = [
+            *("--dtype", dtype, "--attention", attention, "--device", device),
+            *("--name", self.model_name),
+        ]
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.bootstrap: LocalPeer
+        self.config: Path
+
+    def __enter__(self) -> LocalSwarm:
+        self._folder = tempfile.TemporaryDirectory(prefix="glasshive-swarm-")
+        folder = Path(self._folder.name)
+        try:
+            self._start(folder)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process, at once, and remove the keys and logs. May be called again."""
+        peers = [*self.hosts, *([self.bootstrap] if hasattr(self, "bootstrap") else [])]
+        for peer in peers:
+            for pid in peer.pids():
+                _signal(pid, signal.SIGKILL)
+        for peer in peers:
+            peer.kill()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self, folder: Path) -> None:
+        env = dict(os.environ)
+        # Hosts that all take every core slow one another down.
+        threads = max((os.cpu_count() or 1) // len(self._spans), 1)
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+        for variable in [one for one in env if one.startswith("GLASSHIVE_")]:
+            if variable != "GLASSHIVE_CACHE":
+                del env[variable]  # the user's own swarm
+        env["GLASSHIVE_CONFIG"] = str(folder / "host.toml")
+        swarm = f"local-{os.getpid()}-{time.time_ns() % 10**9}"
+        (folder / "host.toml").write_text(f'swarm = "{swarm}"\n')
+        common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
+
+        def peer(name: str, *arguments: str) -> LocalPeer:
+            key = str(folder / f"{name}.key")
+            full = [*arguments, "--key", key, *common]
+            return LocalPeer(name, full, folder / f"{name}.log", env)
+
+        deadline = time.monotonic() + self._start_seconds
+        self.bootstrap = peer("bootstrap", "bootstrap")
+        self.bootstrap.start()
+        self.bootstrap.wait_ready(self._start_seconds)
+        address = self.bootstrap.address
+        for number, (first, end) in enumerate(self._spans):
+            blocks = ["--blocks", f"{first}:{end}", "--bootstrap", address]
+            host = peer(f"host{number}", "serve", self._path, *blocks, *self._options)
+            self.hosts.append(host)
+            host.start()
+        for host in self.hosts:
+            host.wait_ready(max(deadline - time.monotonic(), 0.1))
+        self.config = folder / "hive.toml"
+        self.config.write_text(
+            f'swarm = "{swarm}"\nbootstraps = ["{address}"]\nkey = "client.key"\n'
+        )
+
+
+def _events(text: str) -> list[dict[str, Any]]:
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                found.append(event)
+    return found
+
+
+def _wait(condition: Callable[[], bool], deadline_seconds: float) -> bool:
+    """Whether the condition came true by the deadline."""
+    ends_at = time.monotonic() + deadline_seconds
+    while not condition():
+        if time.monotonic() > ends_at:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

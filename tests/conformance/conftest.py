@@ -1,0 +1,89 @@
+"""Models that the conformance tests share: loaded once, in one to three spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import CUTS, Setting, load_plain, save_tiny
+from torch import nn
+
+import glasshive
+
+GetSetting = Callable[..., Setting]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the tiny checkpoint of a kind, `llama` or `gpt2`."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(f"tiny-{kind}")
+            save_tiny(kind, made[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def get_setting(tiny_folder: Callable[[str], Path]) -> GetSetting:
+    """A tiny model by kind, cuts and attention backend; each is loaded once."""
+    plain: dict[tuple[str, str], nn.Module] = {}
+    made: dict[tuple[Any, ...], Setting] = {}
+
+    def get(kind: str, cuts: tuple[int, ...] = (), attention: str = "sdpa") -> Setting:
+        key = (kind, cuts, attention)
+        if key not in made:
+            folder = tiny_folder(kind)
+            if (kind, attention) not in plain:
+                plain[kind, attention] = load_plain(folder, attention)
+            model = glasshive.local(folder, cuts=cuts, attention=attention)
+            made[key] = Setting(kind, cuts, plain[kind, attention], model)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(
+    params=[(kind, cuts) for kind in ("llama", "gpt2") for cuts in CUTS],
+    ids=lambda param: f"{param[0]}-{len(param[1]) + 1}",
+)
+def tiny(request: pytest.FixtureRequest, get_setting: GetSetting) -> Setting:
+    """Each tiny model over 1, 2 and 3 spans."""
+    return get_setting(*request.param)
+
+
+@pytest.fixture(params=CUTS, ids=lambda cuts: f"{len(cuts) + 1}-spans")
+def llama(request: pytest.FixtureRequest, get_setting: GetSetting) -> Setting:
+    """The tiny Llama over 1, 2 and 3 spans."""
+    return get_setting("llama", request.param)
+
+
+@pytest.fixture
+def one_llama(get_setting: GetSetting) -> Setting:
+    """The tiny Llama over three spans."""
+    return get_setting("llama", CUTS[-1])
+
+
+@pytest.fixture(scope="session", params=CUTS[1:], ids=lambda cuts: f"{len(cuts) + 1}-spans")
+def real(request: pytest.FixtureRequest, real_plain: nn.Module) -> Setting:
+    """SmolLM2 over 2 and 3 spans."""
+    from glasshive.models import find_model
+
+    cuts = tuple(10 * cut // 2 for cut in request.param)
+    return Setting("llama", cuts, real_plain, glasshive.local(find_model(REAL), cuts=cuts))
+
+
+REAL = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def real_plain() -> nn.Module:
+    """SmolLM2 as Hugging Face gives it."""
+    from glasshive.models import find_model
+
+    return load_plain(find_model(REAL))
