@@ -97,9 +97,8 @@ def measure_swarm(plain: Any, peers: int) -> list[dict[str, Any]]:
     """Ratios over the plain arm for one number of peers."""
     rows = []
     folder = find_model("SmolLM2-135M-Instruct")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     with (
-        LocalSwarm(folder, spans=CUTS[peers], environment=threads) as local,
+        LocalSwarm(folder, spans=CUTS[peers]) as local,
         glasshive.connect(local.config) as swarm,
     ):
         model = swarm.model(folder.name)

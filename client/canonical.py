@@ -12,14 +12,8 @@ from typing import Final
 import torch
 
 from glasshive.client.errors import DataDependent, NotInTable, OutOfSight
-from glasshive.client.lowering import (
-    REFUSED,
-    Bound,
-    Build,
-    Results,
-    row,
-    rule,
-)
+from glasshive.client.lowering import REFUSED, Build, Results, row, rule
+from glasshive.client.recipe import Bound
 from glasshive.client.source_lines import here
 
 _UNARY: Final = (
@@ -355,7 +349,9 @@ def _svd(build: Build, bound: Bound) -> Results:
 @rule("_scaled_dot_product_flash_attention_for_cpu.default")
 def _sdpa(build: Build, bound: Bound) -> Results:
     q, k, v = bound["query"], bound["key"], bound["value"]
-    return build.op("sdpa", q, k, v, bound["attn_mask"], bound["is_causal"], bound["scale"], False)
+    grouped = q.layout.shape[-3] != k.layout.shape[-3]
+    mask, causal, scale = bound["attn_mask"], bound["is_causal"], bound["scale"]
+    return build.op("sdpa", q, k, v, mask, causal, scale, grouped)
 
 
 @rule(

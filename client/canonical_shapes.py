@@ -10,18 +10,8 @@ import torch
 
 from glasshive.client.errors import DataDependent, NotInTable
 from glasshive.client.functional import View, intern_layout, layout_of
-from glasshive.client.lowering import (
-    RULES,
-    Bound,
-    Build,
-    Fresh,
-    Operand,
-    Results,
-    Rule,
-    Shared,
-    edit,
-    rule,
-)
+from glasshive.client.lowering import RULES, Build, Results, Rule, edit, rule
+from glasshive.client.recipe import Bound, Fresh, Operand, Shared
 from glasshive.client.source_lines import here
 from glasshive.graph.graph import Arg, Ref
 
@@ -209,6 +199,21 @@ def _slice_scatter(build: Build, bound: Bound) -> Results:
     return build.op(
         "slice_scatter", bound["self"], bound["src"], dim, start, max(start, stop), step
     )
+
+
+@rule("rot90.default")
+def _rot90(build: Build, bound: Bound) -> Results:
+    rank = len(bound["self"].layout.shape)
+    first, second = (dim % rank for dim in bound["dims"])
+    turns = bound["k"] % 4
+    if turns == 0:
+        return Fresh(bound["self"].ref.node, layout_of(build.metas[0]))
+    if turns == 2:
+        return build.op("flip", bound["self"], (first, second))
+    order = list(range(rank))
+    order[first], order[second] = second, first
+    flipped = build.op("flip", bound["self"], second if turns == 1 else first)
+    return build.op("permute", flipped, order)
 
 
 @edit("copy_.default")

@@ -104,16 +104,24 @@ def finish(
     """
     recorder = sites.recorder
     saved = {name: Ref(tensor._alias.value()) for name, tensor in recorder.saves.items()}
-    effects: list[tuple[Node, Mark]] = list(sites.writes())
-    effects += [(Save(ref, name), recorder.mark_of(ref.node)) for name, ref in saved.items()]
+    effects: list[tuple[Node, Mark, bool]] = list(sites.writes())
+    effects += [(Save(ref, name), recorder.mark_of(ref.node), True) for name, ref in saved.items()]
     nodes = dict(recorder.nodes)
     marks = {node_id: recorder.mark_of(node_id) for node_id in nodes}
-    for node_id, (node, mark) in enumerate(effects, start=max(nodes, default=-1) + 1):
+    shown: set[NodeId] = set()
+    for node_id, (node, mark, is_shown) in enumerate(effects, start=max(nodes, default=-1) + 1):
         nodes[NodeId(node_id)] = node
         marks[NodeId(node_id)] = mark
+        if is_shown:
+            shown.add(NodeId(node_id))
     try:
-        graph, unseen = simplify(Graph(nodes), sites.outline)
-        _warn_of(unseen, nodes, marks)
+        graph, dropped = simplify(Graph(nodes), sites.outline)
+        # An edit that the user saves as a value is not lost, even if the model never sees it.
+        _warn_of(
+            [i for i, is_value_live in dropped.items() if not (is_value_live and i in shown)],
+            nodes,
+            marks,
+        )
         passes = assign_passes(
             graph,
             sites.outline,

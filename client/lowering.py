@@ -1,7 +1,7 @@
 """From what torch dispatches to nodes of the op table.
 
 Recording one call of torch has two halves. *Lowering* depends only on the function, the layouts of
-its tensors and its other arguments: it gives a `Plan`, which is kept. *Replaying* a plan
+its tensors and its other arguments: it gives a `Recipe`, which is kept. *Replaying* a recipe
 (traced.py) adds its steps to a graph. So each kind of call is lowered once, which costs some
 hundred microseconds, and replayed in a few.
 
@@ -24,10 +24,11 @@ import torch
 from glasshive.client.errors import (
     Misfit,
     NotInTable,
-    PlainDestination,
     TraceError,
 )
-from glasshive.client.functional import Layout, View, layout_of
+from glasshive.client.functional import Layout, layout_of
+from glasshive.client.misfits import check_destination, check_dtypes
+from glasshive.client.recipe import Bound, Dead, Fresh, Given, Operand, Out, Recipe, Shared, Step
 from glasshive.client.source_lines import here
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadTensor, UnknownOp
@@ -35,93 +36,13 @@ from glasshive.graph.graph import Arg, NodeId, Ref
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.ops import OPS, OpSpec, Parameter, nearest
 
-# In a plan, a ref of 0 or more is the result of that step; below, it is an operand: -1 the first.
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A tensor argument of the call that is lowered."""
-
-    index: int
-    layout: Layout
-    traced: bool
-
-    @property
-    def ref(self) -> Ref:
-        """How a step names it."""
-        return Ref(NodeId(-1 - self.index))
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One node to add. `refs` are the arguments to replace; `seed` is the one to draw."""
-
-    op: str
-    args: tuple[Arg, ...]
-    refs: tuple[int, ...]
-    nested: bool
-    seed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """A result with memory of its own."""
-
-    source: NodeId
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """A result that shares the memory of an operand, through a chain of views."""
-
-    operand: int
-    views: tuple[View, ...]
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A result that is the operand itself, as in-place calls return it."""
-
-    operand: int
-
-
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """A result that glasshive does not give; reading it raises."""
-
-    reason: str
-    layout: Layout
-
-
-Out: TypeAlias = "Fresh | Shared | Given | Dead"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a call of torch becomes.
-
-    `needs` are the operands whose values the steps use. `writes` says which operands get which
-    values. `form` is how the results are handed back.
-    """
-
-    needs: tuple[int, ...]
-    steps: tuple[Step, ...]
-    writes: tuple[tuple[int, NodeId], ...]
-    outs: tuple[Out, ...]
-    form: type | None
-    is_copy: bool = False
-
-
-Bound: TypeAlias = "dict[str, Any]"
 Results: TypeAlias = "Ref | Out | Sequence[Ref | Out | None] | None"
 Rule: TypeAlias = "Callable[[Build, Bound], Results]"
 
 
 @dataclass(slots=True)
 class Build:
-    """A plan in the making. `metas` are the results of the call on the meta device."""
+    """A recipe in the making. `metas` are the results of the call on the meta device."""
 
     name: str
     metas: tuple[torch.Tensor, ...]
@@ -321,8 +242,8 @@ def refuse_left_over(build: Build, left: Bound) -> None:
 
 def lower(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], is_traced: Callable[[Any], bool]
-) -> Plan:
-    """The plan of a call. `is_traced` tells traced tensors from plain ones.
+) -> Recipe:
+    """The recipe of a call. `is_traced` tells traced tensors from plain ones.
 
     Raises TraceError (Misfit, NotInTable, DataDependent, ...) at the user's line.
     """
@@ -353,7 +274,7 @@ def _lower(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     is_traced: Callable[[Any], bool],
-) -> Plan:
+) -> Recipe:
     operands: list[Operand] = []
     metas: list[torch.Tensor] = []
 
@@ -380,7 +301,7 @@ def _lower(
     entered = [enter(arg) for arg in args]
     named = {key: enter(value) for key, value in kwargs.items()}
     bound = _bind(func, entered, named)
-    _check_dtypes(name, bound)
+    check_dtypes(name, bound)
     if bound.get("generator") is not None:
         raise NotInTable(
             "generator= cannot travel; call torch.manual_seed before the trace instead: every "
@@ -389,7 +310,7 @@ def _lower(
         )
     written = [arg.name for arg in func._schema.arguments if _is_written(arg)]
     for key in written:
-        _check_destination(bound[key])
+        check_destination(bound[key])
     if not written:
         lowering = RULES.get(name)
         if lowering is None:
@@ -397,7 +318,7 @@ def _lower(
         results = _run_meta(name, operands, func, [meta(a) for a in entered], named, meta)
         build = Build(name, results)
         outs = _outs(build, lowering(build, bound))
-        return _plan(build, outs, (), _form(func))
+        return _recipe(build, outs, (), _form(func))
     return _lower_edit(func, name, bound, written, operands, meta)
 
 
@@ -408,7 +329,7 @@ def _lower_edit(
     written: Sequence[str],
     operands: Sequence[Operand],
     meta: Callable[[Any], Any],
-) -> Plan:
+) -> Recipe:
     destinations = [bound[key] for key in written]
     before = [(d.layout.shape, d.layout.dtype) for d in destinations]
     own = EDITS.get(name)
@@ -444,7 +365,7 @@ def _lower_edit(
         fitted = build.fit(ref, layout, destination.layout)
         writes.append((destination.index, fitted.node))
     outs = tuple(Given(destination.index) for destination in destinations)
-    return _plan(build, outs, tuple(writes), _form(func), is_copy=name in _COPIES)
+    return _recipe(build, outs, tuple(writes), _form(func), is_copy=name in _COPIES)
 
 
 _COPIES: Final = frozenset({"copy_.default", "fill_.Tensor"})
@@ -469,78 +390,6 @@ def _bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound:
 
 def _is_written(arg: Any) -> bool:
     return arg.alias_info is not None and bool(arg.alias_info.is_write)
-
-
-def _check_destination(destination: Any) -> None:
-    if isinstance(destination, list):
-        raise NotInTable("an op that writes a list of tensors cannot be traced", line=here())
-    if not destination.traced:
-        raise PlainDestination(
-            f"a traced value is written into a plain tensor, {destination.layout}, which exists "
-            "already and cannot follow; make the destination from a traced value, as in "
-            "h.new_zeros(shape), or join the pieces with torch.stack or torch.cat",
-            line=here(),
-        )
-
-
-# What torch checks on the CPU and not on the meta device.
-_ALIKE: Final[Mapping[str, tuple[str, ...]]] = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "mv": ("self", "vec"),
-    "dot": ("self", "tensor"),
-    "vdot": ("self", "other"),
-    "addmm": ("self", "mat1", "mat2"),
-    "addmv": ("self", "mat", "vec"),
-    "baddbmm": ("self", "batch1", "batch2"),
-    "_cdist_forward": ("x1", "x2"),
-    "_euclidean_dist": ("x1", "x2"),
-    "linalg_cross": ("self", "other"),
-    "convolution": ("input", "weight", "bias"),
-    "native_layer_norm": ("weight", "bias"),
-    "binary_cross_entropy": ("self", "target", "weight"),
-    "huber_loss": ("self", "target"),
-    "heaviside": ("self", "values"),
-    "index_add": ("self", "source"),
-    "index_copy": ("self", "source"),
-    "index_put": ("self", "values"),
-    "put": ("self", "source"),
-    "masked_scatter": ("self", "source"),
-}
-_WIDE: Final = (torch.int64, torch.int32)
-_INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
-    "index": ("indices", (*_WIDE, torch.uint8, torch.bool)),
-    "index_put": ("indices", (*_WIDE, torch.uint8, torch.bool)),
-    "index_select": ("index", _WIDE),
-    "index_add": ("index", _WIDE),
-    "index_copy": ("index", (torch.int64,)),
-    "index_fill": ("index", (torch.int64,)),
-    "put": ("index", (torch.int64,)),
-    "take": ("index", (torch.int64,)),
-}
-
-
-def _check_dtypes(name: str, bound: Bound) -> None:
-    """Raise Misfit if dtypes differ that must be one, or an index is of a wrong dtype."""
-    packet = name.partition(".")[0]
-    packet = packet.rstrip("_") if packet not in _ALIKE else packet
-    same = [bound[key] for key in _ALIKE.get(packet, ()) if isinstance(bound[key], Operand)]
-    if len({operand.layout.dtype for operand in same}) > 1:
-        shapes = " and ".join(str(operand.layout) for operand in same)
-        raise Misfit(
-            f"{packet} takes tensors of one dtype, but got {shapes}; convert one with .to(h.dtype)",
-            line=here(),
-        )
-    argument, allowed = _INDICES.get(packet, ("", ()))
-    given = bound.get(argument)
-    for index in given if isinstance(given, list) else [given]:
-        if isinstance(index, Operand) and index.layout.dtype not in allowed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise Misfit(
-                f"{packet} takes an index of dtype {names}, but got {index.layout}; convert it "
-                "with .long()",
-                line=here(),
-            )
 
 
 def _run_meta(
@@ -609,18 +458,18 @@ def _dead(build: Build, index: int) -> Dead:
     )
 
 
-def _plan(
+def _recipe(
     build: Build,
     outs: tuple[Out, ...],
     writes: tuple[tuple[int, NodeId], ...],
     form: type | None,
     is_copy: bool = False,
-) -> Plan:
+) -> Recipe:
     used = {ref for step in build.steps for ref in _all_refs(step.args)}
     used |= {out.source for out in outs if isinstance(out, Fresh)}
     used |= {value for _, value in writes}
     needs = tuple(sorted(-1 - node for node in used if node < 0))
-    return Plan(needs, tuple(build.steps), writes, outs, form, is_copy)
+    return Recipe(needs, tuple(build.steps), writes, outs, form, is_copy)
 
 
 def _all_refs(args: Sequence[Arg]) -> list[NodeId]:
@@ -641,7 +490,11 @@ def _short(func: Any) -> str:
 def _twin(func: Any, is_out: bool) -> Any:
     """The functional overload with the same arguments, or None."""
     packet_name = _short(func).partition(".")[0]
-    packet = getattr(torch.ops.aten, packet_name if is_out else packet_name.rstrip("_"), None)
+    if packet_name.startswith("__i"):  # __ilshift__ is __lshift__ in place
+        packet_name = "__" + packet_name[3:]
+    elif not is_out:
+        packet_name = packet_name.rstrip("_")
+    packet = getattr(torch.ops.aten, packet_name, None)
     if packet is None:
         return None
     wanted = [

@@ -88,6 +88,23 @@ class Module:
         args = tuple(_as_tuple(positional.get(i)) for i in range(max(positional, default=-1) + 1))
         return args, {name: _as_tuple(value) for name, value in named.items()}
 
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        tracer = self._tracer()
+        info = self._info()
+        self._require(info, "input")
+        if not (isinstance(value, tuple | list) and len(value) == 2):
+            raise TraceError(
+                f"{self.path}.inputs is assigned a {type(value).__name__}; a pair is wanted, of a "
+                "tuple and a dictionary, as reading it gives",
+                line=here(),
+            )
+        args, named = value
+        for leaf in info.inputs:
+            given = args if isinstance(leaf.path[0], int) else named
+            part = _part(given, leaf.path, f"{self.path}.inputs")
+            tracer.assign(Site(self.path, "input", leaf.path), part)
+
     def skip(self, value: Any) -> None:
         """Do not run the module for this invoke: its output is `value`.
 
@@ -134,10 +151,10 @@ class Module:
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("output", "input"):
+        if name not in ("output", "input", "inputs"):
             raise AttributeError(
-                f"{_at()}{self.path}.{name} cannot be assigned; .output and .input can, and "
-                "weights are read-only"
+                f"{_at()}{self.path}.{name} cannot be assigned; .output, .input and .inputs can, "
+                "and weights are read-only"
             )
         object.__setattr__(self, name, value)
 
@@ -250,15 +267,21 @@ class Module:
                 line=here(),
             )
         for leaf in leaves:
-            part: Any = value
-            for step in leaf.path:
-                try:
-                    part = part[step]
-                except (KeyError, IndexError, TypeError):
-                    raise TraceError(
-                        f"what is assigned to {self.path}.{io} has no part {step!r}", line=here()
-                    ) from None
+            part = _part(value, leaf.path, f"{self.path}.{io}")
             tracer.assign(Site(self.path, io, leaf.path), part)
+
+
+def _part(tree: Any, path: LeafPath, where: str) -> Any:
+    """What lies at `path` in `tree`. Raises TraceError if there is nothing."""
+    part = tree
+    for step in path:
+        try:
+            part = part[step]
+        except (KeyError, IndexError, TypeError):
+            raise TraceError(
+                f"what is assigned to {where} has no part {step!r}", line=here()
+            ) from None
+    return part
 
 
 def _nest(tree: Any, path: LeafPath, value: Any) -> Any:

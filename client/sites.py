@@ -6,19 +6,20 @@
    depends on something later in the same invoke (`ImpossibleOrder`): both at the user's line.
 3. At the end each site has at most one in-place write (what happened to the memory that was read)
    and one assignment (what the model sees instead), in this order.
+4. A tensor stands at one site: where it was read, or where it was assigned last. An edit of it is
+   an edit there; the site where it stood before keeps what it had, as it would in a hook, which has
+   run by then.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from glasshive.client.constants import Constants
-from glasshive.client.functional import Cell
+from glasshive.client.functional import Alias, Cell
 from glasshive.client.recorder import Recorder
 from glasshive.client.source_lines import Mark, here, mark, resolve
 from glasshive.client.traced import TracedTensor
@@ -32,7 +33,10 @@ from glasshive.graph.tensors import TensorSpec
 
 @dataclass
 class _Seen:
-    """One site of one invoke: what was read there first, and what stands there now."""
+    """One site of one invoke: what was read there first, and what stands there now.
+
+    `shown` is whether the user got what was assigned from here again.
+    """
 
     site: Site
     invoke: int
@@ -42,6 +46,7 @@ class _Seen:
     current: TracedTensor | None = None
     assigned_at: Mark = None
     skipped: tuple[TracedTensor, Mark] | None = None
+    shown: bool = False
 
 
 class Sites:
@@ -54,6 +59,7 @@ class Sites:
         self._seen: dict[tuple[int, Site], _Seen] = {}
         self._reads: dict[int, list[tuple[int, Site, Mark]]] = {}
         self._edits: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
+        self._standing: dict[Cell, tuple[_Seen, int]] = {}  # with the event at which edits count
         self._skipped: dict[int, list[str]] = {}
 
     def read(self, site: Site, invoke: int) -> TracedTensor:
@@ -64,14 +70,12 @@ class Sites:
             earlier = [info for event, info in self._edits.get(invoke, ()) if event < seen.event]
             info = merge_reads([{invoke: seen.event}, *earlier])
             node = self.recorder.add(Read(site, invoke), info)
-            seen.memory = self.recorder.new_cell(
-                node,
-                seen.spec,
-                on_mutate=lambda cell: self._check_late(seen),
-                after_mutate=lambda cell, value: self._check_order(seen, value),
-            )
+            seen.memory = self.recorder.new_cell(node, seen.spec)
             seen.current = self.recorder.tensor_of(seen.memory)
+            self._stand(seen.memory, seen, seen.event)
             self._reads.setdefault(invoke, []).append((seen.event, site, mark()))
+        else:
+            seen.shown = True
         return seen.current
 
     def assign(self, site: Site, invoke: int, value: object) -> None:
@@ -79,13 +83,9 @@ class Sites:
         seen = self._find(site, invoke)
         if value is seen.current:
             return  # `site.output += v` assigns back what it edited in place
-        self._check_writable(seen)
-        self._check_late(seen)
-        traced = self._as_traced(value, seen)
-        self._check_order(seen, traced._alias.value())
-        seen.current = traced
+        traced = self._give(seen, seen.event, value)
         seen.assigned_at = mark()
-        self._watch(traced._alias.cell, seen)
+        seen.current = traced
 
     def skip(self, module: str, invoke: int, value: object) -> None:
         """Have the model not run a module: its output is `value`, which may use its input.
@@ -100,52 +100,86 @@ class Sites:
                 f"{_line()}{module} cannot be skipped: it gives {len(info.outputs)} tensors, or "
                 "holds the blocks themselves; skip a block, or a module inside one"
             )
+        for other in self._seen.values():
+            if other.invoke == invoke and other.site.module.startswith(f"{module}."):
+                raise NotASite(
+                    f"{_line()}{module} is skipped, but {other.site} inside it is used above, and "
+                    "never runs now; use it in another invoke"
+                )
         seen = self._find(Site(module, "output", info.outputs[0].path), invoke)
-        entrance = dataclasses.replace(seen, event=info.input_event or 0)
-        self._check_writable(seen)
-        self._check_late(entrance)
-        traced = self._as_traced(value, seen)
-        self._check_order(entrance, traced._alias.value())
+        traced = self._give(seen, self.outline.event(Site(module, "input")), value)
         seen.current = traced
         seen.skipped = (traced, mark())
         self._skipped.setdefault(invoke, []).append(module)
 
-    def writes(self) -> list[tuple[Write | Skip, Mark]]:
-        """What the model is given, in the order of events, each with the user's line of it."""
-        found: list[tuple[Write | Skip, Mark]] = []
+    def writes(self) -> list[tuple[Write | Skip, Mark, bool]]:
+        """What the model is given, in the order of events.
+
+        Each with the user's line of it, and whether the user holds an object that shows the edit.
+        """
+        found: list[tuple[Write | Skip, Mark, bool]] = []
         for seen in sorted(self._seen.values(), key=lambda one: (one.invoke, one.event)):
             if seen.skipped is not None:
                 value, where = seen.skipped
                 skip = Skip(seen.site.module, seen.invoke, Ref(value._alias.value()))
-                found.append((skip, where))
+                found.append((skip, where, seen.shown))
             if seen.memory is not None and seen.memory.marks:
                 write = Write(seen.site, seen.invoke, Ref(seen.memory.vid), "inplace")
-                found.append((write, seen.memory.marks[-1]))
+                found.append((write, seen.memory.marks[-1], True))
             if seen.assigned_at is not None and seen.current is not None:
                 write = Write(seen.site, seen.invoke, Ref(seen.current._alias.value()), "set")
-                found.append((write, seen.assigned_at))
+                found.append((write, seen.assigned_at, seen.shown))
         return found
 
-    def _watch(self, cell: Cell, seen: _Seen) -> None:
-        """Hold later in-place edits of an assigned tensor to the rules of the site it stands at."""
-        before, after = cell.on_mutate, cell.after_mutate
+    def _give(self, seen: _Seen, event: int, value: object) -> TracedTensor:
+        """Make `value` what stands at a site, if the rules allow it at this event."""
+        self._check_writable(seen)
+        self._check_late(seen, event)
+        traced = self._as_traced(value, seen)
+        self._check_order(seen, event, traced._alias.value())
+        old = None if seen.current is None else seen.current._alias.cell
+        if old is not None and old is not seen.memory and old is not traced._alias.cell:
+            del self._standing[old]
+            old.on_mutate = old.after_mutate = None
+        self._stand(traced._alias.cell, seen, event)
+        return traced
 
-        def stands_here() -> bool:
-            return seen.current is not None and seen.current._alias.cell is cell
+    def _stand(self, cell: Cell, seen: _Seen, event: int) -> None:
+        """From now on an edit of this memory is an edit at `seen`."""
+        before, _ = self._standing.get(cell, (seen, event))
+        if before is not seen:
+            self._keep(before, cell)
+        self._standing[cell] = seen, event
+        cell.on_mutate = self._before_edit
+        cell.after_mutate = self._after_edit
 
-        def on_mutate(edited: Cell) -> None:
-            if before is not None:
-                before(edited)
-            if stands_here():
-                self._check_late(seen)
+    def _keep(self, seen: _Seen, cell: Cell) -> None:
+        """Let a site keep what it has in memory of its own, because `cell` goes elsewhere."""
+        copy = Cell(self.recorder, cell.vid, cell.layout)
+        copy.marks = None if cell.marks is None else list(cell.marks)
+        self._stand(copy, seen, self._standing[cell][1])
+        if seen.memory is cell:
+            seen.memory = copy
+        if seen.current is not None and seen.current._alias.cell is cell:
+            seen.current = TracedTensor.wrap(_same_view(seen.current._alias, copy))
+        if seen.skipped is not None and seen.skipped[0]._alias.cell is cell:
+            tensor, where = seen.skipped
+            seen.skipped = TracedTensor.wrap(_same_view(tensor._alias, copy)), where
 
-        def after_mutate(edited: Cell, value: NodeId) -> None:
-            if after is not None:
-                after(edited, value)
-            if stands_here():
-                self._check_order(seen, value)
+    def _before_edit(self, cell: Cell) -> None:
+        seen, event = self._standing[cell]
+        self._check_writable(seen)
+        if cell is seen.memory and self.outline.leaf(seen.site).beside:
+            raise NotYet(
+                f"{_line()}{seen.site} is one tensor that every block receives beside the hidden "
+                "states, and each peer has its own, so one peer cannot edit it in place for all; "
+                "assign a changed copy, which is of this module alone"
+            )
+        self._check_late(seen, event)
 
-        cell.on_mutate, cell.after_mutate = on_mutate, after_mutate
+    def _after_edit(self, cell: Cell, value: NodeId) -> None:
+        seen, event = self._standing[cell]
+        self._check_order(seen, event, value)
 
     def _find(self, site: Site, invoke: int) -> _Seen:
         key = (invoke, site)
@@ -165,22 +199,16 @@ class Sites:
         return seen
 
     def _check_writable(self, seen: _Seen) -> None:
-        info = self.outline.modules[seen.site.module]
-        if info.bypasses and seen.site.io == "output":
+        if self.outline.modules[seen.site.module].bypasses:
             raise NotYet(
                 f"{_line()}{seen.site} reaches every block beside the hidden states (each peer "
                 "computes it for itself), so one peer cannot edit it for all; edit what the blocks "
                 "make of it instead"
             )
-        if self.outline.leaf(seen.site).batch_axis is None:
-            raise NotASite(
-                f"{_line()}{seen.site} is one tensor for all rows, so no invoke can edit it alone"
-            )
 
-    def _check_late(self, seen: _Seen) -> None:
-        self._check_writable(seen)
-        for event, site, where in self._reads.get(seen.invoke, ()):
-            if event > seen.event:
+    def _check_late(self, seen: _Seen, event: int) -> None:
+        for later, site, where in self._reads.get(seen.invoke, ()):
+            if later > event:
                 read_at = f" at {line}" if (line := resolve(where)) else ""
                 raise LateEdit(
                     f"{_line()}late edit: {seen.site} runs before {site}, which was read already"
@@ -188,15 +216,15 @@ class Sites:
                     "that read, or read it in a second invoke"
                 )
 
-    def _check_order(self, seen: _Seen, value: NodeId) -> None:
+    def _check_order(self, seen: _Seen, event: int, value: NodeId) -> None:
         behind: Mapping[int, int] = self.recorder.value_info[value]
         latest = behind.get(seen.invoke, -1)
-        if latest > seen.event:
+        if latest > event:
             raise ImpossibleOrder(
                 f"{_line()}impossible edit: {seen.site} runs before {self._site_at(latest)}, which "
                 "the new value depends on; take that value in one invoke and write it in another"
             )
-        self._edits.setdefault(seen.invoke, []).append((seen.event, behind))
+        self._edits.setdefault(seen.invoke, []).append((event, behind))
 
     def _site_at(self, event: int) -> str:
         for info in self.outline.modules.values():
@@ -208,7 +236,8 @@ class Sites:
 
     def _as_traced(self, value: object, seen: _Seen) -> TracedTensor:
         if isinstance(value, int | float | bool):
-            value = torch.full(seen.spec.shape, value, dtype=to_torch_dtype(seen.spec.dtype))
+            full = self.recorder.add_op("full", (seen.spec.shape, value, seen.spec.dtype))
+            return self.recorder.traced(full, seen.spec)
         if not isinstance(value, Tensor):
             raise ShapeMismatch(
                 f"{_line()}a {type(value).__name__} is assigned to {seen.site}; a tensor of "
@@ -228,6 +257,13 @@ class Sites:
             self.recorder.check_own(value)
             return value
         return self.recorder.traced(self.recorder.const(value), got)
+
+
+def _same_view(alias: Alias, cell: Cell) -> Alias:
+    """The alias that sees `cell` as `alias` sees its own."""
+    if alias.parent is None or alias.view is None:
+        return cell.root
+    return _same_view(alias.parent, cell).through(alias.view)
 
 
 def _merge(inputs: Sequence[Mapping[int, int]]) -> dict[int, int]:

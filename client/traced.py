@@ -12,7 +12,7 @@ not saved, and any use says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
@@ -27,7 +27,9 @@ from glasshive.client.errors import (
     TraceError,
 )
 from glasshive.client.functional import Alias, Cell, DeadCell, Layout, layout_of
-from glasshive.client.lowering import Fresh, Given, Out, Plan, Shared, lower
+from glasshive.client.lowering import lower
+from glasshive.client.plain_numbers import NORMALISE
+from glasshive.client.recipe import Fresh, Given, Out, Recipe, Shared
 from glasshive.client.source_lines import here
 from glasshive.graph.errors import NotYet
 from glasshive.graph.graph import Arg, NodeId, Ref
@@ -35,8 +37,8 @@ from glasshive.graph.graph import Arg, NodeId, Ref
 if TYPE_CHECKING:
     from glasshive.client.recorder import Recorder
 
-_PLANS_MAX: Final = 16_384
-_plans: dict[tuple[Any, ...], Plan] = {}
+_RECIPES_MAX: Final = 16_384
+_recipes: dict[tuple[Any, ...], Recipe] = {}
 
 
 class TracedTensor(torch.Tensor):
@@ -272,9 +274,9 @@ _LOWERED: Final = frozenset(
 
 def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
     """Add one call of torch to the graph. Returns what torch would."""
-    normalise = _NORMALISE.get(func)
+    normalise = NORMALISE.get(func)
     if normalise is not None:
-        func, args, kwargs = normalise(func, args, kwargs or {})
+        func, args, kwargs = normalise(func, args, kwargs or {}, _is_traced)
     key: list[Any] = [func]
     tensors: list[Any] = []
     _flatten(args, key, tensors)
@@ -290,19 +292,19 @@ def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
     if func in _LOWERED and _autocast_nesting():
         _check_autocast(func, tensors)
     cache_key = tuple(key)
-    plan = _plans.get(cache_key)
-    if plan is None:
-        plan = lower(func, args, kwargs or {}, _is_traced)
-        while len(_plans) >= _PLANS_MAX:
-            del _plans[next(iter(_plans))]
-        _plans[cache_key] = plan
-    if plan.writes:
-        return _replay_edit(recorder, plan, tensors)
-    values = _replay(recorder, plan, tensors) if plan.steps or plan.needs else ()
-    form = plan.form
+    recipe = _recipes.get(cache_key)
+    if recipe is None:
+        recipe = lower(func, args, kwargs or {}, _is_traced)
+        while len(_recipes) >= _RECIPES_MAX:
+            del _recipes[next(iter(_recipes))]
+        _recipes[cache_key] = recipe
+    if recipe.writes:
+        return _replay_edit(recorder, recipe, tensors)
+    values = _replay(recorder, recipe, tensors) if recipe.steps or recipe.needs else ()
+    form = recipe.form
     if form is torch.Tensor:
-        return _result(recorder, plan.outs[0], values, tensors)
-    results = [_result(recorder, out, values, tensors) for out in plan.outs]
+        return _result(recorder, recipe.outs[0], values, tensors)
+    results = [_result(recorder, out, values, tensors) for out in recipe.outs]
     return None if form is None else form(results)
 
 
@@ -311,7 +313,7 @@ def _is_traced(value: object) -> bool:
 
 
 def _flatten(args: Sequence[Any], key: list[Any], tensors: list[Any]) -> None:
-    """Append what the call's plan depends on, and its tensors in order.
+    """Append what the call's recipe depends on, and its tensors in order.
 
     Numbers go with their type: in Python 1 == 1.0 == True.
     """
@@ -396,21 +398,21 @@ def _check_autocast(func: Any, tensors: Sequence[Any]) -> None:
         )
 
 
-def _replay(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Sequence[NodeId]:
-    """Add the steps of a plan to the graph.
+def _replay(recorder: Recorder, recipe: Recipe, tensors: Sequence[Any]) -> Sequence[NodeId]:
+    """Add the steps of a recipe to the graph.
 
     The result holds the node of each step, then those of the operands from the last to the first,
-    so that a plan's negative numbers find theirs.
+    so that a recipe's negative numbers find theirs.
     """
     operands: list[NodeId | None] = [None] * len(tensors)
-    for index in plan.needs:
+    for index in recipe.needs:
         tensor = tensors[index]
         if isinstance(tensor, TracedTensor):
             operands[-1 - index] = tensor._alias.value()
         else:
             operands[-1 - index] = recorder.const(tensor)
     values: list[Any] = []
-    for step in plan.steps:
+    for step in recipe.steps:
         args = list(step.args)
         for position in step.refs:
             arg = args[position]
@@ -450,14 +452,14 @@ def _result(
     return TracedTensor.wrap(DeadCell(recorder, out.layout, out.reason).root)
 
 
-def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
+def _replay_edit(recorder: Recorder, recipe: Recipe, tensors: Sequence[Any]) -> Any:
     """Compute what an in-place call writes, and write it."""
-    for index, _ in plan.writes:
+    for index, _ in recipe.writes:
         alias: Alias = tensors[index]._alias
         others = [
             t._alias for i, t in enumerate(tensors) if i != index and isinstance(t, TracedTensor)
         ]
-        if plan.is_copy:
+        if recipe.is_copy:
             # `h[i] += v` ends in a copy of the part to itself.
             if any(other is alias for other in others):
                 return tensors[index]
@@ -468,144 +470,10 @@ def _replay_edit(recorder: Recorder, plan: Plan, tensors: Sequence[Any]) -> Any:
                 line=here(),
             )
         alias.prepare_edit()
-    values = _replay(recorder, plan, tensors)  # all of them, before the first is written
-    for index, value in plan.writes:
+    values = _replay(recorder, recipe, tensors)  # all of them, before the first is written
+    for index, value in recipe.writes:
         tensors[index]._alias.edit(values[value])
-    results = [_result(recorder, out, (), tensors) for out in plan.outs]
-    if plan.form is None:
+    results = [_result(recorder, out, (), tensors) for out in recipe.outs]
+    if recipe.form is None:
         return None
-    return results[0] if plan.form is torch.Tensor else plan.form(results)
-
-
-# Calls whose plan depends on the numbers in plain tensors -----------------------------------------
-
-Args: TypeAlias = "Sequence[Any]"
-Kwargs: TypeAlias = "Mapping[str, Any]"
-Call: TypeAlias = "tuple[Any, Args, Kwargs]"
-
-
-def _number(value: Any) -> Any:
-    """A plain 0-dim tensor as a number; anything else as None."""
-    if (
-        isinstance(value, torch.Tensor)
-        and not isinstance(value, TracedTensor)
-        and value.dim() == 0
-        and not value.dtype.is_complex
-        and value.device.type != "meta"
-    ):
-        return value.item()
-    return None
-
-
-def _fill_with(func: Any, args: Args, kwargs: Kwargs) -> Call:
-    """`copy_` or `fill_` of a plain number is `fill_.Scalar`."""
-    destination, source = args[0], args[1] if len(args) > 1 else kwargs.get("value")
-    number = _number(source)
-    if number is None:
-        return func, args, kwargs
-    if not destination.dtype.is_floating_point and (number != number or number in _INFINITIES):
-        return func, args, kwargs  # no int is that number: torch decides what it becomes
-    return _aten.fill_.Scalar, (destination, number), {}
-
-
-_INFINITIES: Final = (float("inf"), float("-inf"))
-
-
-def _masked_fill_with(func: Any, args: Args, kwargs: Kwargs) -> Call:
-    number = _number(args[2])
-    if number is None:
-        return func, args, kwargs
-    packet = _aten.masked_fill if func is _aten.masked_fill.Tensor else _aten.masked_fill_
-    return packet.Scalar, (args[0], args[1], number), {}
-
-
-def _tolerances(func: Any, args: Args, kwargs: Kwargs) -> Call:
-    atol, rtol = _number(kwargs.get("atol")), _number(kwargs.get("rtol"))
-    for name, number in (("atol", atol), ("rtol", rtol)):
-        if number is None and kwargs.get(name) is not None:
-            return func, args, kwargs
-    rest = {name: value for name, value in kwargs.items() if name == "hermitian"}
-    return _aten.linalg_pinv.atol_rtol_float, args, {"atol": atol, "rtol": rtol, **rest}
-
-
-def _indices(func: Any, args: Args, kwargs: Kwargs) -> Call:
-    """Plain masks become the indices of what is true; plain indices are checked."""
-    whole, indices, *rest = args
-    flat: list[Any] = []
-    for index in indices:
-        plain = isinstance(index, torch.Tensor) and not isinstance(index, TracedTensor)
-        dim = len(flat)
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
-            if plain:
-                flat.extend(_of_mask(whole, dim, index))
-                continue
-            if func is _aten.index.Tensor or func is _aten._unsafe_index.Tensor:
-                raise DataDependent(
-                    "indexing by a traced mask has as many elements as are true, which is not "
-                    "known before the model runs; use torch.where(mask, h, 0), h * mask, or "
-                    "h.masked_fill",
-                    line=here(),
-                )
-        if plain and index.numel() and dim < whole.dim():
-            _check_bounds(whole, dim, index)
-        flat.append(index)
-    return func, (whole, flat, *rest), kwargs
-
-
-def _of_mask(whole: torch.Tensor, dim: int, mask: torch.Tensor) -> Sequence[torch.Tensor]:
-    axes = list(whole.shape[dim : dim + mask.dim()])
-    if list(mask.shape) != axes:
-        raise Misfit(
-            f"a mask of shape {list(mask.shape)} does not fit the axes {axes} that it indexes",
-            line=here(),
-        )
-    return mask.nonzero().unbind(1) if mask.dim() else (mask,)
-
-
-def _along(func: Any, args: Args, kwargs: Kwargs) -> Call:
-    """Plain indices along one axis are checked, where torch itself would look at them."""
-    whole, dim, index = args[:3]
-    plain = isinstance(index, torch.Tensor) and not isinstance(index, TracedTensor)
-    if plain and index.numel() and whole.numel() and whole.dim():
-        from_end = func in (_aten.index_fill.int_Scalar, _aten.index_fill_.int_Scalar)
-        _check_bounds(whole, dim % whole.dim(), index, from_end)
-    return func, args, kwargs
-
-
-def _check_bounds(
-    whole: torch.Tensor, dim: int, index: torch.Tensor, from_end: bool = True
-) -> None:
-    low, high, size = int(index.min()), int(index.max()), whole.shape[dim]
-    lowest = -size if from_end else 0
-    if low < lowest or high >= size:
-        raise Misfit(
-            f"index {low if low < lowest else high} is out of bounds for axis {dim} of size {size}",
-            line=here(),
-        )
-
-
-_NORMALISE: Final[Mapping[Any, Callable[[Any, Args, Kwargs], Call]]] = {
-    _aten.copy_.default: _fill_with,
-    _aten.fill_.Tensor: _fill_with,
-    _aten.masked_fill.Tensor: _masked_fill_with,
-    _aten.masked_fill_.Tensor: _masked_fill_with,
-    _aten.linalg_pinv.atol_rtol_tensor: _tolerances,
-    _aten.index.Tensor: _indices,
-    _aten.index_put.default: _indices,
-    _aten.index_put_.default: _indices,
-    _aten._unsafe_index.Tensor: _indices,
-    _aten.index_select.default: _along,
-    _aten.index_add.default: _along,
-    _aten.index_add_.default: _along,
-    _aten.index_copy.default: _along,
-    _aten.index_copy_.default: _along,
-    _aten.index_fill.int_Scalar: _along,
-    _aten.index_fill_.int_Scalar: _along,
-    _aten.gather.default: _along,
-    _aten.scatter.src: _along,
-    _aten.scatter.value: _along,
-    _aten.scatter_.src: _along,
-    _aten.scatter_.value: _along,
-    _aten.scatter_add.default: _along,
-    _aten.scatter_add_.default: _along,
-}
+    return results[0] if recipe.form is torch.Tensor else recipe.form(results)

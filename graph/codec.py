@@ -294,9 +294,11 @@ class _Decoder:
         if mode != "set" and mode != "inplace":
             raise BadGraph(f"a write is set or inplace, not {_short(mode)}")
         write = Write(site, self._invoke(invoke), self._ref(value), mode)
-        if (site, write.invoke) in self._written:
+        # An edit in place, and then what is assigned instead; each of them in its final version.
+        earlier = self._written.get((site, write.invoke))
+        if earlier is not None and (earlier, mode) != ("inplace", "set"):
             raise BadGraph(f"{site!s:.120} is written twice in invoke {write.invoke}")
-        self._written.add((site, write.invoke))
+        self._written[site, write.invoke] = mode
         return write
 
     def skip(self, module: object, invoke: object, value: object, step: object) -> Skip:

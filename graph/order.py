@@ -146,13 +146,15 @@ def assign_passes(
     The rule: an invoke goes into the earliest pass that its needs allow; invokes of one level and
     equal length share passes of at most `pass_rows` rows, in the order in which they were written.
     With `alone` every invoke has its own pass. An invoke (or several that need each other) of more
-    rows than that is one pass.
-    Raises UnequalLengths if invokes need each other and cannot share a pass.
+    rows than that is one pass. One that edits a tensor which all rows share has its own, too.
+    Raises UnequalLengths if invokes need each other and cannot share a pass, and ImpossibleOrder if
+    they need each other's later values; both name the node of a write.
     """
     before = _needs(graph, outline)
     groups = _mutual(len(invokes), before)
+    lone = set(range(len(invokes))) if alone else _lone(graph, outline)
     for group in groups:
-        _check_group(group, invokes, before, alone)
+        _check_group(group, invokes, before, lone, alone)
     level_of: dict[int, int] = {}
     by_level: dict[tuple[int, tuple[int, bool]], list[list[int]]] = {}
     group_of = {invoke: index for index, group in enumerate(groups) for invoke in group}
@@ -160,20 +162,21 @@ def assign_passes(
         key = _key(invokes[group[0]])
         level = 0
         for target in group:
-            for source, strict in before.get(target, {}).items():
+            for source, need in before.get(target, {}).items():
                 if group_of[source] == group_of[target]:
                     continue
-                apart = strict or alone or _key(invokes[source]) != key
+                apart = need.is_strict or bool({source, target} & lone)
+                apart = apart or _key(invokes[source]) != key
                 level = max(level, level_of[source] + int(apart))
         for target in group:
             level_of[target] = level
         by_level.setdefault((level, key), []).append(group)
-    passes = []
+    passes: list[Pass] = []
     for _, same in sorted(by_level.items(), key=lambda item: (item[0][0], min(map(min, item[1])))):
         chunk: list[int] = []
         for group in same:
             size = sum(invokes[i].batch for i in (*chunk, *group))
-            if chunk and (alone or size > pass_rows):
+            if chunk and (size > pass_rows or lone & {chunk[0], group[0]}):
                 passes.append(_pass(chunk, invokes))
                 chunk = []
             chunk.extend(group)
@@ -186,22 +189,40 @@ def _key(shape: InvokeShape) -> tuple[int, bool]:
     return shape.seq, shape.padded
 
 
-def _needs(graph: Graph, outline: Outline) -> dict[int, dict[int, bool]]:
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """That a value of one invoke goes into another, at `write`; strictly: only from a later event."""
+
+    is_strict: bool
+    write: NodeId
+
+
+def _needs(graph: Graph, outline: Outline) -> dict[int, dict[int, _Need]]:
     """For each invoke: the others whose values go into it, and whether they must run before."""
     behind = reads_behind(graph, outline)
-    before: dict[int, dict[int, bool]] = {}
-    for node in graph.nodes.values():
+    before: dict[int, dict[int, _Need]] = {}
+    for node_id, node in graph.nodes.items():
         if not isinstance(node, Write | Skip):
             continue
         here = event_of(node, outline)
         for source, event in behind[node.value.node].items():
             if source != node.invoke:
                 needs = before.setdefault(node.invoke, {})
-                needs[source] = needs.get(source, False) or event > here
+                if source not in needs or (event > here and not needs[source].is_strict):
+                    needs[source] = _Need(event > here, node_id)
     return before
 
 
-def _mutual(count: int, before: Mapping[int, Mapping[int, bool]]) -> list[list[int]]:
+def _lone(graph: Graph, outline: Outline) -> set[int]:
+    """The invokes that edit a tensor without rows, such as the position embeddings."""
+    return {
+        node.invoke
+        for node in graph.nodes.values()
+        if isinstance(node, Write) and outline.leaf(node.site).batch_axis is None
+    }
+
+
+def _mutual(count: int, before: Mapping[int, Mapping[int, _Need]]) -> list[list[int]]:
     """Strongly connected invokes, in an order in which each comes after what it needs (Tarjan)."""
     index: dict[int, int] = {}
     low: dict[int, int] = {}
@@ -238,30 +259,51 @@ def _mutual(count: int, before: Mapping[int, Mapping[int, bool]]) -> list[list[i
 def _check_group(
     group: list[int],
     invokes: Sequence[InvokeShape],
-    before: Mapping[int, Mapping[int, bool]],
+    before: Mapping[int, Mapping[int, _Need]],
+    lone: set[int],
     alone: bool,
 ) -> None:
     if len(group) == 1:
         return
     names = " and ".join(str(i) for i in group)
+    inside = [
+        (target, source, need)
+        for target in group
+        for source, need in before.get(target, {}).items()
+        if source in group
+    ]
+    blamed = inside[-1][2].write
     if alone:
         raise UnequalLengths(
             f"invokes {names} need each other, so they must run in one pass, and "
-            "batching='alone' forbids that; leave it out"
+            "batching='alone' forbids that; leave it out",
+            node=blamed,
+        )
+    if lone & set(group):
+        raise UnequalLengths(
+            f"invokes {names} need each other, so they must be rows of one pass, but invoke "
+            f"{min(lone & set(group))} edits a tensor that all rows of a pass share; split the "
+            "experiment into two traces",
+            node=blamed,
         )
     if len({_key(invokes[i]) for i in group}) > 1:
-        lengths = ", ".join(f"{i}: {invokes[i].seq} tokens" for i in group)
+        lengths = ", ".join(f"{i}: {_length(invokes[i])}" for i in group)
         raise UnequalLengths(
             f"invokes {names} need each other, so they must be rows of one pass, which needs equal "
-            f"lengths; got {lengths}"
+            f"lengths; got {lengths}; use prompts of one length, or two traces",
+            node=blamed,
         )
-    for target in group:
-        for source, strict in before.get(target, {}).items():
-            if strict and source in group:
-                raise ImpossibleOrder(
-                    f"invoke {target} needs a later value of invoke {source}, which itself needs "
-                    f"invoke {target}; split the experiment into two traces"
-                )
+    for target, source, need in inside:
+        if need.is_strict:
+            raise ImpossibleOrder(
+                f"invoke {target} needs a later value of invoke {source}, which itself needs "
+                f"invoke {target}; split the experiment into two traces",
+                node=need.write,
+            )
+
+
+def _length(shape: InvokeShape) -> str:
+    return f"{shape.seq} tokens{', padded' if shape.padded else ''}"
 
 
 def _pass(chunk: Sequence[int], invokes: Sequence[InvokeShape]) -> Pass:

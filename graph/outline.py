@@ -22,11 +22,15 @@ Axis: TypeAlias = int | Literal["batch", "seq"]
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor among a module's inputs or outputs, with the meaning of each of its axes."""
+    """One tensor among a module's inputs or outputs, with the meaning of each of its axes.
+
+    `beside`: it is, or shares memory with, what every block receives beside the hidden states.
+    """
 
     path: LeafPath
     dtype: DType
     axes: tuple[Axis, ...]
+    beside: bool = False
 
     @property
     def batch_axis(self) -> int | None:

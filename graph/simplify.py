@@ -31,14 +31,16 @@ from glasshive.graph.order import event_of
 from glasshive.graph.outline import Outline
 
 
-def simplify(graph: Graph, outline: Outline) -> tuple[Graph, tuple[NodeId, ...]]:
-    """The graph without repeated and unseen nodes, and the writes that were dropped as unseen.
+def simplify(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, bool]]:
+    """The graph without unseen and repeated nodes, and the writes and skips dropped as unseen.
 
-    Raises NoRoots if nothing is saved.
+    Each of those with whether a save sees at least the value that was to be written. Raises NoRoots if nothing is saved.
     """
     if not any(isinstance(node, Save) for node in graph.nodes.values()):
         raise NoRoots("nothing is saved, so nothing would come back; call .save() on a value")
-    return drop_unseen(share_repeated(graph), outline)
+    # In this order: a value that is live only as the twin of another's says nothing of its write.
+    live, dropped = drop_unseen(graph, outline)
+    return share_repeated(live), dropped
 
 
 def share_repeated(graph: Graph) -> Graph:
@@ -63,8 +65,11 @@ def share_repeated(graph: Graph) -> Graph:
     return Graph(kept, graph.imports)
 
 
-def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, tuple[NodeId, ...]]:
-    """The graph without what no save can see, and the writes and skips among that."""
+def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, bool]]:
+    """The graph without what no save can see, and the writes and skips among that.
+
+    Each of those with whether its value is seen nevertheless.
+    """
     effects: dict[int, list[tuple[int, NodeId]]] = {}
     for node_id, node in graph.nodes.items():
         if isinstance(node, Write | Skip):
@@ -84,9 +89,11 @@ def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, tuple[NodeId, ..
             if here > seen_until.get(node.invoke, -1):
                 seen_until[node.invoke] = here
                 work.extend(i for event, i in effects.get(node.invoke, ()) if event < here)
-    dropped = tuple(
-        i for i, node in graph.nodes.items() if isinstance(node, Write | Skip) and i not in live
-    )
+    dropped = {
+        i: node.value.node in live
+        for i, node in graph.nodes.items()
+        if isinstance(node, Write | Skip) and i not in live
+    }
     return Graph({i: n for i, n in graph.nodes.items() if i in live}, graph.imports), dropped
 
 

@@ -100,8 +100,8 @@ def scan(twin: nn.Module, config: Any) -> Outline:
             calls=calls,
             input_event=events[0] if once and events else None,
             output_event=events[1] if once and events else None,
-            inputs=_leaves(first.inputs[name], second.inputs[name]) if once else (),
-            outputs=_leaves(first.outputs[name], second.outputs[name]) if once else (),
+            inputs=first.leaves(first.inputs[name], second.inputs[name]) if once else (),
+            outputs=first.leaves(first.outputs[name], second.outputs[name]) if once else (),
             params={
                 key: (from_torch_dtype(tensor.dtype), tuple(tensor.shape))
                 for source in (module.named_parameters, module.named_buffers)
@@ -207,6 +207,7 @@ class _Scan:
         self.inputs: dict[str, _Tensors] = {}
         self.outputs: dict[str, _Tensors] = {}
         self.bypasses: set[str] = set()
+        self._beside: dict[int, torch.Tensor] = {}  # by storage, which lives as long as its tensor
         self._open: dict[str, int] = {}
         self._block: int | None = -1
         self._taint = _Taint()
@@ -249,6 +250,7 @@ class _Scan:
                 self._block = index
                 for _, tensor in _side_inputs(args, kwargs):
                     self.bypasses |= self._taint.of(tensor)
+                    self._beside[_storage(tensor)] = tensor
             self.calls[name] = self.calls.get(name, 0) + 1
             self._open[name] = self._event(name, "input")
             self.inputs[name] = dict(input_leaves(args, kwargs))
@@ -267,6 +269,19 @@ class _Scan:
                     self._taint.mark(tensor, self._taint.of(tensor) | {name})
 
         return hook
+
+    def leaves(self, ours: _Tensors, other_sizes: _Tensors) -> tuple[Leaf, ...]:
+        """The leaves of one site whose axes can be typed, from two runs of different sizes."""
+        leaves = []
+        for path, tensor in ours.items():
+            other = other_sizes.get(path)
+            if other is None or other.dim() != tensor.dim():
+                continue
+            axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
+            if axes is not None:
+                beside = _storage(tensor) in self._beside
+                leaves.append(Leaf(path, from_torch_dtype(tensor.dtype), axes, beside))
+        return tuple(leaves)
 
     def _event(self, name: str, io: str) -> int:
         self.order.append((name, io))
@@ -287,16 +302,9 @@ def input_leaves(args: Any, kwargs: Any) -> Iterator[tuple[LeafPath, torch.Tenso
     yield from tensor_leaves(dict(kwargs))
 
 
-def _leaves(first: _Tensors, second: _Tensors) -> tuple[Leaf, ...]:
-    leaves = []
-    for path, tensor in first.items():
-        other = second.get(path)
-        if other is None or other.dim() != tensor.dim():
-            continue
-        axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
-        if axes is not None:
-            leaves.append(Leaf(path, from_torch_dtype(tensor.dtype), axes))
-    return tuple(leaves)
+def _storage(tensor: torch.Tensor) -> int:
+    """What tells apart the memory of meta tensors, which has no address."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _typed_axes(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[Axis, ...] | None:

@@ -126,7 +126,7 @@ class Executor:
         self._cancelled = False
 
     def cancel(self) -> None:
-        """End the run at the next module that the part names. May be called from any thread."""
+        """End the run at the next node, or module that the part names. From any thread."""
         self._cancelled = True
 
     def put(self, value: NodeId, tensor: Tensor) -> None:
@@ -279,6 +279,8 @@ class Executor:
         fresh: set[tuple[object, ...]] = set()
         borrowed, settled = self._borrowed(bucket)
         for node_id in bucket:
+            if self._cancelled:
+                raise TraceEnded("the trace was cancelled")
             node = self._part.graph.nodes[node_id]
             try:
                 if isinstance(node, Op):

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-import structlog
 from torch import Tensor
 
 from glasshive.dht.errors import MalformedMessage, StreamClosed, SwarmError, TransportError
@@ -64,7 +64,7 @@ from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.keys import PeerId
 from glasshive.security.manifest import CLIENT_FILES, MANIFEST
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_FAILURE_CHARS: Final = 500
 MAX_PROMPT_BYTES: Final = 64 << 20
@@ -169,6 +169,10 @@ class Host:
             finally:
                 self._preparing -= 1
             self._traces[trace.trace_id] = trace
+            log.info(
+                "trace_accepted",
+                extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
+            )
             try:
                 await self._take_inputs(stream, trace)
                 await self._run(stream, trace)
@@ -177,13 +181,14 @@ class Host:
                 del self._traces[prepare.trace_id]
             log.info(
                 "trace_done",
-                client=stream.peer_id,
-                nodes=len(trace.part.graph),
-                compute_seconds=round(trace.compute_seconds, 4),
-                seconds=round(self._clock() - began, 4),
+                extra={
+                    "client": stream.peer_id,
+                    "compute_seconds": round(trace.compute_seconds, 4),
+                    "seconds": round(self._clock() - began, 4),
+                },
             )
         except StreamClosed:
-            log.info("client_left", client=stream.peer_id)
+            log.info("client_left", extra={"client": stream.peer_id})
         except GlasshiveError as error:
             await self._fail(stream, error)
 
@@ -318,13 +323,14 @@ class Host:
             await asyncio.wait({run, watch}, timeout=5)
 
     async def _fail(self, stream: Stream, error: GlasshiveError) -> None:
-        log.info("trace_failed", client=stream.peer_id, error=repr(error)[:MAX_FAILURE_CHARS])
+        said = repr(error)[:MAX_FAILURE_CHARS]
+        log.info("trace_failed", extra={"client": stream.peer_id, "error": said})
         node = error.node if isinstance(error, GraphError) and error.node is not None else -1
         text = str(error)[:MAX_FAILURE_CHARS]
         try:
             await stream.send(encode(Failed(type(error).__name__, node, text)))
         except SwarmError:
-            log.info("client_left", client=stream.peer_id)
+            log.info("client_left", extra={"client": stream.peer_id})
 
     # Other peers ----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -27,9 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
-
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS: Final = 1.0
 _MAX_LINE_BYTES: Final = 4096
@@ -89,6 +88,10 @@ async def stdin_ended() -> None:
         transport.close()
 
 
+def _killed(why: str) -> None:
+    log.error("host_process_killed", extra={"why": why})
+
+
 class Supervisor:
     """Keeps one host process running until it is told to stop.
 
@@ -144,7 +147,7 @@ class Supervisor:
                 failures = 0
             pause = min(limits.first_pause_seconds * 2**failures, limits.longest_pause_seconds)
             failures += 1
-            log.warning("host_process_ended", code=code, restart_in_seconds=pause)
+            log.warning("host_process_ended", extra={"code": code, "restart_in_seconds": pause})
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stop.wait()
@@ -165,7 +168,7 @@ class Supervisor:
             raise
         finally:
             os.close(writing)
-        log.debug("host_process_started", pid=process.pid)
+        log.debug("host_process_started", extra={"pid": process.pid})
         watch = asyncio.create_task(self._watch(process, reading))
         stop = asyncio.create_task(self._stop.wait())
         ended = asyncio.create_task(process.wait())
@@ -192,7 +195,7 @@ class Supervisor:
         )
         hurry.cancel()
         if not ended.done():
-            log.warning("host_process_killed", why="it did not stop when it was asked to")
+            _killed("it did not stop when it was asked to")
             process.kill()
 
     async def _watch(self, process: Process, reading: int) -> None:
@@ -207,7 +210,7 @@ class Supervisor:
             while True:
                 line = await self._next_report(reader, wait_seconds)
                 if line is None:
-                    log.error("host_process_killed", why=f"no sign of life for {wait_seconds:g} s")
+                    _killed(f"no sign of life for {wait_seconds:g} s")
                     process.kill()
                     return
                 if not line:
@@ -218,7 +221,7 @@ class Supervisor:
                     self._was_ready = True
                     self._listen = rest or self._listen
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:
-                    log.error("host_process_killed", why=f"a pass is {rest} s past its deadline")
+                    _killed(f"a pass is {rest} s past its deadline")
                     process.kill()
                     return
         finally:

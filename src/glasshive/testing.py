@@ -207,6 +207,7 @@ class LocalSwarm:
             *("--name", self.model_name),
         ]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._env: dict[str, str] = {}
         self.bootstrap: LocalPeer
         self.config: Path
 
@@ -227,6 +228,18 @@ class LocalSwarm:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def add_host(self, span: tuple[int, int], path: str | Path | None = None) -> LocalPeer:
+        """Start one more host, of another model's folder if `path` is given; it may not be ready.
+
+        It announces the model under this swarm's name for it, as all of the hosts do.
+        """
+        blocks = ["--blocks", f"{span[0]}:{span[1]}", "--bootstrap", self.bootstrap.address]
+        folder = str(path or self._path)
+        host = self._peer(f"host{len(self.hosts)}", "serve", folder, *blocks, *self._options)
+        self.hosts.append(host)
+        host.start()
+        return host
 
     def close(self) -> None:
         """End every process, at once, and remove the keys and logs. May be called again."""
@@ -251,29 +264,27 @@ class LocalSwarm:
         env["GLASSHIVE_CONFIG"] = str(folder / "host.toml")
         swarm = f"local-{os.getpid()}-{time.time_ns() % 10**9}"
         (folder / "host.toml").write_text(f'swarm = "{swarm}"\n')
-        common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
-
-        def peer(name: str, *arguments: str) -> LocalPeer:
-            key = str(folder / f"{name}.key")
-            full = [*arguments, "--key", key, *common]
-            return LocalPeer(name, full, folder / f"{name}.log", env)
-
+        self._env = env
         deadline = time.monotonic() + self._start_seconds
-        self.bootstrap = peer("bootstrap", "bootstrap")
+        self.bootstrap = self._peer("bootstrap", "bootstrap")
         self.bootstrap.start()
         self.bootstrap.wait_ready(self._start_seconds)
-        address = self.bootstrap.address
-        for number, (first, end) in enumerate(self._spans):
-            blocks = ["--blocks", f"{first}:{end}", "--bootstrap", address]
-            host = peer(f"host{number}", "serve", self._path, *blocks, *self._options)
-            self.hosts.append(host)
-            host.start()
+        for span in self._spans:
+            self.add_host(span)
         for host in self.hosts:
             host.wait_ready(max(deadline - time.monotonic(), 0.1))
         self.config = folder / "hive.toml"
         self.config.write_text(
-            f'swarm = "{swarm}"\nbootstraps = ["{address}"]\nkey = "client.key"\n'
+            f'swarm = "{swarm}"\nbootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
         )
+
+    def _peer(self, name: str, *arguments: str) -> LocalPeer:
+        if self._folder is None:
+            raise SwarmNotReady("the swarm was closed, or never entered")
+        folder = Path(self._folder.name)
+        common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
+        full = [*arguments, "--key", str(folder / f"{name}.key"), *common]
+        return LocalPeer(name, full, folder / f"{name}.log", self._env)
 
 
 def _events(text: str) -> list[dict[str, Any]]:

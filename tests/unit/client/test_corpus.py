@@ -94,6 +94,31 @@ def attention(h: Tensor, **kwargs: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, q * 2, q + 1, **kwargs)
 
 
+def grouped_attention(h: Tensor) -> Tensor:
+    q = h.view(2, 5, 4, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:], is_causal=True, enable_gqa=True)
+
+
+def augmented(h: Tensor) -> list[Tensor]:
+    n = (h * 4).long()
+    n &= 3
+    n |= 4
+    n ^= 1
+    n <<= 1
+    n >>= 1
+    n //= 2
+    n %= 5
+    n += 1
+    n *= 2
+    n -= 1
+    n **= 2
+    h /= 2
+    h **= 2
+    h %= 1.5
+    h //= 0.3
+    return [n, h]
+
+
 def in_place_chain(h: Tensor) -> Tensor:
     row = h.transpose(1, 2)[:, 3]
     row += 1
@@ -518,6 +543,10 @@ CORPUS: dict[str, Callable[[Tensor], Any]] = {
     "sdpa causal": lambda h: attention(h, is_causal=True),
     "sdpa mask": lambda h: attention(h, attn_mask=torch.ones(5, 5).tril().bool()),
     "sdpa float mask": lambda h: attention(h, attn_mask=rand(5, 5) * 0, scale=0.3),
+    "sdpa with fewer keys": grouped_attention,
+    "augmented assignments": augmented,
+    "rot90": lambda h: [torch.rot90(h, k, (1, 2)) for k in range(-1, 4)],
+    "derivative by torch.func": lambda h: torch.func.grad(lambda x: (x**2).sum())(h),
     "eager attention": lambda h: (
         ((h @ h.mT) / 8**0.5 + torch.full((5, 5), -1e9).triu(1)).softmax(-1) @ h
     ),

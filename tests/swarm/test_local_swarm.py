@@ -1,0 +1,383 @@
+"""Traces over real host processes, and what happens when these are killed, frozen or stopped.
+
+The hosts cost seconds to start, so tests share them: a test that ends one starts it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import glasshive
+from glasshive.client.errors import NoRoute, PeerLost, TraceTimeout
+from glasshive.dht.errors import AmbiguousModel, UnknownModel
+from glasshive.testing import LocalPeer, LocalSwarm, SwarmNotReady
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+]
+
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
+HEAVY = 3000  # matrix products: some seconds
+SPANS = [(0, 2), (2, 4), (4, 6), (2, 4)]
+
+
+def save_llama(folder: Path, seed: int) -> Path:
+    """A random Llama of 6 blocks in `folder`, in the Hugging Face layout."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSHIVE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def llama(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama", seed=0)
+
+
+@pytest.fixture(scope="session")
+def hive(llama: Path) -> Iterator[LocalSwarm]:
+    """Blocks 0:2, 2:4 and 4:6 by a host each, and 2:4 by a fourth."""
+    with LocalSwarm(llama, SPANS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def swarm(hive: LocalSwarm) -> Iterator[glasshive.Swarm]:
+    with glasshive.connect(hive.config) as connected:
+        yield connected
+
+
+@pytest.fixture
+def model(swarm: glasshive.Swarm, hive: LocalSwarm) -> glasshive.Model:
+    """The model as a client sees it, with every host there."""
+    listed(swarm, hive.hosts[: len(SPANS)])
+    return swarm.model(hive.model_name)
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Returns when the condition holds; fails the test when it does not in time."""
+    ends_at = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > ends_at:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+def listed(swarm: glasshive.Swarm, hosts: list[LocalPeer]) -> None:
+    """Returns when the directory lists exactly these hosts, where they listen now."""
+
+    def same() -> bool:
+        return {one.addresses[0] for one in swarm.records()} == {one.address for one in hosts}
+
+    wait_for(same, 20, f"the directory lists {hosts}")
+
+
+def oracle(folder: Path) -> list[torch.Tensor]:
+    """Plain Hugging Face with hooks: every block's output and the logits, with the same edit."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    seen: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+        seen.append(output.detach().clone())
+
+    def zero(module: Any, args: Any, output: torch.Tensor) -> None:
+        output[:, -1] = 0
+
+    for block in model.model.layers:
+        block.register_forward_hook(keep)
+    model.model.layers[3].mlp.register_forward_hook(zero)
+    with torch.no_grad():
+        logits = model(PROMPT).logits
+    return [*seen, logits]
+
+
+def run(model: glasshive.Model, **options: Any) -> list[torch.Tensor]:
+    """The same on the swarm."""
+    with model.trace(PROMPT, **options):
+        saved = [block.output.save() for block in model.model.layers[:3]]
+        model.model.layers[3].mlp.output[:, -1] = 0
+        saved += [block.output.save() for block in model.model.layers[3:]]
+        saved.append(model.lm_head.output.save())
+    return saved
+
+
+def run_heavy(model: glasshive.Model, **options: Any) -> torch.Tensor:
+    """Seconds of work on block 2, in one run of nodes."""
+    matrix = torch.eye(700)
+    with model.trace(PROMPT, **options):
+        value = matrix * model.model.layers[2].output[0, 0, 0]
+        for _ in range(HEAVY):
+            value = value @ matrix
+        saved = value[0, 0].save()
+    return saved
+
+
+def equal(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    return len(got) == len(wanted) and all(map(torch.equal, got, wanted))
+
+
+def accepted(host: LocalPeer) -> int:
+    return sum(one["event"] == "trace_accepted" for one in host.events)
+
+
+class InThread(threading.Thread):
+    """A call whose result or exception is kept."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.call = call
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.call()
+        except BaseException as error:
+            self.error = error
+
+
+def the_one_that_computes(hive: LocalSwarm, before: dict[str, int]) -> LocalPeer:
+    """The host of 2:4 that took the trace; waits until one has."""
+    both = [hive.hosts[1], hive.hosts[3]]
+    wait_for(lambda: any(accepted(one) > before[one.name] for one in both), 20, "accepted")
+    return next(one for one in both if accepted(one) > before[one.name])
+
+
+def test_a_trace_over_three_hosts_equals_plain_hugging_face(
+    model: glasshive.Model, llama: Path
+) -> None:
+    assert equal(run(model), oracle(llama))
+
+
+def test_status_lists_who_serves_what(model: glasshive.Model, hive: LocalSwarm) -> None:
+    command = [sys.executable, "-m", "glasshive.cli", "status", "--config", str(hive.config)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    (of_model,) = report["models"]
+    assert (of_model["name"], of_model["n_blocks"]) == ("tiny-llama", 6)
+    assert of_model["peers_per_block"] == [1, 1, 2, 2, 1, 1]
+    assert of_model["missing_blocks"] == []
+    assert {one["peer_id"]: (one["start"], one["end"]) for one in of_model["served_by"]} == {
+        host.peer_id: span for host, span in zip(hive.hosts, SPANS, strict=False)
+    }
+
+
+def test_a_host_killed_in_a_trace_is_replaced(
+    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm
+) -> None:
+    before = {one.name: accepted(one) for one in hive.hosts}
+    trace = InThread(lambda: run_heavy(model))
+    victim = the_one_that_computes(hive, before)
+    victim.kill()
+    trace.join(60)
+    assert trace.error is None
+    assert trace.result.shape == ()
+    other = hive.hosts[1] if victim is hive.hosts[3] else hive.hosts[3]
+    assert accepted(other) == before[other.name] + 1
+    victim.restart()
+    listed(swarm, hive.hosts[: len(SPANS)])
+
+
+def test_a_host_killed_without_a_replacement_is_named(
+    model: glasshive.Model, hive: LocalSwarm, llama: Path
+) -> None:
+    victim = hive.hosts[0]
+    victim.kill()
+    began = time.monotonic()
+    with pytest.raises((PeerLost, NoRoute), match=victim.peer_id):
+        run(model, deadline=30)
+    assert time.monotonic() - began < 20
+    victim.restart()
+    assert equal(run(model), oracle(llama))
+
+
+def test_a_frozen_host_is_a_timeout(model: glasshive.Model, hive: LocalSwarm, llama: Path) -> None:
+    hive.hosts[2].freeze()
+    try:
+        with pytest.raises(TraceTimeout):
+            run(model, deadline=2)
+    finally:
+        hive.hosts[2].thaw()
+    assert equal(run(model), oracle(llama))
+
+
+def test_a_stopped_host_withdraws_its_record(
+    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm
+) -> None:
+    host = hive.hosts[3]
+    assert host.stop(deadline_seconds=5) == 0
+    assert host.events[-1]["event"] == "stopped"
+    listed(swarm, hive.hosts[:3])
+    host.restart()
+    listed(swarm, hive.hosts[: len(SPANS)])
+
+
+def test_interrupting_a_client_frees_every_host(
+    model: glasshive.Model, hive: LocalSwarm, llama: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import glasshive, test_local_swarm
+            with glasshive.connect({str(hive.config)!r}) as swarm:
+                test_local_swarm.run_heavy(swarm.model({hive.model_name!r}))
+            """
+        )
+    )
+    marks = {one.name: len(one.events) for one in hive.hosts}
+    before = {one.name: accepted(one) for one in hive.hosts}
+    # A terminal's Ctrl-C goes to the whole group, and so it does here.
+    client = subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        busy = the_one_that_computes(hive, before)
+        os.killpg(client.pid, signal.SIGINT)
+        began = time.monotonic()
+        _, said = client.communicate(timeout=10)
+        assert b"KeyboardInterrupt" in said
+    finally:
+        client.kill()
+        client.wait()
+
+    def ended(host: LocalPeer) -> bool:
+        events = host.events[marks[host.name] :]
+        return any(one["event"] in ("client_left", "trace_failed") for one in events)
+
+    for host in (hive.hosts[0], busy):
+        wait_for(lambda host=host: ended(host), 5, f"{host} left the trace:\n{host.log}")
+    assert time.monotonic() - began < 5
+    assert not any(one["event"] == "trace_done" for one in busy.events[marks[busy.name] :])
+    assert equal(run(model), oracle(llama))
+
+
+def test_a_host_process_that_dies_is_started_again(
+    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm, llama: Path
+) -> None:
+    host = hive.hosts[2]
+
+    def ready() -> int:
+        return sum(one["event"] == "ready" for one in host.events)
+
+    before, peer_id = ready(), host.peer_id
+    host.kill_host_process()
+    wait_for(lambda: ready() > before, 60, "ready again")
+    assert host.peer_id == peer_id
+    listed(swarm, hive.hosts[: len(SPANS)])
+    assert equal(run(model), oracle(llama))
+
+
+def test_a_network_daemon_that_dies_is_started_again(
+    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm, llama: Path
+) -> None:
+    host = hive.hosts[0]
+    mark = len(host.events)
+    os.kill(host.pids()[2], signal.SIGKILL)
+    wait_for(
+        lambda: any(one["event"] == "network_daemon_rebuilt" for one in host.events[mark:]),
+        20,
+        f"rebuilt:\n{host.log}",
+    )
+    listed(swarm, hive.hosts[: len(SPANS)])
+    assert equal(run(model), oracle(llama))
+
+
+def test_two_models_of_one_name_are_told_apart(
+    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm, tmp_path: Path
+) -> None:
+    other = hive.add_host((0, 6), save_llama(tmp_path / "other", seed=1))
+    try:
+        other.wait_ready()
+        wait_for(lambda: len(swarm.records()) == len(SPANS) + 1, 10, "listed")
+        with pytest.raises(AmbiguousModel, match=model.model_id):
+            swarm.model(hive.model_name)
+        assert swarm.model(model.model_id).model_id == model.model_id
+    finally:
+        other.stop()
+        hive.hosts.remove(other)
+        listed(swarm, hive.hosts)
+
+
+def test_a_model_that_nobody_serves(swarm: glasshive.Swarm) -> None:
+    with pytest.raises(UnknownModel, match="glasshive serve nothing"):
+        swarm.model("nothing")
+
+
+def test_cut_off_weights_are_refused(home: Path, llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4096])
+    with (
+        pytest.raises(SwarmNotReady, match="no whole safetensors file"),
+        LocalSwarm(broken, [(0, 6)]),
+    ):
+        pass
+
+
+def test_no_process_outlives_the_one_that_started_it(home: Path, tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from glasshive.testing import LocalPeer
+        arguments = ["bootstrap", "--key", {str(tmp_path / "key")!r}, "--log-format", "json",
+                     "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
+        peer = LocalPeer("bootstrap", arguments, Path({str(tmp_path / "log")!r}), dict(os.environ))
+        peer.start()
+        peer.wait_ready()
+        print(*peer.pids(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 3
+    wait_for(lambda: not any(map(_alive, pids)), 15, f"{pids} have ended")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
