@@ -228,7 +228,7 @@ class _Decoder:
         self._groups: dict[int, OpSpec] = {}  # nodes of several outputs, which only `pick` may name
         self._imports: frozenset[NodeId] = frozenset()
         self._saves: set[str] = set()
-        self._written: set[tuple[Site, int]] = set()
+        self._written: dict[tuple[Site, int], str] = {}  # the mode
 
     def graph(self, imports: object, nodes: object) -> Graph:
         self._imports = frozenset(map(NodeId, self._ids(imports)))

@@ -191,7 +191,7 @@ def _key(shape: InvokeShape) -> tuple[int, bool]:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """That a value of one invoke goes into another, at `write`; strictly: only from a later event."""
+    """A value of one invoke goes into another at `write`; strictly, if it is of a later event."""
 
     is_strict: bool
     write: NodeId

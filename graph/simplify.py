@@ -34,7 +34,8 @@ from glasshive.graph.outline import Outline
 def simplify(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, bool]]:
     """The graph without unseen and repeated nodes, and the writes and skips dropped as unseen.
 
-    Each of those with whether a save sees at least the value that was to be written. Raises NoRoots if nothing is saved.
+    Each of those with whether a save sees at least the value that was to be written.
+    Raises NoRoots if nothing is saved.
     """
     if not any(isinstance(node, Save) for node in graph.nodes.values()):
         raise NoRoots("nothing is saved, so nothing would come back; call .save() on a value")

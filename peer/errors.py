@@ -10,6 +10,7 @@ GlasshiveError
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
+    ├── HostFailed                 an error inside the host, which only its own log explains
     └── TraceEnded                 a trace that was cancelled, or whose deadline passed
 """
 
@@ -59,6 +60,10 @@ class WrongInput(PeerError):
 
 class Busy(PeerError):
     """As many traces as the host allows are running; another peer, or later, may do."""
+
+
+class HostFailed(PeerError):
+    """An error inside the host, which only its own log explains."""
 
 
 class TraceEnded(PeerError):

@@ -5,6 +5,7 @@
 - Hooks are put only on the modules that the part names, and taken off after each stage.
 - A read is a contiguous copy of the invoke's rows; a write touches those rows only. `set` gives
   the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
+- Weights are never written: an in-place edit of memory that belongs to the model is refused.
 - Everything here runs on the one torch thread of a peer, and knows no network.
 """
 
@@ -81,9 +82,16 @@ class _Removable(Protocol):
 class _Bypass:
     """Has a module give something without running, until it is removed."""
 
-    def __init__(self, module: nn.Module, give: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, give: Callable[..., Tensor], is_off: Callable[[], bool]
+    ) -> None:
         self._module = module
-        module.forward = give
+        run = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs) if is_off() else give()
+
+        module.forward = forward
 
     def remove(self) -> None:
         """Let the module run again."""
@@ -122,6 +130,7 @@ class Executor:
                 elif ref in self._users:
                     self._users[ref].add(node_id)
         self._skipped: dict[tuple[str, int], Tensor] = {}
+        self._last_write: NodeId | None = None
         self._calling = False
         self._cancelled = False
 
@@ -184,6 +193,12 @@ class Executor:
                 attention_mask=inputs.attention_mask,
                 position_ids=inputs.position_ids,
             )
+        except _FAILURES as error:
+            reason = str(error).split("\n", 1)[0]
+            raise GraphError(
+                f"the model's forward pass failed after what was written here: {reason:.200}",
+                node=self._last_write,
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -206,14 +221,12 @@ class Executor:
             module = self._model.module.get_submodule(path)
             if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
                 give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
-                yield _Bypass(module, give)
+                yield _Bypass(module, give, lambda: self._calling)
             else:  # other rows need it, or its output holds more than the value: it runs
                 give = functools.partial(self._put_skipped, path, sorted(invokes), leaf)
                 yield module.register_forward_hook(give, prepend=True)
 
-    def _skipped_output(
-        self, path: str, invokes: tuple[int, ...], axis: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _skipped_output(self, path: str, invokes: tuple[int, ...], axis: int) -> Tensor:
         return torch.cat([self._skipped.pop((path, invoke)) for invoke in invokes], axis)
 
     def _put_skipped(
@@ -276,7 +289,7 @@ class Executor:
 
     def _run_bucket(self, bucket: Bucket, tree: Any = None) -> Any:
         """Run nodes in order; returns `tree` with the writes applied to it."""
-        fresh: set[tuple[object, ...]] = set()
+        replaced: dict[tuple[object, ...], Tensor] = {}
         borrowed, settled = self._borrowed(bucket)
         for node_id in bucket:
             if self._cancelled:
@@ -294,7 +307,8 @@ class Executor:
                         rows = rows.clone(memory_format=torch.contiguous_format)
                     self._values.put(node_id, rows)
                 elif isinstance(node, Write):
-                    tree = self._write(node, tree, fresh)
+                    self._last_write = node_id
+                    tree = self._write(node, tree, replaced)
                 elif isinstance(node, Skip):
                     value = self._values.take(node.value.node)
                     self._skipped[node.module, node.invoke] = value
@@ -332,6 +346,8 @@ class Executor:
                 "model's rows cannot be told apart for this input"
             )
         if leaf.batch_axis is None:
+            if isinstance(node, Write) and len(one.invokes) > 1:
+                raise NotASite(f"{node.site} is one tensor for all rows, which no invoke can edit")
             return whole
         first, last = self._passes.rows(node.invoke)
         return whole.narrow(leaf.batch_axis, first, last - first)
@@ -368,7 +384,8 @@ class Executor:
                 settled.add(node_id)
         return borrowed, settled
 
-    def _write(self, node: Write, tree: Any, fresh: set[tuple[object, ...]]) -> Any:
+    def _write(self, node: Write, tree: Any, replaced: dict[tuple[object, ...], Tensor]) -> Any:
+        """`tree` with one write applied. `replaced` holds the memory of leaves that were set."""
         path = self._path(node)
         whole = leaf_of(tree, path)
         value = self._values.take(node.value.node)
@@ -379,15 +396,39 @@ class Executor:
                 f"which has shape {list(rows.shape)} and {rows.dtype}"
             )
         if node.mode == "inplace":
-            rows.copy_(value)
-            return tree
-        if path not in fresh:
+            memory = replaced.get(path, whole)
+            self._check_memory(node, memory)
+            self._rows(node, memory).copy_(value)
+        elif path not in replaced:
             # A copy with the same strides, so that the kernels after it are the same ones.
+            replaced[path] = whole
             whole = whole.clone()
             tree = with_leaf(tree, path, whole)
-            fresh.add(path)
-        self._rows(node, whole).copy_(value)
+        if path in replaced:
+            self._rows(node, whole).copy_(value)
         return tree
+
+    def _check_memory(self, node: Write, memory: Tensor) -> None:
+        """Raise NotASite for memory that an edit in place must not change."""
+        if memory.untyped_storage().data_ptr() in self._own_memory:
+            raise NotASite(f"{node.site} is a part of the model's weights, which are read-only")
+        if any(
+            size > 1 and not step for size, step in zip(memory.shape, memory.stride(), strict=True)
+        ):
+            raise NotASite(
+                f"several elements of {node.site} are one place in memory, so it cannot be edited "
+                "in place; assign a changed copy"
+            )
+
+    @functools.cached_property
+    def _own_memory(self) -> frozenset[int]:
+        """Where the model's weights and buffers lie."""
+        module = self._model.module
+        return frozenset(
+            tensor.untyped_storage().data_ptr()
+            for source in (module.parameters, module.buffers)
+            for tensor in source()
+        )
 
     def _call(self, node: Call) -> Tensor:
         module = self._model.module.get_submodule(node.module)

@@ -56,7 +56,7 @@ from glasshive.graph.plan import Part, check_part
 from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.admission import Admission
-from glasshive.peer.errors import Busy, TraceEnded, WrongInput
+from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import PassInputs
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
 from glasshive.peer.served_model import ServedModel
@@ -191,6 +191,10 @@ class Host:
             log.info("client_left", extra={"client": stream.peer_id})
         except GlasshiveError as error:
             await self._fail(stream, error)
+        except Exception:
+            # A bug of ours or of the model's code: the client is told that, and nothing more.
+            log.exception("host_failed", client=stream.peer_id)
+            await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
 
     async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Prepare]:
         limits = self._limits
