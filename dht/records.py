@@ -26,7 +26,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Final, NewType
+from typing import Final
 
 from glasshive.dht.errors import BadAddress, RecordRefused
 from glasshive.dht.transport import check_address
@@ -38,6 +38,7 @@ from glasshive.security.envelope import (
 )
 from glasshive.security.errors import BadPeerId, MalformedData, SecurityError
 from glasshive.security.keys import Identity, PeerId, public_key_of
+from glasshive.security.manifest import ModelId
 from glasshive.security.plain import decode_plain, encode_plain
 
 __all__ = [
@@ -51,9 +52,6 @@ __all__ = [
     "keys_of",
     "lookup_key",
 ]
-
-ModelId = NewType("ModelId", str)
-"""The sha256 of a model's manifest, 64 hexadecimal digits in lower case."""
 
 MAX_LIFETIME_SECONDS: Final = 60.0
 MAX_RECORD_BYTES: Final = 1536

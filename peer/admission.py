@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+
 from torch import nn
 
 from glasshive.graph.budget import Bill, Budget, admit
@@ -10,17 +13,37 @@ from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part
 from glasshive.graph.twin import Calls, surroundings
 
+_KEPT_VERDICTS = 256
+
 
 class Admission:
-    """Admits parts of traces of one model. `budget` is what one of them may take."""
+    """Admits parts of traces of one model. `budget` is what one of them may take.
+
+    A bill is kept by the hash of the part's bytes, which hold the graph, the sizes of the passes
+    and the shapes of what comes in; model, dtype and budget are the same for all.
+    """
 
     def __init__(self, outline: Outline, twin: nn.Module, budget: Budget) -> None:
         self._outline = outline
         self._calls = Calls(twin, outline)
         self._budget = budget
+        self._known: OrderedDict[bytes, Bill] = OrderedDict()
 
-    def admit(self, part: Part, passes: Passes) -> Bill:
-        """The bill of a part; nothing is run. Raises OverBudget or ShapeMismatch with the node."""
+    def admit(self, part: Part, passes: Passes, data: bytes | bytearray) -> Bill:
+        """The bill of a part that was decoded from `data`; nothing is run.
+
+        Raises OverBudget or ShapeMismatch with the node.
+        """
+        key = hashlib.sha256(data).digest()
+        bill = self._known.get(key)
+        if bill is None:
+            bill = self._known[key] = self._count(part, passes)
+            if len(self._known) > _KEPT_VERDICTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return bill
+
+    def _count(self, part: Part, passes: Passes) -> Bill:
         return admit(
             part.graph,
             surroundings(self._outline, self._calls, passes),

@@ -193,7 +193,7 @@ class Host:
             await self._fail(stream, error)
         except Exception:
             # A bug of ours or of the model's code: the client is told that, and nothing more.
-            log.exception("host_failed", client=stream.peer_id)
+            log.exception("host_failed", extra={"client": stream.peer_id})
             await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
 
     async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Prepare]:
@@ -213,7 +213,7 @@ class Host:
         part, passes = decode_part(frame.body, limits.graph)
         peers = _peers(prepare)
         self._check(part, passes, peers)
-        bill = self._admission.admit(part, passes)
+        bill = self._admission.admit(part, passes, frame.body)
         consts = await self._take_consts(stream, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
         trace = HostedTrace(

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from glasshive.graph.errors import UnsupportedModel
+from glasshive.graph.twin import blocks_path
 from glasshive.peer.errors import BadSpan, ModelTypeRefused, WrongInput
 from glasshive.peer.span_cache import SpanCache
 
@@ -71,21 +73,12 @@ class Layout:
 def find_layout(model: nn.Module, config: PreTrainedConfig) -> Layout:
     """Where the blocks, the embedding and the head of `model` are.
 
-    The blocks are the largest `ModuleList` (by parameters) whose length is the configuration's
-    `num_hidden_layers`. Raises `ModelTypeRefused` where there is none, or no input embedding.
+    Raises `ModelTypeRefused` where there is no list of blocks, or no input embedding.
     """
-    wanted = config.get_text_config().num_hidden_layers
-    largest, blocks_path = -1, ""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > largest:
-                largest, blocks_path = size, path
-    if not blocks_path:
-        raise ModelTypeRefused(
-            f"{type(model).__name__} has no list of {wanted} blocks, so it cannot be cut into "
-            "spans; serve a decoder model"
-        )
+    try:
+        path, n_blocks = blocks_path(model, config)
+    except UnsupportedModel as error:
+        raise ModelTypeRefused(f"{error}; serve a decoder model") from None
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     embedding_path = _path_of(model, embedding)
     if embedding_path is None or not hasattr(embedding, "embedding_dim"):
@@ -95,8 +88,8 @@ def find_layout(model: nn.Module, config: PreTrainedConfig) -> Layout:
         )
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return Layout(
-        blocks_path=blocks_path,
-        n_blocks=wanted,
+        blocks_path=path,
+        n_blocks=n_blocks,
         embedding_dim=int(embedding.embedding_dim),
         embedding_path=embedding_path,
         head_path=_path_of(model, head),

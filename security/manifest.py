@@ -15,6 +15,7 @@ from glasshive.security.errors import BadManifest, MalformedData
 from glasshive.security.plain import decode_plain, encode_plain
 
 ModelId = NewType("ModelId", str)
+"""The SHA-256 of a model's manifest, 64 hexadecimal digits in lower case."""
 
 VERSION: Final = 1
 MANIFEST: Final = "manifest"

@@ -180,7 +180,8 @@ class LocalSwarm:
     """A bootstrap and hosts of one model, as processes on loopback; a context manager.
 
     `spans[i]` is served by `hosts[i]`; with `replicas=2` again by `hosts[len(spans) + i]`, and so
-    on. `attention` may be one for all or one a span.
+    on. Hosts compute with `threads` threads each, else with as many as torch takes by itself: results
+    are equal to the bit only at equal numbers of threads.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class LocalSwarm:
         attention: Literal["sdpa", "eager", "flash"] = "sdpa",
         device: Literal["auto", "cpu", "cuda", "mps"] = "cpu",
         replicas: int = 1,
+        threads: int | None = None,
         name: str | None = None,
         start_seconds: float = 120.0,
     ) -> None:
@@ -202,6 +204,7 @@ class LocalSwarm:
         self._path = str(path)
         self._spans = list(spans) * replicas
         self._start_seconds = start_seconds
+        self._threads = threads
         self._options = [
             *("--dtype", dtype, "--attention", attention, "--device", device),
             *("--name", self.model_name),
@@ -255,9 +258,10 @@ class LocalSwarm:
 
     def _start(self, folder: Path) -> None:
         env = dict(os.environ)
-        # Hosts that all take every core slow one another down.
-        threads = max((os.cpu_count() or 1) // len(self._spans), 1)
-        env.setdefault("OMP_NUM_THREADS", str(threads))
+        # The hosts of a chain take turns; one that spins while it waits would slow the others.
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if self._threads is not None:
+            env["OMP_NUM_THREADS"] = str(self._threads)
         for variable in [one for one in env if one.startswith("GLASSHIVE_")]:
             if variable != "GLASSHIVE_CACHE":
                 del env[variable]  # the user's own swarm

@@ -132,10 +132,13 @@ def _tree(docstring: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     above: list[tuple[int, str]] = []
     for line in docstring.splitlines():
-        match = re.match(r"^((?:│   |    )*(?:├── |└── ))?([A-Z]\w+)(?: {2,}| \(a |$)", line)
+        # Below a branch any name counts; elsewhere only one that stands alone or in a column.
+        match = re.match(r"^((?:│   |    )*[├└]── )([A-Z]\w+)(?: |$)", line) or re.match(
+            r"^()([A-Z]\w+)(?: {2,}| \(a |$)", line
+        )
         if match is None:
             continue
-        depth = len(match.group(1) or "")
+        depth = len(match.group(1))
         while above and above[-1][0] >= depth:
             above.pop()
         found[match.group(2)] = above[-1][1] if above else None
@@ -203,7 +206,7 @@ def _blocks(path: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 30 small blocks, and a tokenizer of words."""
+    """A random Llama of 12 small blocks, and a tokenizer of words."""
     place = tmp_path_factory.mktemp("docs") / "model"
     words = "The cat sat dog ran big brown".split()
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", *words])}
@@ -217,7 +220,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=30,
+        num_hidden_layers=12,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -231,7 +234,7 @@ def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     """The model over two spans in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield glasshive.local(folder, cuts=(15,))
+        yield glasshive.local(folder, cuts=(6,))
 
 
 @pytest.fixture
