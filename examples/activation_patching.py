@@ -4,7 +4,7 @@ One trace for each token position: the clean prompt is one row of a forward pass
 prompts, each with another layer patched from the clean row, are the others.
 """
 
-import torch
+from typing import Any
 
 import glasshive
 from glasshive.models import fetch_smollm2
@@ -18,7 +18,7 @@ jack, anna = (model.tokenizer(name)["input_ids"][0] for name in (" Jack", " Anna
 tokens = [model.tokenizer.decode(token) for token in model.tokenizer(clean)["input_ids"]]
 
 
-def preference() -> torch.Tensor:
+def preference() -> Any:
     """How much the model prefers Jack to Anna as the next word, in the current invoke."""
     logits = model.lm_head.output[0, -1]
     return logits[jack] - logits[anna]

@@ -1,7 +1,7 @@
 """A swarm of your own on this machine: a bootstrap and three hosts, as real processes.
 
-The same as starting `glasshive bootstrap` and `glasshive serve MODEL --blocks A:B` by hand, and what
-tests of your own can use.
+The same as starting `glasshive bootstrap` and `glasshive serve MODEL --blocks A:B` by hand, and
+what tests of your own can use.
 """
 
 import glasshive

@@ -2,7 +2,10 @@
 
 - A read or write happens where its block is. A `call` or `param` goes to the peer that hosts the
   module. Any other node runs as soon as its inputs exist: on the latest of their places.
-- Nodes that depend on constants alone are repeated wherever they are used, and never travel.
+- A parameter that lies behind its consumer is sent there before the passes; but what is smaller
+  goes to the parameter instead, unless an earlier write waits for the result.
+- Nodes that depend on constants alone are repeated wherever they are used, and never travel. So is
+  a permutation of what travels: kernels round by layout, and the wire knows none.
 - A value read off the last block of a span *is* the hidden states that cross the cut, as long as
   nothing was written there: the next span takes it from them, at no cost.
 - A span after the last one that anything needs gets no part, and its peer is never contacted.
@@ -13,7 +16,7 @@ The law, tested over random graphs and every cut: the split run equals the uncut
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,6 +27,7 @@ from glasshive.graph.graph import (
     Graph,
     Node,
     NodeId,
+    Op,
     Param,
     Read,
     Skip,
@@ -71,7 +75,7 @@ def split(
     """
     slots(graph, outline, passes)
     _check_route(graph, outline, route)
-    places = _place(graph, outline, passes, route)
+    places = _place(graph, outline, passes, route, specs)
     depth = _forward_depth(graph, outline, passes, route)
     builders = [_PartBuilder(index, span) for index, span in enumerate(route)]
     exits = _untouched_exits(graph, outline, route)
@@ -90,17 +94,15 @@ def split(
     for (pass_index, index), node_id in sorted(ordered):
         builder = builders[index]
         for ref in refs(graph.nodes[node_id]):
-            home = places[ref]
-            if home is None:
-                builder.copy_free(ref, graph, pass_index)
-            elif home[1] != index and ref not in builder.imports:
-                builder.imports.add(ref)
-                exit_of, invoke = exits.get(ref, (None, 0))
-                if exit_of == index - 1 and builder.takes_hidden(home[0]):
-                    builder.stage(home[0]).from_hidden.append((ref, invoke))
+            for needed in builder.fetch(ref, graph, places, pass_index):
+                builder.imports.add(needed)
+                sender_pass, sender = places[needed] or (BEFORE_PASSES, 0)
+                exit_of, invoke = exits.get(needed, (None, 0))
+                if exit_of == index - 1 and builder.takes_hidden(sender_pass):
+                    builder.stage(sender_pass).from_hidden.append((needed, invoke))
                 else:
-                    builder.stage(pass_index).imports.append((ref, home[1]))
-                    builders[home[1]].stage(home[0]).exports.append((ref, index))
+                    builder.stage(pass_index).imports.append((needed, sender))
+                    builders[sender].stage(sender_pass).exports.append((needed, index))
         builder.add(node_id, graph.nodes[node_id], pass_index)
     parts = []
     for index, builder in enumerate(builders):
@@ -129,10 +131,15 @@ def _home(block: int, outline: Outline, route: Sequence[Span]) -> int:
 
 
 def _place(
-    graph: Graph, outline: Outline, passes: Passes, route: Sequence[Span]
+    graph: Graph,
+    outline: Outline,
+    passes: Passes,
+    route: Sequence[Span],
+    specs: Mapping[NodeId, TensorSpec],
 ) -> dict[NodeId, Place | None]:
     """Where every node runs; None for what depends on constants alone."""
     places: dict[NodeId, Place | None] = {}
+    deadlines = _deadlines(graph, outline, passes, route)
     for node_id, node in graph.nodes.items():
         inputs = [place for ref in refs(node) if (place := places[ref]) is not None]
         latest = max(inputs, default=None)
@@ -158,8 +165,56 @@ def _place(
             else:  # its peer has done this pass already: in the next one, or after the last
                 places[node_id] = (latest[0] + 1, home)
         else:
-            places[node_id] = latest
+            at_owner = _at_owner(node, latest, places, specs)
+            in_time = at_owner is not None and at_owner <= deadlines.get(node_id, at_owner)
+            places[node_id] = at_owner if in_time else latest
     return places
+
+
+def _at_owner(
+    node: Node,
+    latest: Place | None,
+    places: Mapping[NodeId, Place | None],
+    specs: Mapping[NodeId, TensorSpec],
+) -> Place | None:
+    """Where the owner of a parameter behind `latest` runs `node`, if this moves fewer bytes."""
+    if latest is None or latest[0] == BEFORE_PASSES:
+        return None
+    far: set[NodeId] = set()
+    near: set[NodeId] = set()
+    owner = latest[1]
+    for ref in refs(node):
+        place = places[ref]
+        if place is not None:
+            is_far = place[0] == BEFORE_PASSES and place[1] > latest[1]
+            (far if is_far else near).add(ref)
+            owner = max(owner, place[1]) if is_far else owner
+
+    def count_bytes(values: set[NodeId]) -> int:
+        return sum(specs[value].nbytes for value in values if value in specs)
+
+    return (latest[0], owner) if count_bytes(far) > count_bytes(near) else None
+
+
+def _deadlines(
+    graph: Graph, outline: Outline, passes: Passes, route: Sequence[Span]
+) -> dict[NodeId, Place]:
+    """For every value that a write depends on, the place by which it must be there."""
+    found: dict[NodeId, Place] = {}
+    for node_id in reversed(list(graph.nodes)):
+        node = graph.nodes[node_id]
+        if isinstance(node, Write | Skip):
+            block = outline.block(event_of(node, outline))
+            until: Place | None = (passes.of(node.invoke), _home(block, outline, route))
+        else:
+            until = found.get(node_id)
+        if until is None:
+            continue
+        if isinstance(node, Call):
+            until = min(until, (until[0], _home(outline.owner_block(node.module), outline, route)))
+        for ref in refs(node):
+            found[ref] = min(found.get(ref, until), until)
+    return found
 
 
 def _forward_depth(
@@ -242,6 +297,26 @@ class _PartBuilder:
             for ref in refs(graph.nodes[node_id]):
                 self.copy_free(ref, graph, pass_index)
             self.add(node_id, graph.nodes[node_id], pass_index)
+
+    def fetch(
+        self,
+        node_id: NodeId,
+        graph: Graph,
+        places: Mapping[NodeId, Place | None],
+        pass_index: int,
+    ) -> Iterator[NodeId]:
+        """The values that must come from elsewhere for `node_id` to be here in this stage."""
+        home = places[node_id]
+        if home is None:
+            self.copy_free(node_id, graph, pass_index)
+        elif home[1] != self.index and node_id not in self.imports and node_id not in self.nodes:
+            node = graph.nodes[node_id]
+            if isinstance(node, Op) and node.name == "permute":
+                for ref in refs(node):
+                    yield from self.fetch(ref, graph, places, pass_index)
+                self.add(node_id, node, pass_index)
+            else:
+                yield node_id
 
     def takes_hidden(self, pass_index: int) -> bool:
         """Whether hidden states arrive here in this pass."""

@@ -70,7 +70,7 @@ def test_the_input_of_a_norm_leaves_the_residual_stream_alone(tiny: Setting) -> 
 
 
 def test_in_place_then_assigned(tiny: Setting) -> None:
-    """The memory keeps the first edit, which the residual stream shares; the norm gets the second."""
+    """The memory, which the residual stream shares, keeps the first edit; the norm sees both."""
     path = tiny.block(3, "first_norm")
     with tiny.model.trace(IDS):
         x = tiny.at(path).input

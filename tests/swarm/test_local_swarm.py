@@ -34,6 +34,7 @@ pytestmark = [
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
 HEAVY = 300  # matrix products: some seconds
+NAME = "tiny-llama"
 SPANS = [(0, 2), (2, 4), (4, 6), (2, 4)]
 
 
@@ -64,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def llama(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama", seed=0)
+    return save_llama(tmp_path_factory.mktemp("models") / NAME, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +85,7 @@ def swarm(hive: LocalSwarm) -> Iterator[glasshive.Swarm]:
 def model(swarm: glasshive.Swarm, hive: LocalSwarm) -> glasshive.Model:
     """The model as a client sees it, with every host there."""
     listed(swarm, hive.hosts[: len(SPANS)])
-    return swarm.model(hive.model_name)
+    return swarm.model(NAME)
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
@@ -98,9 +99,15 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 def listed(swarm: glasshive.Swarm, hosts: list[LocalPeer]) -> None:
     """Returns when the directory lists exactly these hosts, where they listen now."""
+    wanted = {host.address for host in hosts}
 
     def same() -> bool:
-        return {one.addresses[0] for one in swarm.records()} == {one.address for one in hosts}
+        try:
+            # Asked both ways: a bootstrap keeps each answer for a second.
+            answers = [swarm.records(), swarm.records(NAME)]
+        except (AmbiguousModel, UnknownModel):
+            return False
+        return all({one.addresses[0] for one in records} == wanted for records in answers)
 
     wait_for(same, 20, f"the directory lists {hosts}")
 
@@ -189,7 +196,7 @@ def test_status_lists_who_serves_what(model: glasshive.Model, hive: LocalSwarm) 
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     (of_model,) = report["models"]
-    assert (of_model["name"], of_model["n_blocks"]) == ("tiny-llama", 6)
+    assert (of_model["name"], of_model["n_blocks"]) == (NAME, 6)
     assert of_model["peers_per_block"] == [1, 1, 2, 2, 1, 1]
     assert of_model["missing_blocks"] == []
     assert {one["peer_id"]: (one["start"], one["end"]) for one in of_model["served_by"]} == {
@@ -258,7 +265,12 @@ def test_interrupting_a_client_frees_every_host(
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import glasshive, test_local_swarm
             with glasshive.connect({str(hive.config)!r}) as swarm:
-                test_local_swarm.run_heavy(swarm.model({hive.model_name!r}))
+                model = swarm.model({NAME!r})
+                try:
+                    test_local_swarm.run_heavy(model)
+                except KeyboardInterrupt:
+                    print("interrupted", flush=True)
+                print("again", len(test_local_swarm.run(model)), flush=True)
             """
         )
     )
@@ -266,14 +278,14 @@ def test_interrupting_a_client_frees_every_host(
     before = {one.name: accepted(one) for one in hive.hosts}
     # A terminal's Ctrl-C goes to the whole group, and so it does here.
     client = subprocess.Popen(
-        [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True
     )
     try:
         busy = the_one_that_computes(hive, before)
         os.killpg(client.pid, signal.SIGINT)
-        began = time.monotonic()
-        _, said = client.communicate(timeout=10)
-        assert b"KeyboardInterrupt" in said
+        said, _ = client.communicate(timeout=20)
+        assert said.split(b"\n")[:2] == [b"interrupted", b"again 7"]
+        assert client.returncode == 0
     finally:
         client.kill()
         client.wait()
@@ -284,8 +296,8 @@ def test_interrupting_a_client_frees_every_host(
 
     for host in (hive.hosts[0], busy):
         wait_for(lambda host=host: ended(host), 5, f"{host} left the trace:\n{host.log}")
-    assert time.monotonic() - began < 5
-    assert not any(one["event"] == "trace_done" for one in busy.events[marks[busy.name] :])
+    seconds = [one for one in busy.events[marks[busy.name] :] if one["event"] == "trace_done"]
+    assert len(seconds) <= 1  # the second trace's
     assert equal(run(model), oracle(llama))
 
 
@@ -328,7 +340,7 @@ def test_two_models_of_one_name_are_told_apart(
         other.wait_ready()
         wait_for(lambda: len(swarm.records()) == len(SPANS) + 1, 10, "listed")
         with pytest.raises(AmbiguousModel, match=model.model_id):
-            swarm.model(hive.model_name)
+            swarm.model(NAME)
         assert swarm.model(model.model_id).model_id == model.model_id
     finally:
         other.stop()

@@ -1,4 +1,4 @@
-"""The docs against the code: every error has its page, trees are true, examples run, links resolve."""
+"""The docs against the code: errors have pages, trees and numbers are true, examples run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import glasshive
+from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
+from glasshive.graph import codec, dtypes, order, plan_codec, tensors
+from glasshive.peer.host import HostLimits
+from glasshive.security import envelope, manifest
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -24,9 +28,38 @@ ROOTS = {"GlasshiveError", "ModelUnavailableError", "UnseenWrite"}
 PAGES = {path.stem: path for path in ERRORS.glob("*.md") if path.stem != "README"}
 PROSE = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 
-GLOSSARY = """peer client swarm bootstrap-peer block span route hop hidden-states activation module site
-trace invoke step graph node op read write save cut carried-value subgraph tenant whitelist manifest
-record receipt audit""".split()
+GLOSSARY = {
+    "peer",
+    "client",
+    "swarm",
+    "bootstrap peer",
+    "block",
+    "span",
+    "route",
+    "hop",
+    "hidden states",
+    "activation",
+    "module",
+    "site",
+    "trace",
+    "invoke",
+    "step",
+    "graph",
+    "node",
+    "op",
+    "read",
+    "write",
+    "save",
+    "cut",
+    "carried value",
+    "subgraph",
+    "tenant",
+    "whitelist",
+    "manifest",
+    "record",
+    "receipt",
+    "audit",
+}
 
 
 def _sources() -> Iterator[tuple[str, ast.Module]]:
@@ -152,7 +185,7 @@ def _tree(docstring: str) -> dict[str, str | None]:
 def test_the_glossary_has_the_words_of_the_design() -> None:
     words = re.findall(r"^\| ([^|]+?) \|", (DOCS / "glossary.md").read_text(), re.M)
     words = [word for word in words if word not in ("word", "---")]
-    assert {word.replace("-", " ") for word in GLOSSARY} <= set(words)
+    assert set(words) >= GLOSSARY
     assert words == sorted(words)
     assert len(words) == len(set(words))
 
@@ -192,6 +225,123 @@ def test_design_names_files_that_exist() -> None:
             assert (ROOT / folder / name.rpartition("/")[2]).exists(), name
 
 
+# The protocol -----------------------------------------------------------------------------------
+
+PROTOCOL = " ".join((DOCS / "protocol.md").read_text().split())
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def _cells(heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of the protocol."""
+    below = (DOCS / "protocol.md").read_text().partition(f"\n## {heading}\n")[2]
+    table = re.search(r"(?:^\|.*\n)+", below, re.M)
+    assert table is not None
+    rows = [line.strip("| \n").split(" | ") for line in table.group().splitlines()]
+    return rows[2:]
+
+
+def test_table_of_messages_is_the_code() -> None:
+    rows = _cells("8. Messages")
+    assert {int(row[0]): row[1] for row in rows} == {
+        code: kind.__name__ for code, kind in messages._CODES.items()
+    }
+    for row in rows:
+        kind = messages._CODES[int(row[0])]
+        named = row[2].replace("(counts)", "(count)").replace("(counts: part indices)", "(count)")
+        count = 0 if row[2] == "-" else len(named.split(", "))
+        assert count == len(kind.__dataclass_fields__), row
+
+
+def test_table_of_nodes_is_the_code() -> None:
+    rows = _cells("10. The graph's bytes")
+    known = {row[0]: row for row in rows}
+    for kind, (fields, decode) in codec._DECODERS.items():
+        row = known.pop(str(kind))
+        assert row[1] == decode.__name__
+        named = row[2].replace("[arg, ...]", "args").replace("[size, ...]", "sizes")
+        assert len(named.split(", ")) == fields
+    later = [kind for kind in codec._LATER if isinstance(kind, int)]
+    (reserved,) = known.values()
+    assert reserved[0] == f"{min(later)}-{max(later)}"
+    assert reserved[1] == ", ".join(codec._LATER.values())
+
+
+def test_files_of_the_protocol_are_the_code() -> None:
+    listed = {
+        name.strip("`"): int(row[1].removesuffix(" MiB")) * MIB
+        for row in _cells("6. Files")
+        for name in row[0].split(", ")
+        if row[1].endswith("MiB")
+    }
+    text = (DOCS / "protocol.md").read_text().partition("| file | most bytes")[2]
+    listed |= {
+        name: int(size) * MIB
+        for names, size in re.findall(r"^\| (`.*`) \| (\d+) MiB \|$", text, re.M)
+        for name in re.findall(r"`([\w.]+)`", names)
+    }
+    assert listed == manifest.CLIENT_FILES
+
+
+FRAMES, LIMITS, HOST = framing.FrameLimits(), codec.GraphLimits(), HostLimits()
+STREAMS = serving.StreamLimits()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"header {FRAMES.header_bytes // MIB} MiB, body {FRAMES.body_bytes // MIB} MiB",
+        f"At most {FRAMES.header_depth} containers deep and {FRAMES.header_elements:,} elements",
+        f"at most {framing.MAX_REFUSAL_BYTES} bytes, that says why",
+        f"({STREAMS.per_remote} per remote peer, {STREAMS.in_all:,} in all)",
+        f"Bodies above {framing.SLICE_BYTES // KIB} KiB",
+        f"`{envelope._PAYLOAD_TYPE.decode()}`",
+        f"has at most {envelope.MAX_REQUEST_ID_BYTES} bytes, texts at most {envelope._MAX_TEXT}",
+        f"an envelope at most {envelope.MAX_ENVELOPE_BYTES // MIB} MiB",
+        f"Clocks may differ by {envelope.CLOCK_SKEW_SECONDS:.0f} s",
+        f"at most {records.MAX_LIFETIME_SECONDS:.0f} s, at most {records.MAX_RECORD_BYTES:,} bytes",
+        f"start < end <= n <= {records.MAX_BLOCKS}",
+        f"array of at most {records.MAX_ADDRESSES} multiaddrs",
+        f"then every {records.MAX_LIFETIME_SECONDS / 3:.0f} s with an expiry",
+        f"values of {serializer.MAX_VALUE_BYTES // KIB} KiB and {serializer.MAX_DEPTH} levels",
+        f"arrays and maps of {serializer.MAX_ELEMENTS:,} elements",
+        f"dictionaries of {serializer.MAX_DICTIONARY_BYTES // MIB} MiB and "
+        f"{serializer.MAX_DICTIONARY_ENTRIES:,} entries",
+        f"(str <= {serializer.MAX_SUBKEY_BYTES} bytes, bin <= {serializer.MAX_ENTRY_BYTES // KIB}",
+        f"{hardening.MAX_KEYS_PER_FIND} keys in a find call, {hardening.MAX_KEYS_PER_STORE:,} in a",
+        f"{hardening.MAX_STORED_KEYS:,} stored keys",
+        f"at most {directory.MAX_RECORDS:,} records and {directory.MAX_ANSWER_BYTES // MIB} MiB",
+        f"doesn't answer within {directory.PEER_DEADLINE_SECONDS:.0f} s",
+        f"At most {manifest.MAX_FILES:,} files and {manifest.MAX_MANIFEST_BYTES // MIB} MiB",
+        f"has 1 to {manifest.MAX_NAME_CHARS} characters",
+        f"a str of at most {messages.MAX_TEXT_CHARS:,} characters",
+        f"an array of 1 to {messages.MAX_PEERS} pairs",
+        f"in slices of {messages.SLICE_BYTES // MIB} MiB",
+        f"dtypes: `{' '.join(dtype.value for dtype in dtypes.DType)}`",
+        f"At most {tensors.MAX_RANK} axes and 2^{tensors.MAX_TENSOR_BYTES.bit_length() - 1} bytes",
+        f"Caps: {LIMITS.graph_bytes // MIB} MiB; {LIMITS.nodes:,} nodes; {LIMITS.imports:,} "
+        f"imports; {LIMITS.node_args} arguments of a node; {LIMITS.list_items:,} items of a list; "
+        f"lists nested {LIMITS.nesting} deep; texts of {LIMITS.text_chars} characters; leaves of "
+        f"{LIMITS.leaf_parts} parts",
+        f"{LIMITS.invokes:,} invokes; {LIMITS.saves:,} saves; a constant of "
+        f"2^{LIMITS.const_bytes.bit_length() - 1} bytes",
+        f"At most {plan_codec._FRAME_SLACK * LIMITS.graph_bytes // MIB} MiB, "
+        f"{plan_codec.MAX_PASSES:,} stages, {plan_codec.MAX_PASSES:,} passes, "
+        f"{plan_codec.MAX_ROWS:,} rows, 2^{plan_codec.MAX_TOKENS.bit_length() - 1} tokens",
+        f"at most {order.DEFAULT_PASS_ROWS} rows unless",
+        f"| traces at a time | {HOST.traces} |",
+        f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
+        f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
+        f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
+        f"saved bytes of a part | {HOST.budget.saved_bytes // GIB} GiB |",
+        f"not counted | 10^{len(str(HOST.budget.flops)) - 1} |",
+        f"over all clients | {HOST.const_cache_bytes // GIB} GiB |",
+        f"a valid `Prepare` within {HOST.prepare_seconds:.0f} s",
+    ],
+)
+def test_numbers_of_the_protocol_are_the_code(text: str) -> None:
+    assert text in PROTOCOL
+
+
 # Examples ---------------------------------------------------------------------------------------
 
 
@@ -208,13 +358,12 @@ def _blocks(path: Path) -> list[tuple[int, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 12 small blocks, and a tokenizer of words."""
     place = tmp_path_factory.mktemp("docs") / "model"
-    words = "The cat sat dog ran big brown".split()
+    words = ["The", "cat", "sat", "dog", "ran", "big", "brown"]
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", *words])}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words_only.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words_only, unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(place)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=words_only, unk_token="<unk>", pad_token="<pad>").save_pretrained(place)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

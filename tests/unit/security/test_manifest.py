@@ -40,7 +40,7 @@ def test_a_file_is_checked_by_length_and_hash(manifest: Manifest) -> None:
     manifest.check_file("config.json", CONFIG)
     with pytest.raises(BadManifest, match="is not the file in the manifest"):
         manifest.check_file("config.json", CONFIG.replace(b"llama", b"gemma"))
-    with pytest.raises(BadManifest, match="has no file 'weights.bin'"):
+    with pytest.raises(BadManifest, match=r"has no file 'weights\.bin'"):
         manifest.check_file("weights.bin", b"")
 
 

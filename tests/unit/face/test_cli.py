@@ -1,0 +1,276 @@
+"""The command line without a network: help, usage, exit codes, error lines, the status report."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from glasshive import cli
+from glasshive.dht.records import ModelId, PeerRecord
+from glasshive.security.keys import Identity
+from glasshive.status_report import coverage_bar, missing_ranges, model_tables, report_of
+from glasshive.terminal import set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in [one for one in os.environ if one.startswith("GLASSHIVE_")]:
+        monkeypatch.delenv(name)
+    for name in ("CONFIG", "DATA", "CACHE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root, ours = logging.getLogger(), logging.getLogger("glasshive")
+    before = list(root.handlers), root.level, ours.level
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HIVEMIND_LOGLEVEL", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            patch.setenv(name, "to be put back")
+            patch.delenv(name)
+        yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["glasshive", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_without_an_argument_it_helps(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch=monkeypatch) == 0
+    out, err = capfd.readouterr()
+    assert all(name in out for name in ("serve", "bootstrap", "status", "manifest", "demo"))
+    assert err == ""
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", monkeypatch=monkeypatch) == 0
+    assert capfd.readouterr().out.startswith("glasshive 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nonsense",), "nonsense"),
+        (("serve",), "Missing argument"),
+        (("serve", "m", "--blocks", "3"), "wanted first:end, such as 0:10"),
+        (("serve", "m", "--blocks", "3:3"), "wanted first:end"),
+        (("serve", "m", "--blocks", "-1:3"), "wanted first:end"),
+        (("serve", "m", "--dtype", "int8"), "bfloat16"),
+        (("status", "--nonsense"), "--nonsense"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    assert run(*arguments, monkeypatch=monkeypatch) == 2
+    assert said in one_line(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("status",), "error: no bootstrap peer is known"),
+        (("status", "--config", "/none/hive.toml"), "error: there is no config file"),
+        (("manifest", "/none/model"), "error: no model '/none/model' on this machine"),
+        (
+            ("serve", "m", "--blocks", "0:1", "--listen", "/ip4/0.0.0.0/tcp/0"),
+            "error: until signed whitelists have landed this release listens on loopback only, "
+            "so that no stranger can reach a host; got /ip4/0.0.0.0/tcp/0, "
+            "use /ip4/127.0.0.1/tcp/0",
+        ),
+        (("bootstrap", "--listen", "/ip4/192.0.2.7/tcp/1"), "loopback only"),
+        (("bootstrap", "--listen", "nonsense"), "error: got 'nonsense', wanted a multiaddr"),
+    ],
+)
+def test_our_errors_are_one_line_and_exit_with_1(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    assert run(*arguments, monkeypatch=monkeypatch) == 1
+    out, err = capfd.readouterr()
+    assert said in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(path: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glasshive.models.find_model", interrupted)
+    assert run("manifest", str(tmp_path), monkeypatch=monkeypatch) == 130
+
+
+def test_a_key_serves_one_process_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from filelock import FileLock
+
+    key = tmp_path / "host.key"
+    with FileLock(tmp_path / "host.key.lock"):
+        code = run("serve", "m", "--blocks", "0:1", "--key", str(key), monkeypatch=monkeypatch)
+    assert code == 1
+    assert f"is the peer of the key {key}" in capfd.readouterr().err
+
+
+def test_manifest_names_every_file_that_counts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    contents = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"no"}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    for _ in range(2):  # the second time from the cache, if the files have settled
+        assert run("manifest", str(folder), "--json", monkeypatch=monkeypatch) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["name"] == "tiny"
+        assert {one["name"]: one["sha256"] for one in found["files"]} == {
+            name: hashlib.sha256(contents[name]).hexdigest()
+            for name in ("config.json", "model.safetensors")
+        }
+    assert run("manifest", str(folder), monkeypatch=monkeypatch) == 0
+    assert found["id"] in capfd.readouterr().out
+
+
+def test_a_remembered_manifest_holds_only_for_unchanged_files(tmp_path: Path) -> None:
+    from glasshive.manifest_cache import known_manifest
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    (folder / "config.json").write_bytes(b"{}")
+    weights.write_bytes(b"before")
+    for path in folder.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    hashed: list[int] = []
+
+    def count(done: int, total: int) -> None:
+        hashed.append(done)
+
+    first = known_manifest(folder, "tiny", count)
+    assert hashed
+    hashed.clear()
+    assert known_manifest(folder, "tiny", count) == first
+    assert not hashed
+    weights.write_bytes(b"beyond")  # as long as before
+    os.utime(weights, ns=(10**18, 10**18 + 1))
+    changed = known_manifest(folder, "tiny", count)
+    assert changed.model_id != first.model_id
+    assert hashed
+
+
+MODEL = ModelId(hashlib.sha256(b"manifest").hexdigest())
+
+
+def record(start: int, end: int, **changes: Any) -> PeerRecord:
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "model_name": "tiny",
+        "start": start,
+        "end": end,
+        "n_blocks": 6,
+        "dtype": "float32",
+        "backend": "cpu torch-2.13",
+        "attention": "sdpa",
+        "throughput_tokens_per_second": 1234.5,
+        "addresses": (),
+        "whitelist_version": 0,
+        "load": 0.25,
+        "software_version": "0.1.0",
+        "peer_id": Identity.generate().peer_id,
+        "expires_at_seconds": 1060.0,
+    }
+    return PeerRecord(**(fields | changes))
+
+
+def test_the_report_says_which_blocks_are_missing() -> None:
+    (model,) = report_of("lab", [record(2, 4), record(0, 3)], 1000.0)["models"]
+    assert model["peers_per_block"] == [1, 1, 2, 1, 0, 0]
+    assert model["missing_blocks"] == ["4:6"]
+    assert [(one["start"], one["end"]) for one in model["served_by"]] == [(0, 3), (2, 4)]
+    assert model["served_by"][0]["expires_in_seconds"] == 60.0
+
+
+def test_kinds_that_no_trace_mixes_do_not_cover_for_each_other() -> None:
+    (model,) = report_of("lab", [record(0, 4), record(4, 6, dtype="bfloat16")], 1000.0)["models"]
+    assert model["missing_blocks"] == ["4:6"]
+    assert len(model["served_by"]) == 2
+
+
+def test_the_tables_fit_a_terminal() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    peers = [record(0, 2), record(4, 6)]
+    for table in model_tables(report_of("lab", peers, 1000.0)):
+        console.print(table)
+    text = out.getvalue()
+    assert "blocks 2:4 are missing" in text
+    assert all(one.peer_id[-8:] in text for one in peers)
+    assert "1,234" in text
+    assert "…" not in text.replace("…" + peers[0].peer_id[-8:], "").replace(
+        "…" + peers[1].peer_id[-8:], ""
+    )
+
+
+def test_an_empty_swarm_is_said_to_be_empty() -> None:
+    (text,) = model_tables(report_of("lab", [], 1000.0))
+    assert "nobody serves a model in the swarm lab" in str(text)
+
+
+def test_ranges_and_the_bar() -> None:
+    assert missing_ranges([0, 1, 0, 0, 2, 0]) == ["0:1", "2:4", "5:6"]
+    assert missing_ranges([1, 1]) == missing_ranges([]) == []
+    assert coverage_bar([0, 1, 50]) == "·▃█"
+
+
+def test_json_logs_are_an_object_a_line() -> None:
+    code = """
+import logging, structlog
+from glasshive.terminal import set_up_logging
+set_up_logging("json")
+structlog.get_logger("glasshive.x").info("ours", blocks="0:2")
+logging.getLogger("glasshive.y").info("standard", extra={"client": "12D3"})
+logging.getLogger("glasshive.y").debug("hidden")
+logging.getLogger("library").info("hidden")
+logging.getLogger("library").warning("seen %d", 3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["ours", "standard", "seen 3"]
+    assert (lines[0]["blocks"], lines[1]["client"]) == ("0:2", "12D3")
+    assert done.stdout == ""
+
+
+def test_pretty_logs_are_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("pretty")
+    logging.getLogger("glasshive.x").info("ready", extra={"peer": "12D3"})
+    err = capfd.readouterr().err
+    assert "ready" in err
+    assert "12D3" in err

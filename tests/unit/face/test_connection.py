@@ -1,0 +1,61 @@
+"""What `glasshive.connect` makes of its argument, before any network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glasshive
+from glasshive.connection import settings_of
+from glasshive.settings import ConfigError
+
+ONE = "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+TWO = ONE.replace("31330", "31331")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CONFIG", "SWARM", "BOOTSTRAPS", "KEY", "HOST_KEY"):
+        monkeypatch.delenv(f"GLASSHIVE_{name}", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_an_address_or_several(tmp_path: Path) -> None:
+    assert settings_of(ONE).bootstraps == (ONE,)
+    assert settings_of([ONE, TWO]).bootstraps == (ONE, TWO)
+
+
+def test_a_file_as_text_or_path(tmp_path: Path) -> None:
+    file = tmp_path / "hive.toml"
+    file.write_text(f'bootstraps = ["{ONE}"]\n')
+    assert settings_of(file).bootstraps == settings_of(str(file)).bootstraps == (ONE,)
+
+
+def test_no_bootstrap_says_where_to_write_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no bootstrap peer .* write it\s+into .*/hive\.toml"):
+        glasshive.connect()
+    file = tmp_path / "lab.toml"
+    file.write_text('swarm = "lab"\n')
+    with pytest.raises(ConfigError, match=r"into .*/lab\.toml"):
+        glasshive.connect(file)
+    with pytest.raises(ConfigError, match="no config file"):
+        glasshive.connect("nowhere.toml")
+
+
+def test_a_bad_address_is_refused_before_anything_starts() -> None:
+    with pytest.raises(glasshive.GlasshiveError, match="multiaddr"):
+        glasshive.connect(["/ip4/127.0.0.1/tcp/1"])
+
+
+def test_importing_is_light() -> None:
+    heavy = "torch", "transformers", "hivemind"
+    code = (
+        "import sys, glasshive.cli, glasshive.connection, glasshive.testing, "
+        f"glasshive.peer.supervisor; print([one for one in {heavy} if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
