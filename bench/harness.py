@@ -1,4 +1,4 @@
-"""How every script here measures: arms interleaved in one process, medians and minima, one JSON line.
+"""How every script here measures: arms interleaved in one process, medians, one JSON line.
 
 The machine is shared and noisy, so an arm's figure means nothing alone: what counts is its ratio to
 the arm beside it in the same run.
@@ -68,7 +68,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, columns: list[str], rows: list[list[Any]], figures: Mapping[str, Any]) -> None:
+def report(
+    name: str, columns: list[str], rows: list[list[Any]], figures: Mapping[str, Any]
+) -> None:
     """Print a table for people and one JSON line for machines."""
     table = Table(title=name, title_justify="left")
     for column in columns:

@@ -73,9 +73,9 @@ def main() -> None:
         repeats=50,
         warm_up=5,
     )
-    over_us = 1e6 * (
-        found["300 nodes interpreted"].median - found["300 torch calls"].median
-    ) / NODES
+    over_us = (
+        1e6 * (found["300 nodes interpreted"].median - found["300 torch calls"].median) / NODES
+    )
     admit_us = 1e6 * found["300 nodes admitted, warm"].median / NODES
     cold_us = 1e6 * found["20 nodes inferred, cold"].median / 20
     rows = [[name, 1e3 * one.median, 1e3 * one.least] for name, one in found.items()]

@@ -191,9 +191,7 @@ def main() -> None:
     """Print the figures."""
     plain = plain_model()
     rows = [row for peers in CUTS for row in measure_swarm(plain, peers)]
-    nnsight = {
-        (row["size"], row["edits"], row["saved"]): row["ratio"] for row in measure_nnsight()
-    }
+    nnsight = {(row["size"], row["edits"], row["saved"]): row["ratio"] for row in measure_nnsight()}
     for row in rows:
         row["nnsight_ratio"] = nnsight[row["size"], row["edits"], row["saved"]]
     columns = list(rows[0])

@@ -7,6 +7,8 @@ Bars: <= 25 microseconds an op, <= 20 ms for 30 saves and 30 edits.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from harness import interleaved, report
 
@@ -20,7 +22,7 @@ def main() -> None:
     ops = 200
 
     def record_ops() -> None:
-        with model.trace("The Eiffel Tower is in the city of") as tracer:
+        with model.trace("The Eiffel Tower is in the city of"):
             h = layers[5].output
             for _ in range(ops):
                 h = h * 1.5
@@ -50,10 +52,8 @@ def main() -> None:
 
     def quiet(run):
         def arm() -> None:
-            try:
+            with contextlib.suppress(_Abandoned):
                 run()
-            except _Abandoned:
-                pass
 
         return arm
 

@@ -102,6 +102,8 @@ def finish(
     Raises NoRoots, UnequalLengths and what else the rules of a graph say, at the user's line;
     warns of every write that nothing saved can see.
     """
+    if sites.broken is not None:
+        raise sites.broken
     recorder = sites.recorder
     saved = {name: Ref(tensor._alias.value()) for name, tensor in recorder.saves.items()}
     effects: list[tuple[Node, Mark, bool]] = list(sites.writes())

@@ -116,7 +116,16 @@ class Cell:
     value.
     """
 
-    __slots__ = ("after_mutate", "marks", "on_mutate", "recorder", "root", "version", "vid")
+    __slots__ = (
+        "after_mutate",
+        "marks",
+        "on_mutate",
+        "on_view",
+        "recorder",
+        "root",
+        "version",
+        "vid",
+    )
 
     def __init__(
         self,
@@ -132,6 +141,7 @@ class Cell:
         self.marks: list[Mark] | None = None
         self.on_mutate = on_mutate
         self.after_mutate = after_mutate
+        self.on_view: Callable[[View], None] | None = None  # told of each new view of the whole
         self.root = Alias(self, None, None, layout, 0)
 
     @property
@@ -189,6 +199,8 @@ class Alias:
         if found is None:
             found = Alias(self.cell, self, view, view.layout, self.offset + view.offset)
             self._children[view] = found
+            if self.parent is None and self.cell.on_view is not None:
+                self.cell.on_view(view)
         return found
 
     def value(self) -> NodeId:

@@ -16,7 +16,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import BadAnswer, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.errors import (
+    BadAnswer,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -168,7 +175,7 @@ class Job:
             frame = await stream.receive(self.left_seconds)
             need = decode(frame.header, Need, Failed)
             if isinstance(need, Failed):
-                raise _failure(hop, need)
+                raise _failure(hop, need, self.peers)
             for name in need.digests:
                 tensor = self.consts.get(name)
                 if tensor is None:
@@ -182,7 +189,7 @@ class Job:
             frame = await stream.receive(self.left_seconds)
             answer = decode(frame.header, Accepted, Failed)
             if isinstance(answer, Failed):
-                raise _failure(hop, answer)
+                raise _failure(hop, answer, self.peers)
             hop.peak_bytes = answer.peak_bytes
 
     async def _run_hop(self, hop: HopReport, streams: Mapping[str, Stream]) -> None:
@@ -196,7 +203,7 @@ class Job:
                 frame = await stream.receive(self.left_seconds)
                 message = decode(frame.header, Saved, Done, Failed)
                 if isinstance(message, Failed):
-                    raise _failure(hop, message)
+                    raise _failure(hop, message, self.peers)
                 if isinstance(message, Done):
                     hop.compute_seconds = message.compute_seconds
                     hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
@@ -238,7 +245,15 @@ async def _cancel(stream: Stream) -> None:
     await stream.send(encode(Cancel()), b"", 1.0)
 
 
-def _failure(hop: HopReport, message: Failed) -> PeerFailed:
+def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> PeerError:
+    """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
+    who = f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
+    if message.code == "NeighbourLost":
+        others = [one.peer_id for one in peers if one.peer_id != hop.peer.peer_id]
+        lost = next((one for one in others if one in message.text), hop.peer.peer_id)
+        return PeerLost(f"{who} says: {message.text}", peer=lost)
+    if message.code == "Busy":
+        return PeerBusy(f"{who} is busy: {message.text}", peer=hop.peer.peer_id)
     return PeerFailed(
         message.text,
         code=message.code,

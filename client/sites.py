@@ -13,17 +13,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from glasshive.client.constants import Constants
-from glasshive.client.functional import Alias, Cell
+from glasshive.client.functional import Alias, Cell, View
 from glasshive.client.recorder import Recorder
 from glasshive.client.source_lines import Mark, here, mark, resolve
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import ImpossibleOrder, LateEdit, NotASite, NotYet, ShapeMismatch
+from glasshive.graph.errors import (
+    GraphError,
+    ImpossibleOrder,
+    LateEdit,
+    NotASite,
+    NotYet,
+    RowTaken,
+    ShapeMismatch,
+)
 from glasshive.graph.graph import NodeId, Read, Ref, Site, Skip, Write
 from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
 from glasshive.graph.order import InvokeShape, merge_reads
@@ -61,6 +70,9 @@ class Sites:
         self._edits: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
         self._standing: dict[Cell, tuple[_Seen, int]] = {}  # with the event at which edits count
         self._skipped: dict[int, list[str]] = {}
+        # An edit that was refused after it was recorded: the trace can't run, even if it is caught.
+        self.broken: GraphError | None = None
+        self._warned_of_row = False
 
     def read(self, site: Site, invoke: int) -> TracedTensor:
         """What stands at a site now. Raises UnknownModule or NotASite."""
@@ -73,6 +85,8 @@ class Sites:
             seen.memory = self.recorder.new_cell(node, seen.spec)
             seen.current = self.recorder.tensor_of(seen.memory)
             self._stand(seen.memory, seen, seen.event)
+            if self.outline.is_block(site.module) and site == Site(site.module, "output"):
+                seen.memory.on_view = self._warn_of_row
             self._reads.setdefault(invoke, []).append((seen.event, site, mark()))
         else:
             seen.shown = True
@@ -131,12 +145,26 @@ class Sites:
                 found.append((write, seen.assigned_at, seen.shown))
         return found
 
+    def _warn_of_row(self, view: View) -> None:
+        if view.name != "select" or view.args[:1] != (0,) or self._warned_of_row:
+            return
+        self._warned_of_row = True
+        text = (
+            "an index on axis 0 of a block's output takes one row of the batch: blocks return a "
+            "tensor in transformers 5, not a tuple; leave out the [0] if you mean the hidden states"
+        )
+        line = here()
+        if line is None:
+            warnings.warn(text, RowTaken, stacklevel=2)
+        else:
+            warnings.warn_explicit(f"{line}: {text}", RowTaken, line.file, line.line)
+
     def _give(self, seen: _Seen, event: int, value: object) -> TracedTensor:
         """Make `value` what stands at a site, if the rules allow it at this event."""
         self._check_writable(seen)
-        self._check_late(seen, event)
         traced = self._as_traced(value, seen)
         self._check_order(seen, event, traced._alias.value())
+        self._check_late(seen, event)
         old = None if seen.current is None else seen.current._alias.cell
         if old is not None and old is not seen.memory and old is not traced._alias.cell:
             del self._standing[old]
@@ -167,7 +195,7 @@ class Sites:
             seen.skipped = TracedTensor.wrap(_same_view(tensor._alias, copy)), where
 
     def _before_edit(self, cell: Cell) -> None:
-        seen, event = self._standing[cell]
+        seen, _ = self._standing[cell]
         self._check_writable(seen)
         if cell is seen.memory and self.outline.leaf(seen.site).beside:
             raise NotYet(
@@ -175,11 +203,16 @@ class Sites:
                 "states, and each peer has its own, so one peer cannot edit it in place for all; "
                 "assign a changed copy, which is of this module alone"
             )
-        self._check_late(seen, event)
 
     def _after_edit(self, cell: Cell, value: NodeId) -> None:
+        # Only now, when the value is known, can the error say which of the two rules is broken.
         seen, event = self._standing[cell]
-        self._check_order(seen, event, value)
+        try:
+            self._check_order(seen, event, value)
+            self._check_late(seen, event)
+        except GraphError as error:
+            self.broken = error
+            raise
 
     def _find(self, site: Site, invoke: int) -> _Seen:
         key = (invoke, site)

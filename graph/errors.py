@@ -18,6 +18,7 @@ GlasshiveError
     └── OverBudget             more nodes, bytes or FLOPs than the peer allows
 
 UnseenWrite (a warning)        a write that nothing saved can see: it is dropped
+RowTaken (a warning)           an index that takes one row of the batch off a block's output
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class UnsupportedModel(GraphError):
 
 class OverBudget(GraphError):
     """More nodes, bytes or FLOPs than the peer allows."""
+
+
+class RowTaken(UserWarning):
+    """An index that takes one row of the batch off a block's output: blocks give no tuple here."""
 
 
 class UnseenWrite(UserWarning):

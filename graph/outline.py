@@ -126,6 +126,10 @@ class Outline:
         """The block in which `event` happens: -1 before block 0, `n_blocks` after the last."""
         return self.block_of_event[event]
 
+    def is_block(self, path: str) -> bool:
+        """Whether a module is one of the blocks."""
+        return path.rpartition(".")[0] == self.blocks_path
+
     def holds_blocks(self, path: str) -> bool:
         """Whether a module contains the blocks, and so lies on several peers."""
         return not path or self.blocks_path == path or self.blocks_path.startswith(f"{path}.")

@@ -177,6 +177,11 @@ def _check_place(
                 f"pass {stage.pass_index}",
                 node=node_id,
             )
+        if isinstance(node, Write) and outline.modules[node.site.module].bypasses:
+            raise BadGraph(
+                f"{node.site} is computed by every peer for itself, so no part can edit it for all",
+                node=node_id,
+            )
     elif isinstance(node, Call | Param):
         block = outline.owner_block(node.module)
         if not part.span.hosts(block, outline.n_blocks):

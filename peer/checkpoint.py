@@ -32,9 +32,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from glasshive.peer.errors import (
     BadCheckpoint,
+    HostError,
     MissingTensor,
     ModelTypeRefused,
-    PeerError,
     UnsupportedAttention,
     WrongWeights,
 )
@@ -203,7 +203,7 @@ def load_span_from(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except PeerError:
+    except HostError:
         raise
     except AttributeError as error:
         raise ModelTypeRefused(
@@ -343,7 +343,7 @@ class _Shards:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, on_progress: OnProgress | None) -> None:
-        self.failure: PeerError | None = None
+        self.failure: HostError | None = None
         self._open: dict[Path, Any] = {}
         self._lock = threading.Lock()
         self._dtype = dtype
@@ -374,7 +374,7 @@ class _Shards:
                 if path not in self._open:
                     self._open[path] = _open_weights(path)
                 shard = self._open[path]
-            except PeerError as error:
+            except HostError as error:
                 self.failure = error
                 raise
         try:

@@ -1,7 +1,7 @@
 """What can go wrong on a host.
 
 GlasshiveError
-└── PeerError                      anything that a host refuses or cannot do
+└── HostError                      anything that a host refuses or cannot do
     ├── BadCheckpoint              a folder that holds no model in the Hugging Face layout
     │   ├── WrongWeights           weight files that are cut off, unreadable or of another model
     │   └── MissingTensor          weights that the span needs and no file holds
@@ -10,6 +10,7 @@ GlasshiveError
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
+    ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
     ├── HostFailed                 an error inside the host, which only its own log explains
     └── TraceEnded                 a trace that was cancelled, or whose deadline passed
 """
@@ -19,11 +20,11 @@ from __future__ import annotations
 from glasshive.graph.errors import GlasshiveError
 
 
-class PeerError(GlasshiveError):
+class HostError(GlasshiveError):
     """Anything that a host refuses or cannot do."""
 
 
-class BadCheckpoint(PeerError):
+class BadCheckpoint(HostError):
     """A folder that holds no model in the Hugging Face layout, or one that is not served."""
 
 
@@ -42,29 +43,33 @@ class MissingTensor(BadCheckpoint):
         self.names = names
 
 
-class BadSpan(PeerError):
+class BadSpan(HostError):
     """A span that this model does not have."""
 
 
-class UnsupportedAttention(PeerError):
+class UnsupportedAttention(HostError):
     """An attention backend that the model or this machine lacks."""
 
 
-class ModelTypeRefused(PeerError):
+class ModelTypeRefused(HostError):
     """An architecture that does not split exactly, or that this release does not know."""
 
 
-class WrongInput(PeerError):
+class WrongInput(HostError):
     """Tensors that this span cannot run on."""
 
 
-class Busy(PeerError):
+class Busy(HostError):
     """As many traces as the host allows are running; another peer, or later, may do."""
 
 
-class HostFailed(PeerError):
+class NeighbourLost(HostError):
+    """Another peer of the plan that cannot be reached, or is gone; the text has its id."""
+
+
+class HostFailed(HostError):
     """An error inside the host, which only its own log explains."""
 
 
-class TraceEnded(PeerError):
+class TraceEnded(HostError):
     """A trace that was cancelled by its client, or whose deadline passed."""

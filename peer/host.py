@@ -67,7 +67,6 @@ from glasshive.security.manifest import CLIENT_FILES, MANIFEST
 log = logging.getLogger(__name__)
 
 MAX_FAILURE_CHARS: Final = 500
-MAX_PROMPT_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +164,22 @@ class Host:
                 raise Busy(f"{self._limits.traces} traces are running here; try again soon")
             self._preparing += 1
             try:
-                trace, prepare = await self._prepare(stream)
+                trace, bill = await self._prepare(stream)
             finally:
                 self._preparing -= 1
+            # Before the client is told: other peers may push as soon as it has heard of all.
             self._traces[trace.trace_id] = trace
-            log.info(
-                "trace_accepted",
-                extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
-            )
             try:
+                await stream.send(encode(_accepted(bill)))
+                log.info(
+                    "trace_accepted",
+                    extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
+                )
                 await self._take_inputs(stream, trace)
                 await self._run(stream, trace)
             finally:
                 trace.cancel()
-                del self._traces[prepare.trace_id]
+                del self._traces[trace.trace_id]
             log.info(
                 "trace_done",
                 extra={
@@ -196,7 +197,7 @@ class Host:
             log.exception("host_failed", extra={"client": stream.peer_id})
             await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
 
-    async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Prepare]:
+    async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Bill]:
         limits = self._limits
         frame = await stream.receive(limits.prepare_seconds)
         prepare = decode(frame.header, Prepare)
@@ -230,8 +231,7 @@ class Host:
             ends_at=self._clock() + seconds,
             clock=self._clock,
         )
-        await stream.send(encode(_accepted(bill)))
-        return trace, prepare
+        return trace, bill
 
     def _check(self, part: Part, passes: Passes, peers: tuple[PeerAddress, ...]) -> None:
         model, limits = self._model, self._limits

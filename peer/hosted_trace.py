@@ -44,7 +44,7 @@ from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
-from glasshive.peer.errors import TraceEnded
+from glasshive.peer.errors import NeighbourLost, TraceEnded
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.span_model import SpanModel
 
@@ -168,7 +168,7 @@ class HostedTrace:
         """Fail what still waits for the peer `sender`, whose stream has broken."""
         for key, parked in self._arrived.items():
             if self._expected[key] == sender and not parked.done():
-                parked.set_exception(why)
+                parked.set_exception(self._lost(sender, why))
                 parked.exception()  # whoever waits is told; nobody else has to be
 
     def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
@@ -219,6 +219,9 @@ class HostedTrace:
         out = _Outgoing(value, stage.pass_index, tensor)
         self._loop.call_soon_threadsafe(self._outgoing[receiver].put_nowait, out)
 
+    def _lost(self, other: int, why: SwarmError) -> NeighbourLost:
+        return NeighbourLost(f"peer {self.peers[other].peer_id} (part {other}) was lost: {why}")
+
     # Sending --------------------------------------------------------------------------------
 
     async def _send_saves(self) -> None:
@@ -238,19 +241,23 @@ class HostedTrace:
                     )
                     opening = Opening(self.trace_id, self.part.index, receiver)
                     await stream.send(encode(opening), b"", self.left_seconds)
-                spec = spec_of_tensor(item.tensor)
-                message = Value(item.value, item.pass_index, spec.dtype.value, list(spec.shape))
-                data = tensor_to_bytes(item.tensor)
-                await send_tensor(stream, message, data, self.left_seconds)
-                traffic = self._traffic[receiver]
-                if item.value == HIDDEN:
-                    traffic.hidden_bytes += len(data)
-                else:
-                    traffic.carried_bytes += len(data)
+                await self._send_value(stream, item, self._traffic[receiver])
+        except SwarmError as error:
+            raise self._lost(receiver, error) from error
         finally:
             if stream is not None:
                 with contextlib.suppress(asyncio.CancelledError):
                     await stream.close()
+
+    async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Traffic) -> None:
+        spec = spec_of_tensor(item.tensor)
+        message = Value(item.value, item.pass_index, spec.dtype.value, list(spec.shape))
+        data = tensor_to_bytes(item.tensor)
+        await send_tensor(stream, message, data, self.left_seconds)
+        if item.value == HIDDEN:
+            traffic.hidden_bytes += len(data)
+        else:
+            traffic.carried_bytes += len(data)
 
 
 def check_peers(part: Part, peers: tuple[PeerAddress, ...]) -> None:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
     from glasshive.client.tracer import Tracer
     from glasshive.connection import connect
-    from glasshive.graph.errors import GlasshiveError, UnseenWrite
+    from glasshive.graph.errors import GlasshiveError, RowTaken, UnseenWrite
     from glasshive.local_model import local
 
 _HOME = {
     "GlasshiveError": "glasshive.graph.errors",
     "Model": "glasshive.client.model",
+    "RowTaken": "glasshive.graph.errors",
     "Swarm": "glasshive.client.swarm",
     "Tracer": "glasshive.client.tracer",
     "UnseenWrite": "glasshive.graph.errors",
@@ -34,7 +35,16 @@ _HOME = {
     "local": "glasshive.local_model",
 }
 
-__all__ = ["GlasshiveError", "Model", "Swarm", "Tracer", "UnseenWrite", "connect", "local"]
+__all__ = [
+    "GlasshiveError",
+    "Model",
+    "RowTaken",
+    "Swarm",
+    "Tracer",
+    "UnseenWrite",
+    "connect",
+    "local",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import typer
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
 from glasshive.settings import data_dir, load_settings
-from glasshive.terminal import LogFormat, byte_bar, print_error, set_up_logging
+from glasshive.terminal import LogFormat, byte_bar, console, print_error, set_up_logging
 
 app = typer.Typer(
     name="glasshive",
@@ -244,7 +244,10 @@ def _supervise(key: Path, listen: str, until_stdin_ends: bool) -> NoReturn:
         return await Supervisor(command).run(until_stdin_ends=until_stdin_ends)
 
     with lock:
-        sys.exit(asyncio.run(run()))
+        code = asyncio.run(run())
+    if console.is_terminal:
+        console.show_cursor()  # the process may have been ended in the middle of a progress bar
+    sys.exit(code)
 
 
 class KeyInUse(GlasshiveError):

@@ -120,7 +120,7 @@ def steering(model: Any, spec: SteeringSpec = DEMO.steering) -> Ran:
         with tracer.invoke(token_ids(model.tokenizer, spec.prompt)):
             before = model.lm_head.output[0, -1].save()
         with tracer.invoke(token_ids(model.tokenizer, spec.prompt)):
-            block.output += spec.scale * (toward[0].mean(0) - away[0].mean(0))
+            block.output += spec.scale * (toward.squeeze(0).mean(0) - away.squeeze(0).mean(0))
             after = model.lm_head.output[0, -1].save()
     result: SteeringResult = steering_result(spec, model.tokenizer, plain(before), plain(after))
     tokens = len(token_ids(model.tokenizer, spec.prompt))

@@ -96,6 +96,7 @@ class LocalPeer:
         """Start it; `wait_ready` waits for it."""
         if self.running:
             raise SwarmNotReady(f"{self.name} is running already")
+        self._reap(0)
         self._log_start = len(self.log)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own command line, no shell)
@@ -112,6 +113,7 @@ class LocalPeer:
 
         def ready() -> bool:
             if not self.running:
+                self._reap(0)
                 raise SwarmNotReady(self._trouble(f"ended with {self.exit_code}"))
             return bool(self._ready())
 
@@ -180,8 +182,8 @@ class LocalSwarm:
     """A bootstrap and hosts of one model, as processes on loopback; a context manager.
 
     `spans[i]` is served by `hosts[i]`; with `replicas=2` again by `hosts[len(spans) + i]`, and so
-    on. Hosts compute with `threads` threads each, else with as many as torch takes by itself: results
-    are equal to the bit only at equal numbers of threads.
+    on. Hosts compute with `threads` threads each, else with as many as torch takes by itself:
+    results are equal to the bit only at equal numbers of threads.
     """
 
     def __init__(

@@ -84,6 +84,12 @@ class Running:
         self.process.stdin.close()
 
 
+DEAF = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+serve()
+"""
+
 Run = Callable[..., Running]
 
 

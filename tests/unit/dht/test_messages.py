@@ -92,7 +92,11 @@ def test_codes_are_unique_and_every_field_has_a_check() -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=9)
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63)
+        | st.floats()
+        | st.text(max_size=9)
         | st.binary(max_size=40),
         lambda inner: st.lists(inner, max_size=6),
         max_leaves=30,

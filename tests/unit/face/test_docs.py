@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 ERRORS = DOCS / "errors"
 PACKAGES = ("graph", "security", "dht", "peer", "client")
-ROOTS = {"GlasshiveError", "ModelUnavailableError", "UnseenWrite"}
+ROOTS = {"GlasshiveError", "ModelUnavailableError", "RowTaken", "UnseenWrite"}
 PAGES = {path.stem: path for path in ERRORS.glob("*.md") if path.stem != "README"}
 PROSE = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 

@@ -15,11 +15,7 @@ import glasshive
 
 ROOT = Path(__file__).parents[3]
 TOPS = ("client", "dht", "graph", "peer", "security")
-SOURCES = [
-    path
-    for top in (*TOPS, "src/glasshive")
-    for path in sorted((ROOT / top).glob("*.py"))
-]
+SOURCES = [path for top in (*TOPS, "src/glasshive") for path in sorted((ROOT / top).glob("*.py"))]
 
 
 def test_every_package_on_disk_is_listed() -> None:
