@@ -15,6 +15,7 @@ A bootstrap and the hosts are real processes on loopback, started as `glasshive 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -213,6 +214,7 @@ class LocalSwarm:
         ]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._env: dict[str, str] = {}
+        self._numbers = itertools.count()
         self.bootstrap: LocalPeer
         self.config: Path
 
@@ -241,7 +243,7 @@ class LocalSwarm:
         """
         blocks = ["--blocks", f"{span[0]}:{span[1]}", "--bootstrap", self.bootstrap.address]
         folder = str(path or self._path)
-        host = self._peer(f"host{len(self.hosts)}", "serve", folder, *blocks, *self._options)
+        host = self._peer(f"host{next(self._numbers)}", "serve", folder, *blocks, *self._options)
         self.hosts.append(host)
         host.start()
         return host

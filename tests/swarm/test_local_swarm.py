@@ -178,10 +178,15 @@ class InThread(threading.Thread):
             self.error = error
 
 
-def the_one_that_computes(hive: LocalSwarm, before: dict[str, int]) -> LocalPeer:
+def the_one_that_computes(
+    hive: LocalSwarm, before: dict[str, int], error: Callable[[], object] = lambda: None
+) -> LocalPeer:
     """The host of 2:4 that took the trace; waits until one has."""
     both = [hive.hosts[1], hive.hosts[3]]
-    wait_for(lambda: any(accepted(one) > before[one.name] for one in both), 20, "accepted")
+    wait_for(
+        lambda: error() or any(accepted(one) > before[one.name] for one in both), 20, "accepted"
+    )
+    assert error() is None
     return next(one for one in both if accepted(one) > before[one.name])
 
 
@@ -210,7 +215,7 @@ def test_a_host_killed_in_a_trace_is_replaced(
 ) -> None:
     before = {one.name: accepted(one) for one in hive.hosts}
     trace = InThread(lambda: run_heavy(model))
-    victim = the_one_that_computes(hive, before)
+    victim = the_one_that_computes(hive, before, lambda: trace.error)
     victim.kill()
     trace.join(60)
     assert trace.error is None
