@@ -27,7 +27,7 @@ from glasshive.testing import LocalSwarm
 SIZES = ((1, 10), (8, 64))
 EDITS = (0, 1, 30)
 CUTS = {1: [(0, 30)], 2: [(0, 15), (15, 30)], 3: [(0, 10), (10, 20), (20, 30)]}
-REPEATS = 9
+REPEATS = 5
 
 
 def tokens(batch: int, seq: int) -> torch.Tensor:

@@ -68,7 +68,14 @@ def tokenize(
         for token in row:
             if not 0 <= token < vocabulary_tokens:
                 raise BadPrompt(f"token id {token} is not in the vocabulary of {vocabulary_tokens}")
-    if mask is None and len(set(map(len, rows))) > 1:
+    if mask is not None and list(map(len, mask)) != list(map(len, rows)):
+        raise BadPrompt(
+            f"an attention mask with rows of {list(map(len, mask))} for ids with rows of "
+            f"{list(map(len, rows))}; one number for each token is wanted"
+        )
+    if len(set(map(len, rows))) > 1:
+        if mask is not None and not all(all(row) for row in mask):
+            raise BadPrompt("rows of unequal length whose mask leaves some tokens out; pad the ids")
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         pad = _pad_id(tokenizer)
         rows = [[pad] * (longest - len(row)) + row for row in rows]
@@ -76,10 +83,6 @@ def tokenize(
     if mask is None:
         return Tokens(ids, None)
     masks = torch.tensor(mask, dtype=torch.int64)
-    if masks.shape != ids.shape:
-        raise BadPrompt(
-            f"an attention mask of shape {list(masks.shape)} for ids of {list(ids.shape)}"
-        )
     if bool((masks == 1).all()):
         return Tokens(ids, None)
     if not bool(((masks == 0) | (masks == 1)).all()) or bool((masks.diff(dim=-1) < 0).any()):
@@ -90,12 +93,12 @@ def tokenize(
 
 
 def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]] | None]:
-    if isinstance(prompt, Mapping) or hasattr(prompt, "input_ids"):
-        ids = prompt["input_ids"]
-        mask = prompt.get("attention_mask") if hasattr(prompt, "get") else None
-        rows, _ = _rows(_as_lists(ids), tokenizer)
-        masks = None if mask is None else _matrix(_as_lists(mask))
-        return rows, masks
+    if isinstance(prompt, Mapping):
+        if "input_ids" not in prompt:
+            names = ", ".join(map(str, prompt)) or "nothing"
+            raise BadPrompt(f"a mapping with {names}; what a tokenizer returns has input_ids")
+        rows, _ = _rows(_as_lists(prompt["input_ids"]), tokenizer)
+        return rows, _mask(prompt.get("attention_mask"))
     if isinstance(prompt, str):
         return [_encode(prompt, tokenizer)], None
     prompt = _as_lists(prompt)
@@ -109,6 +112,27 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
         f"a prompt of type {type(prompt).__name__}; give text, a list of texts, token ids (one "
         "list or a list of lists), a tensor of ids, or what a tokenizer returns"
     )
+
+
+def _mask(mask: Any) -> list[list[int]] | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) or hasattr(mask, "__array__"):
+        mask = torch.as_tensor(mask).tolist()
+    if isinstance(mask, Sequence) and not isinstance(mask, str):
+        mask = [int(one) if type(one) is bool else one for one in mask]
+        mask = [list(map(int, one)) if _is_bools(one) else one for one in mask]
+    found = _matrix(mask) if isinstance(mask, list) else None
+    if found is None:
+        raise BadPrompt(
+            f"an attention mask of type {type(mask).__name__} that holds no whole numbers; 1 for a "
+            "token and 0 for padding are wanted"
+        )
+    return found
+
+
+def _is_bools(row: Any) -> bool:
+    return isinstance(row, list) and all(type(one) is bool for one in row)
 
 
 def _as_lists(value: Any) -> Any:

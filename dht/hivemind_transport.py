@@ -9,7 +9,8 @@ Rules:
    file in a private folder, which is gone as soon as the daemon is up.
 4. hivemind's calls can hang for ever once the daemon has died. So every one of them races with a
    deadline and with the death of the daemon, which is watched.
-5. None from hivemind's get is not "no peers": a node that knows nobody says so.
+5. Before each store, bootstrap peers that dropped out of the routing table are met again.
+6. None from hivemind's get is not "no peers": a node that knows nobody says so.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ DHT_DEADLINE_SECONDS: Final = 20.0
 CONTROL_DEADLINE_SECONDS: Final = 10.0
 SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
+REJOIN_DEADLINE_SECONDS: Final = 5.0
 
 
 @final
@@ -307,6 +309,7 @@ class HivemindTransport:
         node = self._dht_node()
         for key in keys:
             self._gate.admit(key_id(key), subkey, value, expires_at_seconds, self.now())
+        await self._rejoin(node)
         stored = await self._call(
             node.store_many(
                 [key.encode() for key in keys],
@@ -318,6 +321,30 @@ class HivemindTransport:
             "storing a record",
         )
         return {key: bool(stored[key.encode(), subkey]) for key in keys}
+
+    async def _rejoin(self, node: Any) -> None:
+        """Makes itself known again to bootstrap peers that the DHT node has lost sight of.
+
+        hivemind forgets a peer that doesn't answer and never asks it again: a swarm whose
+        bootstrap was away for some minutes would stay in pieces.
+        """
+        known = {one.to_base58() for one in node.protocol.routing_table.uid_to_peer_id.values()}
+        lost = [one for one in self.bootstraps if one.peer_id not in known]
+        if not lost:
+            return
+        tries = [asyncio.ensure_future(self._meet(node, one)) for one in lost]
+        await asyncio.wait(tries, timeout=REJOIN_DEADLINE_SECONDS)
+        for one in tries:
+            self._abandon(one)
+
+    async def _meet(self, node: Any, bootstrap: PeerAddress) -> None:
+        from hivemind.p2p import PeerID
+
+        peer_id = PeerID.from_base58(bootstrap.peer_id)
+        await daemon_control.connect(self._p2p, bootstrap.peer_id, bootstrap.addresses)
+        dht_id = await node.protocol.call_ping(peer_id)
+        if dht_id is not None:
+            await node.protocol.update_routing_table(dht_id, peer_id, responded=True)
 
     async def fetch(self, keys: Sequence[str]) -> dict[str, dict[PeerId, bytes]]:
         """See Transport."""

@@ -209,12 +209,16 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Peer to peer: a carried value, or (-1) the hidden states of a pass. The body is its bytes."""
+    """Peer to peer: a carried value, or (-1) the hidden states of a pass. The body is its bytes.
+
+    `order`: its axes from the outermost in memory to the innermost; the bytes come in this order.
+    """
 
     value: Integer
     pass_index: Integer
     dtype: Text
     shape: Shape
+    order: Shape
 
 
 @dataclass(frozen=True, slots=True)

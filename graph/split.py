@@ -4,8 +4,7 @@
   module. Any other node runs as soon as its inputs exist: on the latest of their places.
 - A parameter that lies behind its consumer is sent there before the passes; but what is smaller
   goes to the parameter instead, unless an earlier write waits for the result.
-- Nodes that depend on constants alone are repeated wherever they are used, and never travel. So is
-  a permutation of what travels: kernels round by layout, and the wire knows none.
+- Nodes that depend on constants alone are repeated wherever they are used, and never travel.
 - A value read off the last block of a span *is* the hidden states that cross the cut, as long as
   nothing was written there: the next span takes it from them, at no cost.
 - A span after the last one that anything needs gets no part, and its peer is never contacted.
@@ -16,7 +15,7 @@ The law, tested over random graphs and every cut: the split run equals the uncut
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -27,7 +26,6 @@ from glasshive.graph.graph import (
     Graph,
     Node,
     NodeId,
-    Op,
     Param,
     Read,
     Skip,
@@ -94,15 +92,17 @@ def split(
     for (pass_index, index), node_id in sorted(ordered):
         builder = builders[index]
         for ref in refs(graph.nodes[node_id]):
-            for needed in builder.fetch(ref, graph, places, pass_index):
-                builder.imports.add(needed)
-                sender_pass, sender = places[needed] or (BEFORE_PASSES, 0)
-                exit_of, invoke = exits.get(needed, (None, 0))
-                if exit_of == index - 1 and builder.takes_hidden(sender_pass):
-                    builder.stage(sender_pass).from_hidden.append((needed, invoke))
+            home = places[ref]
+            if home is None:
+                builder.copy_free(ref, graph, pass_index)
+            elif home[1] != index and ref not in builder.imports:
+                builder.imports.add(ref)
+                exit_of, invoke = exits.get(ref, (None, 0))
+                if exit_of == index - 1 and builder.takes_hidden(home[0]):
+                    builder.stage(home[0]).from_hidden.append((ref, invoke))
                 else:
-                    builder.stage(pass_index).imports.append((needed, sender))
-                    builders[sender].stage(sender_pass).exports.append((needed, index))
+                    builder.stage(pass_index).imports.append((ref, home[1]))
+                    builders[home[1]].stage(home[0]).exports.append((ref, index))
         builder.add(node_id, graph.nodes[node_id], pass_index)
     parts = []
     for index, builder in enumerate(builders):
@@ -297,26 +297,6 @@ class _PartBuilder:
             for ref in refs(graph.nodes[node_id]):
                 self.copy_free(ref, graph, pass_index)
             self.add(node_id, graph.nodes[node_id], pass_index)
-
-    def fetch(
-        self,
-        node_id: NodeId,
-        graph: Graph,
-        places: Mapping[NodeId, Place | None],
-        pass_index: int,
-    ) -> Iterator[NodeId]:
-        """The values that must come from elsewhere for `node_id` to be here in this stage."""
-        home = places[node_id]
-        if home is None:
-            self.copy_free(node_id, graph, pass_index)
-        elif home[1] != self.index and node_id not in self.imports and node_id not in self.nodes:
-            node = graph.nodes[node_id]
-            if isinstance(node, Op) and node.name == "permute":
-                for ref in refs(node):
-                    yield from self.fetch(ref, graph, places, pass_index)
-                self.add(node_id, node, pass_index)
-            else:
-                yield node_id
 
     def takes_hidden(self, pass_index: int) -> bool:
         """Whether hidden states arrive here in this pass."""

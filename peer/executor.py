@@ -3,7 +3,7 @@
 - A node's bucket is the latest event among its inputs of the same stage. What needs only imports
   runs before the forward; nothing waits inside it.
 - Hooks are put only on the modules that the part names, and taken off after each stage.
-- A read is a contiguous copy of the invoke's rows; a write touches those rows only. `set` gives
+- A read is a copy of the invoke's rows; a write touches those rows only. `set` gives
   the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
 - Weights are never written: an in-place edit of memory that belongs to the model is refused.
 - Everything here runs on the one torch thread of a peer, and knows no network.
@@ -42,6 +42,7 @@ from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.run import Interpreter
 from glasshive.graph.twin import leaf_of, with_leaf
 from glasshive.peer.errors import TraceEnded
+from glasshive.peer.memory_order import copy_in_order
 from glasshive.peer.span_model import SpanModel, StopForward
 
 _START = -1
@@ -299,12 +300,12 @@ class Executor:
                 if isinstance(node, Op):
                     value = self._values.run(node_id, node)
                     if node_id in settled:
-                        value = value.clone(memory_format=torch.contiguous_format)
+                        value = copy_in_order(value)
                     self._values.put(node_id, value)
                 elif isinstance(node, Read):
                     rows = self._rows(node, leaf_of(tree, self._path(node)))
                     if node_id not in borrowed:
-                        rows = rows.clone(memory_format=torch.contiguous_format)
+                        rows = copy_in_order(rows)
                     self._values.put(node_id, rows)
                 elif isinstance(node, Write):
                     self._last_write = node_id

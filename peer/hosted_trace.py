@@ -37,7 +37,6 @@ from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
 )
 from glasshive.graph.kernels import (
-    tensor_from_bytes,
     tensor_to_bytes,
 )
 from glasshive.graph.order import Passes
@@ -46,6 +45,7 @@ from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.errors import NeighbourLost, TraceEnded
 from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
 
 T = TypeVar("T")
@@ -162,7 +162,7 @@ class HostedTrace:
                     f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
                 )
             data = await receive_tensor(stream, frame, spec, self.left_seconds)
-            parked.set_result(tensor_from_bytes(spec, data))
+            parked.set_result(tensor_in_order(spec, message.order, data))
 
     def lose(self, sender: int, why: SwarmError) -> None:
         """Fail what still waits for the peer `sender`, whose stream has broken."""
@@ -251,8 +251,10 @@ class HostedTrace:
 
     async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Traffic) -> None:
         spec = spec_of_tensor(item.tensor)
-        message = Value(item.value, item.pass_index, spec.dtype.value, list(spec.shape))
-        data = tensor_to_bytes(item.tensor)
+        order = memory_order(item.tensor)
+        shape = list(spec.shape)
+        message = Value(item.value, item.pass_index, spec.dtype.value, shape, list(order))
+        data = tensor_to_bytes(item.tensor.permute(order))
         await send_tensor(stream, message, data, self.left_seconds)
         if item.value == HIDDEN:
             traffic.hidden_bytes += len(data)

@@ -130,7 +130,6 @@ def bootstrap(
         _supervise(key, listen, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
-    # Its own address may be among those that a shared config lists.
     run_bootstrap(Life(settings, key, listen, log_format, report_descriptor))
 
 

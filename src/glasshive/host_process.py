@@ -86,10 +86,12 @@ class _Process:
     @contextlib.asynccontextmanager
     async def transport(self) -> AsyncIterator[HivemindTransport]:
         life = self.life
+        identity = Identity.load_or_create(life.key)
+        own = f"/p2p/{identity.peer_id}"  # a config that all peers of a swarm share may list it
         transport = await HivemindTransport.create(
-            Identity.load_or_create(life.key),
+            identity,
             listen=[life.listen],
-            bootstraps=life.settings.bootstraps,
+            bootstraps=[one for one in life.settings.bootstraps if not one.endswith(own)],
             swarm=life.settings.swarm,
         )
         try:

@@ -43,8 +43,17 @@ class SwarmNotReady(GlasshiveError):
 class LocalPeer:
     """One process of a local swarm, with the processes that belong to it."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        env: dict[str, str],
+        *,
+        keeps_address: bool = False,
+    ) -> None:
         self.name = name
+        self._keeps_address = keeps_address
         self._arguments = list(arguments)
         self._log = log
         self._env = env
@@ -98,10 +107,13 @@ class LocalPeer:
         if self.running:
             raise SwarmNotReady(f"{self.name} is running already")
         self._reap(0)
+        again = []
+        if self._keeps_address and self.address:
+            again = ["--listen", self.address.rpartition("/p2p/")[0]]
         self._log_start = len(self.log)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own command line, no shell)
-                [sys.executable, "-m", "glasshive.cli", *self._arguments],
+                [sys.executable, "-m", "glasshive.cli", *self._arguments, *again],
                 stdin=subprocess.PIPE,  # its end tells the process that this one is gone
                 stdout=log,
                 stderr=log,
@@ -292,7 +304,9 @@ class LocalSwarm:
         folder = Path(self._folder.name)
         common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
         full = [*arguments, "--key", str(folder / f"{name}.key"), *common]
-        return LocalPeer(name, full, folder / f"{name}.log", self._env)
+        log = folder / f"{name}.log"
+        # Others know the bootstrap by its address, also after a restart.
+        return LocalPeer(name, full, log, self._env, keeps_address=name == "bootstrap")
 
 
 def _events(text: str) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from glasshive.peer.admission import Admission
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.host import HostLimits
+from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
 
 Saves = dict[str, Tensor]
@@ -46,16 +47,14 @@ class _Mail:
 
     def saved(self, name: str, value: Tensor) -> None:
         assert name not in self.saves
-        self.saves[name] = _over_the_wire(value)
+        self.saves[name] = tensor_from_bytes(spec_of(value), tensor_to_bytes(value))
 
     def exported(self, stage: Stage, value: int, receiver: int, tensor: Tensor) -> None:
         at = stage.pass_index if value == HIDDEN else -1
         assert (receiver, value, at) not in self.values
-        self.values[receiver, value, at] = _over_the_wire(tensor)
-
-
-def _over_the_wire(tensor: Tensor) -> Tensor:
-    return tensor_from_bytes(spec_of(tensor), tensor_to_bytes(tensor))
+        order = memory_order(tensor)
+        data = tensor_to_bytes(tensor.permute(order))
+        self.values[receiver, value, at] = tensor_in_order(spec_of(tensor), order, data)
 
 
 @dataclass

@@ -41,7 +41,7 @@ SAMPLES: list[Any] = [
     Failed("OverBudget", 7, "node 7 is too large"),
     Cancel(),
     Opening(b"\4" * 16, 0, 1),
-    Value(-1, 0, "float32", [1, 4, 8]),
+    Value(-1, 0, "float32", [1, 4, 8], [0, 1, 2]),
 ]
 
 

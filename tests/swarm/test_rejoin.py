@@ -1,0 +1,63 @@
+"""A bootstrap that was away comes back to the swarm, though hivemind forgets peers for good."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+import pytest
+
+from glasshive.dht.announcer import announce
+from glasshive.dht.directory import find_records
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.dht.records import ModelId, PeerRecord
+from glasshive.security.keys import Identity
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+]
+
+MODEL = ModelId(hashlib.sha256(b"manifest").hexdigest())
+
+
+def record(peer: HivemindTransport, identity: Identity) -> PeerRecord:
+    return PeerRecord(
+        model=MODEL,
+        model_name="tiny",
+        start=0,
+        end=2,
+        n_blocks=4,
+        dtype="float32",
+        backend="cpu",
+        attention="eager",
+        throughput_tokens_per_second=1.0,
+        addresses=peer.addresses,
+        whitelist_version=0,
+        load=0.0,
+        software_version="0",
+        peer_id=identity.peer_id,
+        expires_at_seconds=peer.now() + 45,
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_bootstrap_that_was_forgotten_is_met_again() -> None:
+    first, second = Identity.generate(), Identity.generate()
+    bootstrap = await HivemindTransport.create(first)
+    peer = await HivemindTransport.create(second, bootstraps=bootstrap.addresses[:1])
+    try:
+        assert all((await announce(peer, second, record(peer, second))).values())
+        listen = bootstrap.addresses[0].rpartition("/p2p/")[0]
+        await bootstrap.close()
+        async with asyncio.timeout(30):
+            # Calls that find nobody make hivemind forget it.
+            while peer._node.protocol.routing_table.uid_to_peer_id:
+                await announce(peer, second, record(peer, second))
+        bootstrap = await HivemindTransport.create(first, listen=[listen])
+        assert await find_records(bootstrap, None) == []
+        await announce(peer, second, record(peer, second))
+        (found,) = await find_records(bootstrap, None)
+        assert found.peer_id == second.peer_id
+    finally:
+        await asyncio.gather(bootstrap.close(), peer.close())

@@ -1,0 +1,125 @@
+"""A part as bytes: what goes out comes back; anything else is refused with our error."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import msgpack
+import pytest
+
+from glasshive.graph.codec import GraphLimits
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import BadGraph, GraphError
+from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site, Write
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.outline import Outline
+from glasshive.graph.plan import HIDDEN, Part, Span, Stage, check_part
+from glasshive.graph.plan_codec import decode_part, encode_part
+from glasshive.graph.tensors import TensorSpec
+
+LIMITS = GraphLimits()
+PASSES = Passes((Pass((0, 2), 5, False, ((0, 1), (1, 3))), Pass((1,), 7, True, ((0, 2),))))
+
+
+def sample() -> Part:
+    """The middle part of a plan: an import, a read, a sum, a write and a save."""
+    nodes = {
+        NodeId(3): Read(Site("blocks.1.mlp", "output"), 0),
+        NodeId(4): Op("add", (Ref(NodeId(3)), Ref(NodeId(1)), 1)),
+        NodeId(7): Write(Site("blocks.1", "output"), 0, Ref(NodeId(4)), "set"),
+        NodeId(8): Save(Ref(NodeId(4)), "s0"),
+    }
+    stage = Stage(
+        pass_index=0,
+        nodes=(NodeId(3), NodeId(4), NodeId(7), NodeId(8)),
+        imports=((HIDDEN, 0), (NodeId(1), 0)),
+        exports=((HIDDEN, 2), (NodeId(4), 2)),
+        forward=True,
+    )
+    specs = {NodeId(1): TensorSpec(DType.FLOAT32, (1, 5, 4))}
+    return Part(1, Span(1, 2), Graph(nodes, frozenset({NodeId(1)})), (stage,), specs)
+
+
+def test_a_part_survives(outline: Outline) -> None:
+    part = sample()
+    again, passes = decode_part(encode_part(part, PASSES), LIMITS)
+    assert again == part
+    assert passes == PASSES
+    check_part(again, passes, outline)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"imports": ()}, "before a value that it needs"),
+        ({"imports": ((HIDDEN, 2), (NodeId(1), 0))}, "hidden states from part 2 to part 1"),
+        ({"imports": ((HIDDEN, 0), (NodeId(1), 0), (NodeId(1), 0))}, "or twice"),
+        ({"exports": ((NodeId(99), 2),)}, "a value that is not there"),
+        ({"nodes": (NodeId(3), NodeId(3))}, "names a node twice"),
+        ({"nodes": (NodeId(3), NodeId(4), NodeId(8))}, "1 nodes stand in no stage"),
+        ({"pass_index": 1}, "does not happen on span"),
+        ({"forward": False}, "hidden states"),
+        ({"stop_event": 999}, "stop at event 999"),
+    ],
+)
+def test_a_part_that_no_plan_holds_is_refused(
+    outline: Outline, change: dict[str, object], text: str
+) -> None:
+    part = sample()
+    stage = replace(part.stages[0], **change)  # type: ignore[arg-type]
+    with pytest.raises(BadGraph, match=text):
+        check_part(replace(part, stages=(stage,)), PASSES, outline)
+
+
+def test_a_part_for_another_span_is_refused(outline: Outline) -> None:
+    with pytest.raises(BadGraph, match="does not happen on span 2:3"):
+        check_part(replace(sample(), span=Span(2, 3)), PASSES, outline)
+
+
+def test_rows_must_follow_one_another() -> None:
+    gap = Passes((Pass((0,), 5, False, ((1, 2),)),))
+    with pytest.raises(BadGraph, match="overlap or leave a gap"):
+        decode_part(encode_part(sample(), gap), LIMITS)
+    twice = Passes((Pass((0, 0), 5, False, ((0, 1), (1, 2))),))
+    with pytest.raises(BadGraph, match="stands in two passes"):
+        decode_part(encode_part(sample(), twice), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb([]),
+        msgpack.packb([1] * 7),
+        msgpack.packb({"a": 1}),
+        b"\x97" * 99,
+    ],
+)
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(BadGraph):
+        decode_part(data, LIMITS)
+
+
+def test_too_many_bytes_are_refused_unread() -> None:
+    with pytest.raises(BadGraph, match="at most"):
+        decode_part(b"\0" * (4 * LIMITS.graph_bytes + 1), LIMITS)
+
+
+def test_mutations_are_refused_or_checked(outline: Outline) -> None:
+    count = 3_000_000 if os.environ.get("GLASSHIVE_SOAK") else 50_000
+    rng = random.Random(11)
+    original = encode_part(sample(), PASSES)
+    refused = 0
+    for _ in range(count):
+        data = bytearray(original)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            part, passes = decode_part(data, LIMITS)
+            check_part(part, passes, outline)
+        except GraphError:
+            refused += 1
+    assert refused > count // 2

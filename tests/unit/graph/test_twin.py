@@ -1,0 +1,151 @@
+"""The outline of a model: events in order, axes by meaning, and what is no site says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
+
+from glasshive.graph.errors import NotASite, ShapeMismatch, UnknownModule, UnsupportedModel
+from glasshive.graph.graph import Site
+from glasshive.graph.kernels import from_torch_dtype
+from glasshive.graph.outline import Outline
+from glasshive.graph.tensors import TensorSpec
+from glasshive.graph.twin import Calls, build_twin, leaf_of, scan, with_leaf
+
+LLAMA = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GPT2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2)
+
+
+def outline_of(config: Any) -> Outline:
+    return scan(build_twin(config, torch.float32), config)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Outline:
+    return outline_of(LLAMA)
+
+
+def test_events_are_in_the_order_of_the_run(llama: Outline) -> None:
+    order = [
+        Site("model.embed_tokens", "output"),
+        Site("model.layers.0", "input", (0,)),
+        Site("model.layers.0.input_layernorm", "output"),
+        Site("model.layers.0.self_attn", "output", (0,)),
+        Site("model.layers.0.mlp", "output"),
+        Site("model.layers.0", "output"),
+        Site("model.layers.1", "input", (0,)),
+        Site("model.layers.2", "output"),
+        Site("model.norm", "output"),
+        Site("lm_head", "output"),
+    ]
+    events = [llama.event(site) for site in order]
+    assert events == sorted(events)
+    assert [llama.block(event) for event in events] == [-1, 0, 0, 0, 0, 0, 1, 2, 3, 3]
+    # a module around the blocks begins with the embeddings and ends with the head
+    assert llama.block(llama.event(Site("model", "input"))) == -1
+    assert llama.block(llama.event(Site("model", "output"))) == 3
+
+
+def test_axes_are_told_apart(llama: Outline) -> None:
+    assert llama.leaf(Site("model.layers.1", "output")).axes == ("batch", "seq", 32)
+    assert llama.leaf(Site("model.layers.1.self_attn", "output", (0,))).batch_axis == 0
+    assert llama.leaf(Site("lm_head", "output")).shape(3, 5) == (3, 5, 64)
+    assert str(llama.hidden_spec(2, 7)) == "float32[2, 7, 32]"
+
+
+def test_a_dtype_is_the_model_s() -> None:
+    half = scan(build_twin(LLAMA, torch.bfloat16), LLAMA)
+    assert half.leaf(Site("model.layers.1", "output")).dtype == from_torch_dtype(torch.bfloat16)
+
+
+def test_what_is_no_site_says_why(llama: Outline) -> None:
+    with pytest.raises(NotASite, match=r"'model\.layers' \(ModuleList\) is called 0 times"):
+        llama.event(Site("model.layers", "output"))
+    with pytest.raises(NotASite, match=r"tensors here: model\.layers\.1\.output"):
+        llama.leaf(Site("model.layers.1", "output", (3,)))
+    with pytest.raises(UnknownModule, match=r"did you mean model\.layers\.1\.mlp"):
+        llama.event(Site("model.layers.1.mpl", "output"))
+    with pytest.raises(UnknownModule, match="has no parameter 'bias'; it has weight"):
+        llama.param("model.norm", "bias")
+
+
+def test_a_dropout_that_never_runs_is_no_site() -> None:
+    gpt2 = outline_of(GPT2)
+    with pytest.raises(NotASite, match="is called 0 times"):
+        gpt2.event(Site("transformer.h.0.attn.attn_dropout", "output"))
+
+
+def test_experts_that_see_flat_tokens_are_no_sites_but_their_block_is() -> None:
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    outline = outline_of(config)
+    assert outline.leaf(Site("model.layers.0", "output")).axes == ("batch", "seq", 32)
+    gate = outline.modules["model.layers.0.mlp.gate"]
+    assert all("batch" not in leaf.axes for leaf in gate.inputs)
+
+
+def test_what_reaches_blocks_by_a_side_way_is_known(llama: Outline) -> None:
+    assert llama.modules["model.rotary_emb"].bypasses
+    assert not llama.modules["model.embed_tokens"].bypasses
+    gpt2 = outline_of(GPT2)
+    assert not gpt2.modules["transformer.wpe"].bypasses
+
+
+def test_where_weights_lie(llama: Outline) -> None:
+    assert llama.owner_block("model.embed_tokens") == -1
+    assert llama.owner_block("model.layers.2.mlp.down_proj") == 2
+    assert llama.owner_block("lm_head") == llama.n_blocks
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
+    twin = build_twin(config, torch.float32)
+    config.num_hidden_layers = 7
+    with pytest.raises(UnsupportedModel, match="no list of 7 blocks"):
+        scan(twin, config)
+
+
+def test_calls_give_specs_without_data() -> None:
+    twin = build_twin(LLAMA, torch.float32)
+    calls = Calls(twin, scan(twin, LLAMA))
+    f32 = from_torch_dtype(torch.float32)
+    assert calls.spec("lm_head", (TensorSpec(f32, (1, 5, 32)),)) == TensorSpec(f32, (1, 5, 64))
+    with pytest.raises(ShapeMismatch, match=r"lm_head\(float32\[1, 5, 31\]\) is refused"):
+        calls.spec("lm_head", (TensorSpec(f32, (1, 5, 31)),))
+    with pytest.raises(NotASite, match="holds the blocks"):
+        calls.spec("model", (TensorSpec(f32, (1, 5)),))
+    with pytest.raises(UnknownModule, match="no module 'head'"):
+        calls.spec("head", (TensorSpec(f32, (1, 5)),))
+
+
+def test_leaves_of_outputs_can_be_read_and_replaced() -> None:
+    one, two = torch.zeros(2), torch.ones(2)
+    tree = (one, {"k": (one, None)})
+    assert leaf_of(tree, (1, "k", 0)) is one
+    changed = with_leaf(tree, (1, "k", 0), two)
+    assert changed[1]["k"][0] is two
+    assert tree[1]["k"][0] is one
+    for path in ((1, "k", 1), (5,), ("x",)):
+        with pytest.raises(NotASite, match="no tensor at"):
+            leaf_of(tree, path)
