@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -196,12 +197,24 @@ def manifest(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-output"),
+    cuts: Annotated[
+        str, typer.Option(help="Where the model's 30 blocks are cut: a host for each piece.")
+    ] = "10,20",
 ) -> None:
-    """Run three experiments on a real model, split over three hosts on this machine."""
+    """Run three experiments on a real model, split over hosts on this machine."""
     set_up_logging("pretty")
-    from glasshive.demo import run_demo
+    from glasshive.demo import SPANS, run_demo
 
-    raise typer.Exit(run_demo(out))
+    end = SPANS[-1][1]
+    parts = cuts.split(",") if cuts else []
+    bounds = [0, *(int(part) if part.strip().isdecimal() else -1 for part in parts), end]
+    spans = list(itertools.pairwise(bounds))
+    if not all(first < last for first, last in spans):
+        raise typer.BadParameter(
+            f"got {cuts!r}, wanted ascending blocks between 0 and {end}, such as 10,20",
+            param_hint="--cuts",
+        )
+    raise typer.Exit(run_demo(out, spans=spans))
 
 
 def _blocks(text: str | None) -> tuple[int, int] | None:

@@ -52,7 +52,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.replace("│", " ").split())
 
 
 def test_without_an_argument_it_helps(
@@ -79,6 +79,8 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
         (("serve", "m", "--blocks", "-1:3"), "wanted first:end"),
         (("serve", "m", "--dtype", "int8"), "bfloat16"),
         (("status", "--nonsense"), "--nonsense"),
+        (("demo", "--cuts", "20,10"), "wanted ascending blocks between 0 and 30"),
+        (("demo", "--cuts", "ten"), "wanted ascending blocks"),
     ],
 )
 def test_wrong_usage_exits_with_2(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph, ImpossibleOrder, UnequalLengths
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Write
 from glasshive.graph.order import (
@@ -14,7 +17,7 @@ from glasshive.graph.order import (
     reads_behind,
     slots,
 )
-from glasshive.graph.outline import Outline
+from glasshive.graph.outline import Leaf, Outline
 
 
 def out(block: int) -> Site:
@@ -151,3 +154,30 @@ def test_reads_behind_a_value(outline: Outline) -> None:
 def test_an_invoke_without_a_pass_is_an_error() -> None:
     with pytest.raises(BadGraph, match="invoke 3 is in no pass"):
         Passes(()).of(3)
+
+
+def test_an_edit_of_a_tensor_without_rows_takes_a_pass_of_its_own(outline: Outline) -> None:
+    """Position embeddings are one tensor for all rows of a pass."""
+    table = Leaf((), DType.FLOAT32, (1, "seq", 4))
+    embed = replace(outline.modules["embed"], outputs=(table,))
+    shared = replace(outline, modules={**outline.modules, "embed": embed})
+    site = Site("embed", "output")
+    g = graph(
+        Read(site, 1),
+        Op("mul", (ref(0), 2.0)),
+        Write(site, 1, ref(1), "inplace"),
+        *(Read(out(0), invoke) for invoke in range(4)),
+    )
+    shapes = [InvokeShape(1, 5)] * 4
+    found = assign_passes(g, shared, shapes)
+    assert [one.invokes for one in found.passes] == [(0,), (1,), (2, 3)]
+    mutual = graph(
+        Read(out(0), 0),
+        Write(out(1), 1, ref(0), "set"),
+        Read(out(1), 1),
+        Write(out(2), 0, ref(2), "set"),
+        Write(site, 0, ref(0), "set"),
+    )
+    with pytest.raises(UnequalLengths, match="invoke 0 edits a tensor that all rows") as caught:
+        assign_passes(mutual, shared, shapes[:2])
+    assert caught.value.node == 1

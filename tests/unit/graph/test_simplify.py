@@ -103,3 +103,40 @@ def test_writes_are_seen_through_other_invokes(outline: Outline) -> None:
 def test_nothing_saved_is_an_error(outline: Outline) -> None:
     with pytest.raises(NoRoots, match=r"nothing is saved.*call \.save\(\)"):
         simplify(graph(Read(out(0), 0)), outline)
+
+
+def test_what_a_dropped_write_would_have_written_may_be_saved(outline: Outline) -> None:
+    """Then its value is not lost; but the like value of another write says nothing of this one."""
+    saved = graph(
+        Read(out(0), 0),
+        Op("mul", (ref(0), 2.0)),
+        Write(out(2), 0, ref(1), "inplace"),
+        Save(ref(1), "s"),
+    )
+    assert drop_unseen(saved, outline)[1] == {2: True}
+    alike = graph(
+        Op("full", ((1, 5, 4), 0, DType.FLOAT32)),
+        Write(out(0), 0, ref(0), "inplace"),
+        Read(out(1), 0),
+        Save(ref(2), "s"),
+        Op("full", ((1, 5, 4), 0, DType.FLOAT32)),
+        Write(out(2), 0, ref(4), "inplace"),
+    )
+    kept, dropped = simplify(alike, outline)
+    assert dropped == {5: False}
+    assert list(kept.nodes) == [0, 1, 2, 3]
+
+
+def test_equal_values_of_live_writes_become_one(outline: Outline) -> None:
+    alike = graph(
+        Op("full", ((1, 5, 4), 0, DType.FLOAT32)),
+        Op("full", ((1, 5, 4), 0, DType.FLOAT32)),
+        Write(out(0), 0, ref(0), "inplace"),
+        Write(out(1), 0, ref(1), "inplace"),
+        Read(out(2), 0),
+        Save(ref(4), "s"),
+    )
+    kept, dropped = simplify(alike, outline)
+    assert not dropped
+    assert list(kept.nodes) == [0, 2, 3, 4, 5]
+    assert kept.nodes[NodeId(3)] == Write(out(1), 0, ref(0), "inplace")

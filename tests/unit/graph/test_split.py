@@ -207,3 +207,30 @@ def test_a_route_with_a_gap_names_the_missing_blocks(outline: Outline) -> None:
         plan_of(g, outline, (Span(0, 1), Span(2, 3)))
     with pytest.raises(BadRoute, match="overlap"):
         plan_of(g, outline, (Span(0, 2), Span(1, 3)))
+
+
+def test_a_large_parameter_stays_and_the_value_comes_to_it(outline: Outline) -> None:
+    """`h[:, -1] @ head.weight.T`: a row travels, and not the weight."""
+    g = graph(
+        Read(out(0), 0),
+        Op("select", (ref(0), 1, 4)),
+        Param("head", "weight"),
+        Op("permute", (ref(2), (1, 0))),
+        Op("mm", (ref(1), ref(3))),
+        Save(ref(4), "s"),
+    )
+    plan = plan_of(g, outline, THREE)
+    assert edges(plan) == [(0, 2, 1)]
+    assert NodeId(4) in plan.parts[-1].graph.nodes
+
+
+def test_a_large_parameter_travels_if_an_earlier_write_waits_for_it(outline: Outline) -> None:
+    g = graph(
+        Read(out(0), 0),
+        Param("head", "weight"),
+        Op("matmul", (ref(0), ref(1))),
+        Write(out(0), 0, ref(2), "set"),
+        Read(out(2), 0),
+        Save(ref(4), "s"),
+    )
+    assert (2, 0, 1) in edges(plan_of(g, outline, THREE))

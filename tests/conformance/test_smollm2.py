@@ -1,0 +1,117 @@
+"""The real model over one, two and three spans, bit-equal to plain Hugging Face with torch hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Edit, Read, run_hooked
+
+import glasshive
+from glasshive import demo_experiments, demo_oracle
+from glasshive.models import fetch_smollm2
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+
+PROMPT = "The Eiffel Tower is in the city of"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The checkpoint; fetched once into the cache directory."""
+    return fetch_smollm2()
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> tuple[Any, Any]:
+    """Plain Hugging Face: the model and its tokenizer."""
+    model, tokenizer = demo_oracle.load(folder)
+    return model.requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="module", params=[(), (15,), (10, 20)], ids=["1-span", "2-spans", "3-spans"])
+def model(folder: Path, request: pytest.FixtureRequest) -> Any:
+    """The same through glasshive."""
+    return glasshive.local(folder, cuts=request.param)
+
+
+def test_it_says_paris(model: Any) -> None:
+    with model.trace(PROMPT):
+        logits = model.lm_head.output[:, -1].save()
+    assert model.tokenizer.decode(logits.argmax(-1)) == " Paris"
+
+
+def test_every_layer_and_the_logits(model: Any, plain: tuple[Any, Any]) -> None:
+    ids = torch.tensor([demo_oracle.token_ids(plain[1], PROMPT)])
+    layers = [f"model.layers.{i}" for i in range(30)]
+    wanted = run_hooked(plain[0], ids, reads=[Read(path, "output", ()) for path in layers])
+    with model.trace(ids):
+        saved = [layer.output.save() for layer in model.model.layers]
+        logits = model.lm_head.output.save()
+    for path, one in zip(layers, saved, strict=True):
+        assert torch.equal(one, wanted[path, "output", ()]), path
+    assert torch.equal(logits, wanted["logits"])
+
+
+def test_edits_on_every_span(model: Any, plain: tuple[Any, Any]) -> None:
+    ids = torch.randint(100, 9000, (4, 12), generator=torch.Generator().manual_seed(1))
+
+    def zero_last(value: torch.Tensor) -> None:
+        value[:, -1] = 0
+
+    edits = [
+        Edit("model.layers.3.mlp", "output", (), zero_last, "inplace"),
+        Edit("model.layers.12.input_layernorm", "input", (0,), zero_last, "inplace"),
+        Edit("model.layers.17.self_attn.o_proj", "input", (0,), lambda x: x * 0.5, "set"),
+        Edit("model.layers.25.self_attn", "output", (0,), zero_last, "inplace"),
+        Edit("model.norm", "output", (), lambda x: x.flip(0), "set"),
+    ]
+    wanted = run_hooked(plain[0], ids, edits=edits)
+    layers = model.model.layers
+    with model.trace(ids):
+        layers[3].mlp.output[:, -1] = 0
+        layers[12].input_layernorm.input[:, -1] = 0
+        layers[17].self_attn.o_proj.input = layers[17].self_attn.o_proj.input * 0.5
+        layers[25].self_attn.output[0][:, -1] = 0
+        model.model.norm.output = model.model.norm.output.flip(0)
+        logits = model.lm_head.output.save()
+    assert torch.equal(logits, wanted["logits"])
+
+
+def test_the_demo_s_lens_and_steering(model: Any, plain: tuple[Any, Any]) -> None:
+    lens = demo_experiments.logit_lens(model).result
+    assert lens.largest_difference(demo_oracle.logit_lens(*plain)) == 0.0
+    assert lens.top_tokens[-1][-1] == " Shakespeare"
+    steering = demo_experiments.steering(model).result
+    assert steering.largest_difference(demo_oracle.steering(*plain)) == 0.0
+    assert steering.steered_top[0][0] == " whale"
+
+
+def test_a_sweep_of_thirty_patches_is_one_pass(model: Any, plain: tuple[Any, Any]) -> None:
+    spec = demo_oracle.DEMO.patching
+    clean = demo_oracle.token_ids(plain[1], spec.clean)
+    corrupted = demo_oracle.token_ids(plain[1], spec.corrupted)
+    at = next(i for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b)
+    layers = model.model.layers
+    saved = []
+    with model.trace() as tracer:
+        with tracer.invoke(clean):
+            kept = [layer.output[:, at] for layer in layers]
+        for layer, value in zip(layers, kept, strict=True):
+            with tracer.invoke(corrupted):
+                layer.output[:, at] = value
+                saved.append(model.lm_head.output[:, -1].save())
+    assert tracer.result.passes == 1
+
+    def patch(row: int) -> Any:
+        def edit(value: torch.Tensor) -> None:
+            value[row, at] = value[0, at]
+
+        return edit
+
+    ids = torch.tensor([clean, *[corrupted] * 30])
+    edits = [Edit(f"model.layers.{i}", "output", (), patch(i + 1), "inplace") for i in range(30)]
+    wanted = run_hooked(plain[0], ids, edits=edits)["logits"][1:, -1]
+    assert torch.equal(torch.cat([one.value for one in saved]), wanted)
