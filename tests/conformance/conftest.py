@@ -67,23 +67,3 @@ def llama(request: pytest.FixtureRequest, get_setting: GetSetting) -> Setting:
 def one_llama(get_setting: GetSetting) -> Setting:
     """The tiny Llama over three spans."""
     return get_setting("llama", CUTS[-1])
-
-
-@pytest.fixture(scope="session", params=CUTS[1:], ids=lambda cuts: f"{len(cuts) + 1}-spans")
-def real(request: pytest.FixtureRequest, real_plain: nn.Module) -> Setting:
-    """SmolLM2 over 2 and 3 spans."""
-    from glasshive.models import find_model
-
-    cuts = tuple(10 * cut // 2 for cut in request.param)
-    return Setting("llama", cuts, real_plain, glasshive.local(find_model(REAL), cuts=cuts))
-
-
-REAL = "SmolLM2-135M-Instruct"
-
-
-@pytest.fixture(scope="session")
-def real_plain() -> nn.Module:
-    """SmolLM2 as Hugging Face gives it."""
-    from glasshive.models import find_model
-
-    return load_plain(find_model(REAL))

@@ -1,4 +1,4 @@
-"""The real model over one, two and three spans, bit-equal to plain Hugging Face with torch hooks."""
+"""The real model over one to three spans, bit-equal to plain Hugging Face with torch hooks."""
 
 from __future__ import annotations
 

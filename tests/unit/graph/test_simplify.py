@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import NoRoots
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Skip, Write
 from glasshive.graph.outline import Outline

@@ -228,9 +228,11 @@ def test_a_large_parameter_travels_if_an_earlier_write_waits_for_it(outline: Out
     g = graph(
         Read(out(0), 0),
         Param("head", "weight"),
-        Op("matmul", (ref(0), ref(1))),
-        Write(out(0), 0, ref(2), "set"),
+        Op("select", (ref(0), 0, 0)),
+        Op("mm", (ref(2), ref(1))),
+        Op("reshape", (ref(3), (1, 5, 4))),
+        Write(out(0), 0, ref(4), "set"),
         Read(out(2), 0),
-        Save(ref(4), "s"),
+        Save(ref(6), "s"),
     )
     assert (2, 0, 1) in edges(plan_of(g, outline, THREE))
