@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glasshive.client.errors import TraceError
 from glasshive.client.job import PassInput
 from glasshive.client.prompts import Tokens
 from glasshive.client.sites import Sites
@@ -39,6 +40,20 @@ class TraceOptions:
     retries: int = 2
     avoid: frozenset[PeerId] = field(default_factory=frozenset)
     show_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raise TraceError for an option that means nothing."""
+        wrong: list[str] = []
+        if self.batching not in ("shared", "alone"):
+            wrong.append(f"batching={self.batching!r:.40}; 'shared' or 'alone' is wanted")
+        if type(self.pass_rows) is not int or self.pass_rows < 1:
+            wrong.append(f"pass_rows={self.pass_rows!r:.40}; a whole number from 1 on is wanted")
+        if not self.deadline_seconds > 0:
+            wrong.append(f"deadline={self.deadline_seconds!r}; seconds above 0 are wanted")
+        if type(self.retries) is not int or self.retries < 0:
+            wrong.append(f"retries={self.retries!r:.40}; a whole number from 0 on is wanted")
+        if wrong:
+            raise TraceError("; ".join(wrong), line=here())
 
 
 @dataclass(frozen=True, slots=True)

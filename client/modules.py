@@ -25,8 +25,22 @@ if TYPE_CHECKING:
     from glasshive.client.tracer import Tracer
 
 
+class Parts(tuple[Any, ...]):
+    """A module's output or inputs that are a tuple; what is no tensor in it is None."""
+
+    def save(self) -> Parts:
+        """Bring every tensor in it back. Returns itself."""
+        _save_all(self)
+        return self
+
+
 class NamedValues(dict[str, Any]):
     """A module's output that has names, such as `logits`: a dictionary, also by attribute."""
+
+    def save(self) -> NamedValues:
+        """Bring every tensor in it back. Returns itself."""
+        _save_all(self)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,7 +100,7 @@ class Module:
             target: dict[Any, Any] = positional if isinstance(first, int) else named
             target[first] = _nest(target.get(first), leaf.path[1:], value)
         args = tuple(_as_tuple(positional.get(i)) for i in range(max(positional, default=-1) + 1))
-        return args, {name: _as_tuple(value) for name, value in named.items()}
+        return Parts((Parts(args), {name: _as_tuple(value) for name, value in named.items()}))
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -298,8 +312,16 @@ def _as_tuple(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     if all(isinstance(key, int) for key in tree):
-        return tuple(_as_tuple(tree.get(index)) for index in range(max(tree) + 1))
+        return Parts(_as_tuple(tree.get(index)) for index in range(max(tree) + 1))
     return NamedValues({key: _as_tuple(value) for key, value in tree.items()})
+
+
+def _save_all(tree: Any) -> None:
+    if isinstance(tree, TracedTensor):
+        tree.save()
+    elif isinstance(tree, tuple | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            _save_all(part)
 
 
 def _dtype(tensor: Tensor) -> Any:

@@ -7,9 +7,10 @@ off, torch's fused encoder layer off, and the recorder in a context variable.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -205,17 +206,42 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
             )
     if _active.get() is not None:
         raise TraceError("a trace is open already; close it before the next", line=here())
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     token = _active.set(recorder)
     recorder.is_open = True
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad():
+        with _fast_path.off(), torch.inference_mode(False), torch.no_grad():
             yield recorder
     finally:
         recorder.is_open = False
         _active.reset(token)
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _FastPath:
+    """torch's fused encoder layer, a switch of the whole process: off while any thread records."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._was_on = True
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Have it off; the last one to leave puts it back as it was."""
+        with self._lock:
+            if not self._users:
+                self._was_on = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    torch.backends.mha.set_fastpath_enabled(self._was_on)
+
+
+_fast_path: Final = _FastPath()
 
 
 __all__ = ["Merge", "Recorder", "active_recorder", "recording"]

@@ -48,11 +48,17 @@ class Tracer:
         self.result: Provenance | None = None
         self._prompt = prompt
         self._invoke: int | None = None
+        self._was_entered = False
         self._stack = contextlib.ExitStack()
 
     # The body -------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
+        if self._was_entered:
+            raise TraceError(
+                "this tracer has had its block; write `with model.trace(...)` again", line=here()
+            )
+        self._was_entered = True
         self._stack.enter_context(recording(self.sites.recorder))
         token = _current.set(self)
         self._stack.callback(_current.reset, token)

@@ -146,12 +146,14 @@ def assign_passes(
     The rule: an invoke goes into the earliest pass that its needs allow; invokes of one level and
     equal length share passes of at most `pass_rows` rows, in the order in which they were written.
     With `alone` every invoke has its own pass. An invoke (or several that need each other) of more
-    rows than that is one pass. One that edits a tensor which all rows share has its own, too.
+    rows than that is one pass. One that edits a tensor which all rows share has its own, too. One
+    that nothing is read from is in no pass: it is not run.
     Raises UnequalLengths if invokes need each other and cannot share a pass, and ImpossibleOrder if
     they need each other's later values; both name the node of a write.
     """
     before = _needs(graph, outline)
-    groups = _mutual(len(invokes), before)
+    read = {node.invoke for node in graph.nodes.values() if isinstance(node, Read)}
+    groups = [group for group in _mutual(len(invokes), before) if read.intersection(group)]
     lone = set(range(len(invokes))) if alone else _lone(graph, outline)
     for group in groups:
         _check_group(group, invokes, before, lone, alone)

@@ -342,9 +342,13 @@ class Executor:
         one = self._passes.passes[self._passes.of(node.invoke)]
         expected = leaf.shape(one.batch, one.seq)
         if tuple(whole.shape) != expected:
+            hint = (
+                "in a padded batch every row has its own; use prompts of one length"
+                if one.padded
+                else "this model's rows cannot be told apart for this input"
+            )
             raise NotASite(
-                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; this "
-                "model's rows cannot be told apart for this input"
+                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; {hint}"
             )
         if leaf.batch_axis is None:
             if isinstance(node, Write) and len(one.invokes) > 1:

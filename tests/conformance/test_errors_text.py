@@ -436,6 +436,37 @@ def test_an_error_of_the_users_sends_nothing(one_llama: Setting) -> None:
         _ = saved[0] + 1
 
 
+def test_a_tracer_that_is_used_twice(one_llama: Setting) -> None:
+    tracer = one_llama.model.trace(IDS)
+    with tracer:
+        one_llama.model.lm_head.output.save()
+    with pytest.raises(TraceError, match="this tracer has had its block"):
+        tracer.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("batching", "alon", "batching='alon'; 'shared' or 'alone' is wanted"),
+        ("pass_rows", 0, "pass_rows=0; a whole number from 1 on is wanted"),
+        ("pass_rows", 2.5, "pass_rows=2.5; a whole number"),
+        ("deadline", 0, "deadline=0.0; seconds above 0 are wanted"),
+        ("retries", -1, "retries=-1; a whole number from 0 on is wanted"),
+    ],
+)
+def test_options_that_mean_nothing(one_llama: Setting, option: str, value: Any, text: str) -> None:
+    with pytest.raises(TraceError, match=re.escape(text)):
+        one_llama.model.trace(IDS, **{option: value})
+
+
+def test_position_tables_of_a_padded_batch(one_llama: Setting) -> None:
+    def body(tracer: Any) -> None:
+        one_llama.model.model.rotary_emb.output[0].save()
+
+    text = told(one_llama, PeerFailed, body, [IDS, [3]])
+    assert "in a padded batch every row has its own; use prompts of one length" in text
+
+
 # Prompts -----------------------------------------------------------------------------------------
 
 

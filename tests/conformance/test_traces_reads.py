@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -82,6 +83,25 @@ def test_named_outputs_by_attribute_and_by_key(tiny: Setting) -> None:
     want = tiny.hooked(IDS, reads=[Read(base, "output", "last_hidden_state", name="last")])
     assert torch.equal(logits, want[LOGITS])
     assert torch.equal(hidden, want["last"])
+
+
+def test_tuples_and_names_are_saved_whole(tiny: Setting) -> None:
+    path = tiny.block(2, "attention")
+    with tiny.model.trace(IDS):
+        attention = tiny.at(path).output.save()
+        named = tiny.model.output.save()
+        args, _ = tiny.at(tiny.block(3)).inputs.save()
+    want = tiny.hooked(
+        IDS,
+        reads=[
+            Read(path, "output", 0, name="attention"),
+            Read(tiny.block(3), "input", name="in"),
+        ],
+    )
+    assert isinstance(attention, tuple)
+    assert torch.equal(attention[0], want["attention"])
+    assert torch.equal(named.logits, want[LOGITS])
+    assert torch.equal(args[0], want["in"])
 
 
 def test_token_ids_are_an_input(tiny: Setting) -> None:
@@ -198,6 +218,31 @@ def test_stop_inside_an_invoke(llama: Setting) -> None:
         pytest.fail("the body goes on")  # pragma: no cover
     want = llama.hooked([IDS, OTHER], reads=[Read("model.layers.1", "output")])
     assert torch.equal(torch.cat([one, two]), want["model.layers.1", "output", None])
+
+
+def test_traces_in_several_threads(llama: Setting) -> None:
+    found: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            with llama.model.trace([number + 1] * 5):
+                llama.model.model.layers[1].output[:, 0] = number
+                found[number] = llama.model.lm_head.output.save()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mha.get_fastpath_enabled()
+    for number in range(4):
+
+        def edit(tensor: torch.Tensor, number: int = number) -> None:
+            tensor[:, 0] = number
+
+        edits = [("model.layers.1", "output", None, edit)]
+        want = llama.hooked([number + 1] * 5, edits=edits)[LOGITS]
+        assert torch.equal(found[number], want)
 
 
 def test_text_and_ids_are_the_same_prompt(llama: Setting) -> None:

@@ -143,6 +143,12 @@ def test_mutual_need_that_no_order_meets_is_impossible(outline: Outline) -> None
         assign_passes(g, outline, [InvokeShape(1, 3)] * 2)
 
 
+def test_an_invoke_from_which_nothing_is_read_is_not_run(outline: Outline) -> None:
+    g = graph(Read(out(1), 1), Save(ref(0), "s"))
+    passes = assign_passes(g, outline, [InvokeShape(1, 3)] * 3)
+    assert [one.invokes for one in passes.passes] == [(1,)]
+
+
 def test_reads_behind_a_value(outline: Outline) -> None:
     g = graph(Read(out(0), 0), Read(out(2), 0), Read(out(1), 1), Op("add", (ref(1), ref(2), 1)))
     assert reads_behind(g, outline)[NodeId(3)] == {
