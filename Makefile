@@ -25,7 +25,8 @@ demo: $(VENV)/.installed
 test: lint types contracts unit attacks conformance swarm
 
 soak: $(VENV)/.installed
-	GLASSHIVE_SOAK=1 $(BIN)/python -m pytest tests --timeout 7200
+	GLASSHIVE_SOAK=1 GLASSHIVE_MUTATIONS=10000000 GLASSHIVE_FUZZED_CALLS=2000000 \
+	GLASSHIVE_BUDGET_GRAPHS=10000 $(BIN)/python -m pytest tests --timeout 7200
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -126,8 +126,11 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
         last_pass = stage.pass_index
         if stage.forward and not 0 <= stage.pass_index < len(passes.passes):
             raise BadGraph(f"a forward in pass {stage.pass_index} of {len(passes.passes)}")
-        if stage.stop_event is not None and not 0 <= stage.stop_event < outline.n_events:
-            raise BadGraph(f"stop at event {stage.stop_event} of {outline.n_events}")
+        stop = stage.stop_event
+        if stop is not None and not (
+            0 <= stop < outline.n_events and part.span.hosts(outline.block(stop), outline.n_blocks)
+        ):
+            raise BadGraph(f"stop at event {stop} of {outline.n_events} on span {part.span}")
         for value, sender in stage.imports:
             if value == HIDDEN:
                 if not stage.forward or sender >= part.index or part.span.start == 0:

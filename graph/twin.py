@@ -415,7 +415,8 @@ def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings
         if len(tensors) != len(args):
             raise BadGraph(f"{node.module}(...) takes tensors only")
         spec = calls.spec(node.module, tensors)
-        return spec, Cost(calls.flops(node.module, spec), spec.nbytes)
+        copies_bytes = sum(tensor.nbytes for tensor in tensors)
+        return spec, Cost(calls.flops(node.module, spec), spec.nbytes + copies_bytes)
 
     def param(node: Param) -> TensorSpec:
         return outline.param(node.module, node.name)

@@ -437,7 +437,8 @@ class Executor:
 
     def _call(self, node: Call) -> Tensor:
         module = self._model.module.get_submodule(node.module)
-        args = self._values.arguments(node.args)
+        # Copies: a module may give its argument back, or change it in place.
+        args = [copy_in_order(arg) for arg in self._values.arguments(node.args)]
         self._calling = True
         try:
             with self._model.paused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from oracle import LOGITS, Edit, Read
 from tiny_models import BLOCKS, IDS, OTHER, Setting
@@ -119,3 +121,18 @@ def test_a_call_inside_a_skipped_module_still_runs(llama: Setting) -> None:
         logits = llama.model.lm_head.output.save()
     edit = Edit(path, "output", None, lambda x: x * 2, "set")
     assert torch.equal(logits, llama.hooked(IDS, edits=[edit])[LOGITS])
+
+
+def test_a_call_that_gives_its_argument_back_gives_a_copy(get_setting: Any) -> None:
+    """Dropout does nothing here; what it gives must not change as the model goes on."""
+    for cuts in ((), (2, 4)):
+        setting = get_setting("gpt2", cuts)
+        blocks = setting.model.transformer.h
+        with setting.model.trace(IDS):
+            same = blocks[0].mlp.dropout(blocks[2].output)
+            blocks[3].input[:] = 0
+            after = (same + blocks[4].output * 0).save()
+            same.save()
+        want = setting.hooked(IDS, reads=[Read("transformer.h.2", "output", name="h")])["h"]
+        assert torch.equal(same, want)
+        assert torch.equal(after, want)
