@@ -248,19 +248,25 @@ async def _cancel(stream: Stream) -> None:
 def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> PeerError:
     """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
     who = f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
+    text = _printable(message.text)
     if message.code == "NeighbourLost":
         others = [one.peer_id for one in peers if one.peer_id != hop.peer.peer_id]
-        lost = next((one for one in others if one in message.text), hop.peer.peer_id)
-        return PeerLost(f"{who} says: {message.text}", peer=lost)
+        lost = next((one for one in others if one in text), hop.peer.peer_id)
+        return PeerLost(f"{who} says: {text}", peer=lost)
     if message.code == "Busy":
-        return PeerBusy(f"{who} is busy: {message.text}", peer=hop.peer.peer_id)
+        return PeerBusy(f"{who} is busy: {text}", peer=hop.peer.peer_id)
     return PeerFailed(
-        message.text,
-        code=message.code,
+        text,
+        code=_printable(message.code),
         node=message.node if message.node >= 0 else None,
         peer=hop.peer.peer_id,
         span=hop.part.span,
     )
+
+
+def _printable(text: str) -> str:
+    """Text from a peer without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from glasshive.client.errors import NotInATrace, TraceError
+from glasshive.client.functional import Cell
 from glasshive.client.source_lines import here
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import NotASite
+from glasshive.graph.errors import NotASite, NotYet
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
 from glasshive.graph.outline import ModuleInfo
 from glasshive.graph.tensors import TensorSpec
@@ -23,6 +24,9 @@ from glasshive.graph.tensors import TensorSpec
 if TYPE_CHECKING:
     from glasshive.client.model import Model
     from glasshive.client.tracer import Tracer
+
+# What NNsight offers on a model and later releases bring.
+_LATER = ("generate", "session", "edit", "scan")
 
 
 class Parts(tuple[Any, ...]):
@@ -158,6 +162,12 @@ class Module:
         info = self._info()
         if name in info.params:
             return self._parameter(name)
+        if not self.path and name in _LATER:
+            raise NotYet(f"{_at()}model.{name}(...) is not in this release yet; docs/roadmap.md")
+        if name == "save":
+            raise TraceError(
+                f"{self.path} is a module; save what it gives: .output.save()", line=here()
+            )
         near = self._model.nearest(self.path, name)
         raise AttributeError(
             f"{_at()}{self.path or 'the model'} ({info.kind}) has no module or parameter {name!r}"
@@ -237,7 +247,16 @@ class Module:
     def _parameter(self, name: str) -> TracedTensor:
         recorder = self._tracer().sites.recorder
         spec = self._model.outline.param(self.path, name)
-        return recorder.traced(recorder.add(Param(self.path, name)), spec)
+
+        def refuse(cell: Cell) -> None:
+            raise TraceError(
+                f"{self.path}.{name} is edited in place, but weights are read-only; call .clone() "
+                "on it first, or edit what the module gives (.output)",
+                line=here(),
+            )
+
+        cell = recorder.new_cell(recorder.add(Param(self.path, name)), spec, on_mutate=refuse)
+        return recorder.tensor_of(cell)
 
     def _require(self, info: ModuleInfo, io: IO) -> None:
         try:
@@ -262,6 +281,8 @@ class Module:
         tree: Any = None
         for leaf in leaves:
             tree = _nest(tree, leaf.path, tracer.read(Site(self.path, io, leaf.path)))
+        if io == "output" and info.output_parts:
+            return Parts(_as_tuple(tree.get(index)) for index in range(info.output_parts))
         return _as_tuple(tree)
 
     def _set_tree(self, io: IO, value: Any) -> None:

@@ -97,6 +97,12 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
         if "input_ids" not in prompt:
             names = ", ".join(map(str, prompt)) or "nothing"
             raise BadPrompt(f"a mapping with {names}; what a tokenizer returns has input_ids")
+        for name, value in prompt.items():
+            if name not in ("input_ids", "attention_mask") and not _is_trivial(name, value):
+                raise BadPrompt(
+                    f"a mapping with {str(name)[:40]!r}, which peers do not take; give input_ids "
+                    "and attention_mask alone"
+                )
         rows, _ = _rows(_as_lists(prompt["input_ids"]), tokenizer)
         return rows, _mask(prompt.get("attention_mask"))
     if isinstance(prompt, str):
@@ -112,6 +118,13 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
         f"a prompt of type {type(prompt).__name__}; give text, a list of texts, token ids (one "
         "list or a list of lists), a tensor of ids, or what a tokenizer returns"
     )
+
+
+def _is_trivial(name: str, value: Any) -> bool:
+    """Whether leaving out a part of a tokenizer's answer changes nothing: nothing, or all zeros."""
+    if value is None:
+        return True
+    return name == "token_type_ids" and not torch.as_tensor(value).any()
 
 
 def _mask(mask: Any) -> list[list[int]] | None:

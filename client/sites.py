@@ -157,7 +157,7 @@ class Sites:
         if line is None:
             warnings.warn(text, RowTaken, stacklevel=2)
         else:
-            warnings.warn_explicit(f"{line}: {text}", RowTaken, line.file, line.line)
+            warnings.warn_explicit(text, RowTaken, line.file, line.line)
 
     def _give(self, seen: _Seen, event: int, value: object) -> TracedTensor:
         """Make `value` what stands at a site, if the rules allow it at this event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import GraphError
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.plan import HIDDEN, Plan
 from glasshive.graph.split import needed_blocks, split
@@ -67,21 +69,27 @@ class Swarm:
         asking = ask_directory(self._transport, self._bootstraps, model, _DIRECTORY_SECONDS)
         return self._loop.run(asking, _DIRECTORY_SECONDS + 5)
 
-    def model(self, name: str, *, dtype: str | None = None) -> Model:
+    def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.
 
-        `dtype` chooses among the number formats that it is served in; it is needed only if several
-        are. Configuration and tokenizer come from a peer the first time. Raises NoRoute,
-        BadModelFiles, and what `records` raises.
+        `dtype` and `attention` choose among the number formats and attention backends that it is
+        served in; they are needed only if several are, and a trace never mixes them. Configuration
+        and tokenizer come from a peer the first time. Raises NoRoute, BadModelFiles, and what
+        `records` raises.
         """
-        records = self.records(name)
-        served = sorted({one.dtype for one in records})
-        if dtype is None and len(served) > 1:
-            raise NoRoute(f"{name} is served as {' and '.join(served)}; choose with dtype=")
-        chosen = served[0] if dtype is None else dtype
-        mine = [one for one in records if one.dtype == chosen]
-        if not mine:
-            raise NoRoute(f"{name} is not served as {chosen}; it is as {' and '.join(served)}")
+        mine = self.records(name)
+        for what, wanted in (("dtype", dtype), ("attention", attention)):
+            served = sorted({str(getattr(one, what)) for one in mine})
+            if wanted is None and len(served) > 1:
+                raise NoRoute(
+                    f"{name} is served with {what} {' and '.join(served)}; choose with {what}="
+                )
+            chosen = served[0] if wanted is None else wanted
+            if chosen not in served:
+                raise NoRoute(
+                    f"{name} is not served with {what} {chosen}; it is with {' and '.join(served)}"
+                )
+            mine = [one for one in mine if getattr(one, what) == chosen]
         model_id = mine[0].model
         peers = [PeerAddress(one.peer_id, one.addresses) for one in mine]
         folder = self._loop.run(
@@ -89,7 +97,7 @@ class Swarm:
             _FILES_SECONDS + 5,
         )
         config = read_config(folder)
-        twin = build_twin(config, to_torch_dtype(DType.from_name(chosen)), mine[0].attention)
+        twin = build_twin(config, to_torch_dtype(DType.from_name(mine[0].dtype)), mine[0].attention)
         return Model(
             name=mine[0].model_name,
             model_id=model_id,
@@ -97,7 +105,9 @@ class Swarm:
             tokenizer=read_tokenizer(folder),
             twin=twin,
             outline=scan(twin, config),
-            runner=ModelRunner(self, model_id, chosen, twin_blocks(config)),
+            runner=ModelRunner(
+                self, model_id, mine[0].dtype, mine[0].attention, twin_blocks(config)
+            ),
         )
 
     def run_job(self, job: Job) -> None:
@@ -118,10 +128,13 @@ def twin_blocks(config: Any) -> int:
 class ModelRunner:
     """Runs one model's experiments: route, split, job; again elsewhere if a peer is lost."""
 
-    def __init__(self, swarm: Swarm, model_id: str, dtype: str, n_blocks: int) -> None:
+    def __init__(
+        self, swarm: Swarm, model_id: str, dtype: str, attention: str, n_blocks: int
+    ) -> None:
         self._swarm = swarm
         self._model_id = model_id
         self._dtype = dtype
+        self._attention = attention
         self._n_blocks = n_blocks
         self._known: list[PeerRecord] = []
         self._lock = threading.Lock()
@@ -232,21 +245,22 @@ class ModelRunner:
         )
 
     def _plan(self, experiment: Experiment, route: Route) -> Plan:
-        outline = experiment.outline
-        return split(experiment.graph, outline, experiment.passes, route.spans, experiment.specs)
+        outline, graph = experiment.outline, experiment.graph
+        try:
+            return split(graph, outline, experiment.passes, route.spans, experiment.specs)
+        except GraphError as error:
+            if (line := experiment.line_of(error.node)) is not None:
+                error.args = (f"{line}: {error}",)
+            raise
 
     def _route(self, experiment: Experiment, avoid: set[Any], *, fresh: bool) -> Route:
         needed = needed_blocks(experiment.graph, experiment.outline)
-        try:
-            return choose_route(
-                self._records(fresh=fresh), needed, self._n_blocks, avoid=frozenset(avoid)
-            )
-        except NoRoute:
-            if fresh:
-                raise
-            return choose_route(
-                self._records(fresh=True), needed, self._n_blocks, avoid=frozenset(avoid)
-            )
+        if not fresh:
+            with contextlib.suppress(NoRoute):  # what is known may be old
+                known = self._records(fresh=False)
+                return choose_route(known, needed, self._n_blocks, avoid=frozenset(avoid))
+        known = self._records(fresh=True)
+        return choose_route(known, needed, self._n_blocks, avoid=frozenset(avoid))
 
     def _records(self, *, fresh: bool) -> list[PeerRecord]:
         """The peers of this model and dtype: as known, or asked again if any has expired."""
@@ -254,7 +268,8 @@ class ModelRunner:
             now = self._swarm.transport.now()
             if fresh or not self._known or any(one.expires_at_seconds < now for one in self._known):
                 records = self._swarm.records(self._model_id)
-                self._known = [one for one in records if one.dtype == self._dtype]
+                kind = (self._dtype, self._attention)
+                self._known = [one for one in records if (one.dtype, one.attention) == kind]
             return list(self._known)
 
 

@@ -55,6 +55,7 @@ class ModuleInfo:
     inputs: tuple[Leaf, ...]
     outputs: tuple[Leaf, ...]
     params: Mapping[str, tuple[DType, tuple[int, ...]]]
+    output_parts: int = 0  # how long a tuple its output is; 0 for a tensor or a mapping
     bypasses: bool = False  # its output reaches blocks other than through the hidden states
 
 

@@ -100,13 +100,14 @@ def scan(twin: nn.Module, config: Any) -> Outline:
             calls=calls,
             input_event=events[0] if once and events else None,
             output_event=events[1] if once and events else None,
-            inputs=first.leaves(first.inputs[name], second.inputs[name]) if once else (),
-            outputs=first.leaves(first.outputs[name], second.outputs[name]) if once else (),
+            inputs=first.leaves(name, first.inputs, second.inputs) if once else (),
+            outputs=first.leaves(name, first.outputs, second.outputs) if once else (),
             params={
                 key: (from_torch_dtype(tensor.dtype), tuple(tensor.shape))
                 for source in (module.named_parameters, module.named_buffers)
                 for key, tensor in source(recurse=False)
             },
+            output_parts=first.parts.get(name, 0),
             bypasses=name in bypasses,
         )
     text = config.get_text_config()
@@ -206,6 +207,7 @@ class _Scan:
         self.events: dict[str, tuple[int, int]] = {}
         self.inputs: dict[str, _Tensors] = {}
         self.outputs: dict[str, _Tensors] = {}
+        self.parts: dict[str, int] = {}
         self.bypasses: set[str] = set()
         self._beside: dict[int, torch.Tensor] = {}  # by storage, which lives as long as its tensor
         self._open: dict[str, int] = {}
@@ -261,6 +263,8 @@ class _Scan:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.events[name] = (self._open[name], self._event(name, "output"))
             self.outputs[name] = dict(tensor_leaves(output))
+            if type(output) is tuple:
+                self.parts[name] = len(output)
             index = self._block_index(name)
             if index is not None:
                 self._block = None if index + 1 < self.n_blocks else self.n_blocks
@@ -270,16 +274,20 @@ class _Scan:
 
         return hook
 
-    def leaves(self, ours: _Tensors, other_sizes: _Tensors) -> tuple[Leaf, ...]:
+    def leaves(
+        self, name: str, ours: dict[str, _Tensors], other_sizes: dict[str, _Tensors]
+    ) -> tuple[Leaf, ...]:
         """The leaves of one site whose axes can be typed, from two runs of different sizes."""
         leaves = []
-        for path, tensor in ours.items():
-            other = other_sizes.get(path)
+        for path, tensor in ours[name].items():
+            other = other_sizes[name].get(path)
             if other is None or other.dim() != tensor.dim():
                 continue
             axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
-            if axes is not None:
-                beside = _storage(tensor) in self._beside
+            beside = _storage(tensor) in self._beside
+            # Made of hidden states and without rows: it would show one invoke the others' rows.
+            mixes_rows = self.blocks[self.events[name][0]] != -1 and not beside
+            if axes is not None and ("batch" in axes or not mixes_rows):
                 leaves.append(Leaf(path, from_torch_dtype(tensor.dtype), axes, beside))
         return tuple(leaves)
 
@@ -400,6 +408,11 @@ class Calls:
             raise NotASite(
                 f"{path}(...) gives a {type(result).__name__}; only modules that give one tensor "
                 "can be called in a trace"
+            )
+        if any(_storage(result) == _storage(tensor) for tensor in tensors):
+            raise NotASite(
+                f"{path}(...) gives back its argument's own memory (it does nothing here, as a "
+                "dropout in evaluation mode); use the value itself"
             )
         return spec_of(result)
 

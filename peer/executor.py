@@ -186,6 +186,9 @@ class Executor:
             else:
                 after = self._output_hook(stage, event, bucket)
                 handles.append(module.register_forward_hook(after, prepend=True))
+        for index in range(self._model.start, self._model.end):
+            block = self._model.module.get_submodule(self._model.block_path(index))
+            handles.append(block.register_forward_pre_hook(self._check_cancelled))
         handles += self._skip_modules(stage)  # last, so that they come before the others
         try:
             output = self._model.run(
@@ -208,6 +211,10 @@ class Executor:
                 if output is None:
                     raise NotASite("the forward ended before the hidden states left the span")
                 self._outbox.exported(stage, HIDDEN, receiver, output)
+
+    def _check_cancelled(self, module: nn.Module, args: Any) -> None:
+        if self._cancelled:
+            raise TraceEnded("the trace was cancelled")
 
     def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""

@@ -75,13 +75,15 @@ class HostLimits:
 
     graph: GraphLimits = field(default_factory=GraphLimits)
     traces: int = 16
+    traces_per_client: int = 8
+    stage_seconds: float = 300.0  # the hard limit of one stage: after it the process is ended
     trace_seconds: float = 600.0
     prepare_seconds: float = 60.0
     batch_rows: int = 256
     context_tokens: int = 8192
     const_cache_bytes: int = 1 << 30
     budget: Budget = field(
-        default_factory=lambda: Budget(peak_bytes=4 << 30, flops=10**15, saved_bytes=2 << 30)
+        default_factory=lambda: Budget(peak_bytes=4 << 30, flops=10**13, saved_bytes=2 << 30)
     )
 
 
@@ -101,10 +103,12 @@ class _ConstCache:
         return found
 
     def put(self, client: PeerId, name: bytes, tensor: Tensor) -> None:
-        """Hold a tensor, and forget the ones that were used longest ago."""
+        """Hold a tensor, unless it alone is too large, and forget those used longest ago."""
+        if tensor.nbytes > self._limit_bytes or (client, name) in self._held:
+            return
         self._held[client, name] = tensor
         self._held_bytes += tensor.nbytes
-        while self._held_bytes > self._limit_bytes and len(self._held) > 1:
+        while self._held_bytes > self._limit_bytes:
             _, old = self._held.popitem(last=False)
             self._held_bytes -= old.nbytes
 
@@ -130,13 +134,13 @@ class Host:
         self._torch = TorchThread()
         self._consts = _ConstCache(self._limits.const_cache_bytes)
         self._traces: dict[bytes, HostedTrace] = {}
-        self._preparing = 0
+        self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget)
 
     @property
     def load(self) -> float:
         """How much of its traces the host has running, from 0 to 1."""
-        return min((len(self._traces) + self._preparing) / self._limits.traces, 1.0)
+        return min(len(self._tenants) / self._limits.traces, 1.0)
 
     @property
     def overdue_seconds(self) -> float:
@@ -160,16 +164,14 @@ class Host:
     async def _on_trace(self, stream: Stream) -> None:
         began = self._clock()
         try:
-            if self.load >= 1.0:
-                raise Busy(f"{self._limits.traces} traces are running here; try again soon")
-            self._preparing += 1
+            frame = await stream.receive(self._limits.prepare_seconds)
+            prepare = decode(frame.header, Prepare)
+            self._take_slot(prepare.trace_id, stream.peer_id)
+            trace: HostedTrace | None = None
             try:
-                trace, bill = await self._prepare(stream)
-            finally:
-                self._preparing -= 1
-            # Before the client is told: other peers may push as soon as it has heard of all.
-            self._traces[trace.trace_id] = trace
-            try:
+                trace, bill = await self._prepare(stream, prepare, frame.body)
+                # Before the client is told: other peers may push as soon as it has heard of all.
+                self._traces[trace.trace_id] = trace
                 await stream.send(encode(_accepted(bill)))
                 log.info(
                     "trace_accepted",
@@ -178,8 +180,10 @@ class Host:
                 await self._take_inputs(stream, trace)
                 await self._run(stream, trace)
             finally:
-                trace.cancel()
-                del self._traces[trace.trace_id]
+                if trace is not None:
+                    trace.cancel()
+                self._traces.pop(prepare.trace_id, None)
+                del self._tenants[prepare.trace_id]
             log.info(
                 "trace_done",
                 extra={
@@ -197,10 +201,21 @@ class Host:
             log.exception("host_failed", extra={"client": stream.peer_id})
             await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
 
-    async def _prepare(self, stream: Stream) -> tuple[HostedTrace, Bill]:
+    def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
+        """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
         limits = self._limits
-        frame = await stream.receive(limits.prepare_seconds)
-        prepare = decode(frame.header, Prepare)
+        if trace_id in self._tenants:
+            raise BadGraph("a trace of this id is running here")
+        if self.load >= 1.0:
+            raise Busy(f"{limits.traces} traces are running here; try again soon")
+        if sum(one == client for one in self._tenants.values()) >= limits.traces_per_client:
+            raise Busy(f"{limits.traces_per_client} traces of yours are running here")
+        self._tenants[trace_id] = client
+
+    async def _prepare(
+        self, stream: Stream, prepare: Prepare, body: bytearray
+    ) -> tuple[HostedTrace, Bill]:
+        limits = self._limits
         if prepare.model_id != self._manifest.model_id:
             raise WrongInput(
                 f"model {prepare.model_id[:16]!r}... is not served here; this peer serves "
@@ -209,12 +224,10 @@ class Host:
         ours = from_torch_dtype(self._model.dtype).value
         if prepare.dtype != ours:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
-        if prepare.trace_id in self._traces:
-            raise BadGraph("a trace of this id is running here")
-        part, passes = decode_part(frame.body, limits.graph)
+        part, passes = decode_part(body, limits.graph)
         peers = _peers(prepare)
         self._check(part, passes, peers)
-        bill = self._admission.admit(part, passes, frame.body)
+        bill = self._admission.admit(part, passes, body)
         consts = await self._take_consts(stream, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
         trace = HostedTrace(
@@ -227,7 +240,7 @@ class Host:
             outline=self._outline,
             consts=consts,
             transport=self._transport,
-            run_on_torch=self._torch.run,
+            run_on_torch=self._run_on_torch,
             ends_at=self._clock() + seconds,
             clock=self._clock,
         )
@@ -280,7 +293,9 @@ class Host:
     async def _take_inputs(self, stream: Stream, trace: HostedTrace) -> None:
         taken: dict[int, dict[str, Tensor]] = {}
         while True:
-            frame = await stream.receive(trace.left_seconds)
+            # A client that was accepted and then says nothing gives its slot back soon.
+            patience_seconds = min(trace.left_seconds, self._limits.prepare_seconds)
+            frame = await stream.receive(patience_seconds)
             message = decode(frame.header, Input, Run, Cancel)
             if isinstance(message, Cancel):
                 raise TraceEnded("the client cancelled the trace")
@@ -303,8 +318,20 @@ class Host:
             ids = named.get("input_ids")
             if ids is not None and bool(((ids < 0) | (ids >= vocabulary)).any()):
                 raise WrongInput(f"a token id outside the vocabulary of {vocabulary}")
+            mask = named.get("attention_mask")
+            if mask is not None and bool(((mask != 0) & (mask != 1)).any()):
+                raise WrongInput("an attention mask that holds more than 0 and 1")
+            positions = named.get("position_ids")
+            if positions is not None and bool(
+                ((positions < 0) | (positions >= positions.shape[1])).any()
+            ):
+                raise WrongInput("a position id outside its row")
             device = self._model.device
             trace.inputs[index] = PassInputs(**{k: v.to(device) for k, v in named.items()})
+
+    async def _run_on_torch(self, work: Callable[[], None]) -> None:
+        # The host's own limit: a client's short deadline is no reason to end the process.
+        await self._torch.run(work, self._limits.stage_seconds)
 
     async def _run(self, stream: Stream, trace: HostedTrace) -> None:
         run = asyncio.create_task(trace.run())
@@ -347,6 +374,9 @@ class Host:
             return
         if opening.sender >= len(trace.peers):
             raise MalformedMessage(f"part {opening.sender} is not on the plan")
+        if stream.peer_id != trace.peers[opening.sender].peer_id:
+            await stream.refuse("the plan gives this edge to another peer")
+            return
         try:
             await trace.receive_from(opening.sender, stream)
         except (MalformedMessage, TransportError) as error:

@@ -49,7 +49,7 @@ from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
 
 T = TypeVar("T")
-RunOnTorch = Callable[[Callable[[], None], float], Awaitable[None]]
+RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 @dataclass
@@ -196,7 +196,7 @@ class HostedTrace:
             finally:
                 self.compute_seconds += time.perf_counter() - began
 
-        await self._soon(self.run_on_torch(work, self.left_seconds))
+        await self._soon(self.run_on_torch(work))
 
     async def _soon(self, awaitable: Awaitable[T]) -> T:
         try:

@@ -50,13 +50,13 @@ def logit_lens(model: Any, spec: LensSpec = DEMO.lens) -> Ran:
     """
     ids = token_ids(model.tokenizer, spec.prompt)
     top_ids, probabilities, last_logits = [], [], []
-    with model.trace(ids) as tracer:
+    with model.trace(ids, progress=False) as tracer:
         for layer in model.model.layers:
             logits = model.lm_head(model.model.norm(layer.output[:, -spec.shown_tokens :]))
             best = logits.softmax(-1).max(-1)
             top_ids.append(best.indices[0].save())
             probabilities.append(best.values[0].save())
-    with model.trace(ids):
+    with model.trace(ids, progress=False):
         for layer in model.model.layers:
             logits = model.lm_head(model.model.norm(layer.output[:, -spec.shown_tokens :]))
             last_logits.append(logits[0, -1].save())
@@ -88,7 +88,7 @@ def activation_patching(
     clean_logits = torch.empty(0)
     for number, cells in enumerate(passes):
         saved = []
-        with model.trace() as tracer:
+        with model.trace(progress=False) as tracer:
             with tracer.invoke(clean):
                 kept = {cell: layers[cell[0]].output[:, cell[1]] for cell in cells if cell}
                 first = model.lm_head.output[:, -1, pair].save()
@@ -112,7 +112,7 @@ def activation_patching(
 def steering(model: Any, spec: SteeringSpec = DEMO.steering) -> Ran:
     """The next word before and after one layer's output is moved along a direction."""
     block = model.model.layers[spec.layer]
-    with model.trace() as tracer:
+    with model.trace(progress=False) as tracer:
         with tracer.invoke(token_ids(model.tokenizer, spec.toward)):
             toward = block.output
         with tracer.invoke(token_ids(model.tokenizer, spec.away)):

@@ -10,6 +10,8 @@ import torch
 from oracle import LOGITS, Read
 from tiny_models import BLOCKS, HIDDEN, IDS, OTHER, Setting
 
+from glasshive.client.errors import TraceError
+
 
 def test_every_block_output_and_the_logits(tiny: Setting) -> None:
     with tiny.model.trace(IDS):
@@ -169,9 +171,12 @@ def test_weights_are_read_only_copies(tiny: Setting) -> None:
     assert torch.equal(embedding, tiny.plain.get_submodule(tiny.names.embed).weight[IDS])
 
 
-def test_an_edit_of_a_weight_is_an_edit_of_a_copy(llama: Setting) -> None:
+def test_an_edit_of_a_weight_is_refused_and_of_a_clone_is_not(llama: Setting) -> None:
+    with pytest.raises(TraceError, match=r"lm_head\.weight is edited in place, but weights are"):
+        with llama.model.trace(IDS):
+            llama.model.lm_head.weight[0, 1:] = 0
     with llama.model.trace(IDS):
-        weight = llama.model.lm_head.weight
+        weight = llama.model.lm_head.weight.clone()
         weight[:] = 0
         zeros = weight.save()
         logits = llama.model.lm_head.output.save()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from oracle import run_hooked
 from tokenizers import Tokenizer
@@ -95,6 +98,23 @@ class Setting:
         """What plain Hugging Face with torch hooks gives; `ids` is a list or a list of lists."""
         rows = torch.tensor(ids)
         return run_hooked(self.plain, rows if rows.dim() == 2 else rows[None], **arguments)
+
+
+def refused(
+    setting: Setting,
+    error: type[Exception],
+    text: str,
+    body: Callable[[], Any],
+    prompt: Any = IDS,
+) -> None:
+    """A trace with this body raises this error with this text."""
+
+    def trace() -> None:
+        with setting.model.trace(prompt):
+            body()
+
+    with pytest.raises(error, match=re.escape(text)):
+        trace()
 
 
 def module_at(model: Any, path: str) -> Any:

@@ -112,6 +112,38 @@ def test_what_reaches_blocks_by_a_side_way_is_known(llama: Outline) -> None:
     assert not gpt2.modules["transformer.wpe"].bypasses
 
 
+def test_what_every_block_receives_is_marked(llama: Outline) -> None:
+    """The rotary table lies beside the chain, wherever it is handed on; hidden states do not."""
+    for module in ("model.layers.1", "model.layers.2.self_attn"):
+        table = Site(module, "input", ("position_embeddings", 0))
+        assert llama.leaf(table).beside
+        assert llama.leaf(table).batch_axis is None
+    assert not llama.leaf(Site("model.layers.1", "input", (0,))).beside
+    assert not llama.leaf(Site("model.layers.1.self_attn", "input", ("hidden_states",))).beside
+    twin = build_twin(LLAMA, torch.float32, "eager")
+    mask = Site("model.layers.1.self_attn", "input", ("attention_mask",))
+    assert scan(twin, LLAMA).leaf(mask).beside
+
+
+def test_what_sums_up_all_rows_is_no_site() -> None:
+    """One invoke would see the others' rows in it."""
+    twin = build_twin(LLAMA, torch.float32)
+    mlp: Any = twin.get_submodule("model.layers.1.mlp")
+    mlp.gate_proj.register_forward_hook(lambda module, args, output: (output, output.mean()))
+    mlp.forward = lambda hidden: hidden + mlp.gate_proj(hidden)[1]
+    outline = scan(twin, LLAMA)
+    assert outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (0,))).axes
+    with pytest.raises(NotASite, match="not a tensor whose rows and tokens can be told apart"):
+        outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (1,)))
+
+
+def test_padding_among_tokens_without_values_is_not_looked_for() -> None:
+    config = GPT2Config(**{**GPT2.to_dict(), "pad_token_id": 0})
+    twin = build_twin(config, torch.float32)
+    assert scan(twin, config).n_blocks == 2
+    assert twin.config.pad_token_id == 0
+
+
 def test_where_weights_lie(llama: Outline) -> None:
     assert llama.owner_block("model.embed_tokens") == -1
     assert llama.owner_block("model.layers.2.mlp.down_proj") == 2
