@@ -329,6 +329,8 @@ STREAMS = serving.StreamLimits()
         f"{plan_codec.MAX_ROWS:,} rows, 2^{plan_codec.MAX_TOKENS.bit_length() - 1} tokens",
         f"at most {order.DEFAULT_PASS_ROWS} rows unless",
         f"| traces at a time | {HOST.traces} |",
+        f"| traces at a time of one client | {HOST.traces_per_client} |",
+        f"| seconds of one stage, after which the process is ended | {HOST.stage_seconds:g} |",
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
