@@ -392,7 +392,8 @@ def shape_zoo(h: Tensor) -> list[Any]:
 
 def new_zoo(h: Tensor) -> list[Tensor]:
     return [
-        torch.zeros_like(h), torch.ones_like(h), torch.full_like(h, 2), torch.empty_like(h).fill_(4),
+        torch.zeros_like(h), torch.ones_like(h), torch.full_like(h, 2),
+        torch.empty_like(h).fill_(4),
         h.new_zeros(3), h.new_ones(2, 2), h.new_full((2,), 7),
         h.new_tensor([1.0, 2.0]) + h[0, 0, :2], torch.zeros_like(h, dtype=torch.int64),
         torch.arange(5) + h[..., 0], h.new_empty(2).fill_(3), torch.zeros(8, device=h.device) + h,
