@@ -123,3 +123,14 @@ def test_what_is_no_prompt(prompt: Any, text: str) -> None:
 def test_text_without_a_tokenizer() -> None:
     with pytest.raises(BadPrompt, match="this model has no tokenizer here; give token ids"):
         tokenize("abc", None, vocabulary_tokens=10, max_tokens=None)
+
+
+def test_parts_of_a_tokenizer_s_answer_are_not_left_out_silently() -> None:
+    ids = {"input_ids": [[1, 2, 3]]}
+    plain = tokenize(
+        {**ids, "token_type_ids": [[0, 0, 0]]}, None, vocabulary_tokens=9, max_tokens=None
+    )
+    assert plain.input_ids.tolist() == [[1, 2, 3]]
+    for name, value in (("token_type_ids", [[0, 1, 0]]), ("position_ids", [[5, 6, 7]])):
+        with pytest.raises(BadPrompt, match=f"a mapping with '{name}', which peers do not take"):
+            tokenize({**ids, name: value}, None, vocabulary_tokens=9, max_tokens=None)

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-import torch
+import asyncio
+from typing import Any
 
-from glasshive.peer.host import _ConstCache
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
+from glasshive.dht.messages import (
+    TRACE_PROTOCOL,
+    Accepted,
+    Cancel,
+    Failed,
+    Need,
+    Prepare,
+    decode,
+    encode,
+)
+from glasshive.dht.transport import PeerAddress, Stream
+from glasshive.graph.graph import Graph, NodeId, Read, Ref, Save, Site
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.plan import Part, Span, Stage
+from glasshive.graph.plan_codec import encode_part
+from glasshive.peer.host import Host, HostLimits, _ConstCache
+from glasshive.peer.served_model import ServedModel, load_served_model
 from glasshive.security.keys import Identity
 
 ALICE = Identity.generate().peer_id
@@ -30,3 +52,76 @@ def test_the_cache_counts_what_it_holds() -> None:
     cache.put(ALICE, b"d", torch.zeros(1000))  # too large to be held at all
     assert cache._held_bytes == 80
     assert cache.get(ALICE, b"d") is None
+
+
+# Slots, over a real host on the memory transport ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
+
+
+def prepare(served: ServedModel, number: int) -> tuple[Any, bytes]:
+    """The frame that asks for a trace which saves the output of block 0."""
+    site = Site("model.layers.0", "output")
+    nodes = {NodeId(0): Read(site, 0), NodeId(1): Save(Ref(NodeId(0)), "s")}
+    stop = served.outline.event(site)
+    stage = Stage(0, (NodeId(0), NodeId(1)), forward=True, stop_event=stop)
+    part = Part(0, Span(0, 2), Graph(nodes), (stage,), {})
+    passes = Passes((Pass((0,), 3, False, ((0, 1),)),))
+    trace_id = number.to_bytes(16, "big")
+    message = Prepare(trace_id, served.manifest.model_id, "float32", [["p", []]], 30.0)
+    return encode(message), encode_part(part, passes)
+
+
+@pytest.mark.asyncio
+async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
+    served: ServedModel,
+) -> None:
+    network = MemoryNetwork()
+    home = network.transport(Identity.generate())
+    host = Host(home, served, limits=HostLimits(traces=3, traces_per_client=2))
+    await host.start()
+    address = PeerAddress(home.peer_id, home.addresses)
+    alice, bob = (network.transport(Identity.generate(), dht=False) for _ in range(2))
+
+    async def ask(client: MemoryTransport, number: int) -> tuple[Stream, Any]:
+        stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
+        await stream.send(*prepare(served, number))
+        answer = decode((await stream.receive(5)).header, Need, Failed)
+        if isinstance(answer, Need):
+            answer = decode((await stream.receive(5)).header, Accepted, Failed)
+        return stream, answer
+
+    for _ in range(5):  # streams that say nothing take no slot
+        await alice.open_stream(address, TRACE_PROTOCOL, 5)
+    first, accepted = await ask(alice, 1)
+    assert isinstance(accepted, Accepted)
+    _, twice = await ask(bob, 1)
+    assert twice == Failed("BadGraph", -1, "a trace of this id is running here")
+    assert isinstance((await ask(alice, 2))[1], Accepted)
+    _, third = await ask(alice, 3)
+    assert third == Failed("Busy", -1, "2 traces of yours are running here")
+    assert isinstance((await ask(bob, 4))[1], Accepted)
+    _, full = await ask(bob, 5)
+    assert full == Failed("Busy", -1, "3 traces are running here; try again soon")
+    await first.send(encode(Cancel()))
+    async with asyncio.timeout(5):
+        while host.load >= 1.0:  # noqa: ASYNC110 (the slot comes back)
+            await asyncio.sleep(0)
+    assert isinstance((await ask(bob, 6))[1], Accepted)
+    host.close()
+    for transport in (alice, bob, home):
+        await transport.close()
