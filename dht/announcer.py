@@ -20,7 +20,6 @@ __all__ = ["Announcer", "announce", "withdraw"]
 logger = logging.getLogger(__name__)
 
 WITHDRAW_DEADLINE_SECONDS: Final = 5.0
-FIRST_WAITS_SECONDS: Final = (0.5, 1.0, 2.0, 4.0)
 
 
 async def announce(
@@ -71,15 +70,7 @@ class Announcer:
 
     async def start(self) -> None:
         """Announces once, raising what fails, and goes on in a task of its own."""
-        for wait_seconds in FIRST_WAITS_SECONDS:
-            # Just after a start the DHT's peers may still know the old process behind this key.
-            try:
-                await self._announce()
-                break
-            except TransportError:
-                await asyncio.sleep(wait_seconds)
-        else:
-            await self._announce()
+        await self._announce()
         self._task = asyncio.create_task(self._go_on())
 
     def update(self, record: PeerRecord) -> None:

@@ -10,7 +10,9 @@ one hostile message do lasting harm, found by reading its source:
    first answer, and would be cached for ever. We take it from the entries instead, and keep no
    cache.
 3. The stores have no bound on keys or on entries under a key.
-4. One find or store request may name as many keys as fit in 4 MiB, each answered at length.
+4. Storing the *same* value again is refused too. A store that reaches a peer by two ways is told
+   the later answer, so a record that was taken looked refused.
+5. One find or store request may name as many keys as fit in 4 MiB, each answered at length.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _MAX_VALUE_BYTES: Final = 4096
 
 
 def patch_storage() -> None:
-    """hivemind's timed storages keep the newer value (1) and are bounded (3). May be repeated."""
+    """hivemind's timed storages keep the newer value (1, 4) and are bounded (3). May be repeated."""
     from hivemind.dht.storage import DictionaryDHTValue
     from hivemind.utils.timed_storage import TimedStorage
 
@@ -44,7 +46,8 @@ def patch_storage() -> None:
     def store(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
         known = self.data.get(key)
         if known is not None and known.expiration_time >= expiration_time:
-            return False
+            # It is there already if it came by two ways, and its sender is told the last answer.
+            return bool(known.expiration_time == expiration_time and known.value == value)
         return bool(stock_store(self, key, value, expiration_time))
 
     def init(self: Any, maxsize: int | None = None) -> None:
@@ -76,7 +79,7 @@ def signed_record_validator(gate: RecordGate, now: Any) -> Any:
 
 
 def request_bounds() -> Any:
-    """A hivemind AuthorizerBase that refuses requests with too many keys (4)."""
+    """A hivemind AuthorizerBase that refuses requests with too many keys (5)."""
     from hivemind.utils.auth import AuthorizerBase
 
     class RequestBounds(AuthorizerBase):  # type: ignore[misc]

@@ -196,10 +196,13 @@ class HivemindTransport:
 
     async def _start_node(self) -> None:
         from hivemind.dht.node import DHTNode
+        from hivemind.dht.routing import DHTID
 
         self._node = await self._call(
             DHTNode.create(
                 p2p=self._p2p,
+                # From the key: a peer that comes back takes its own place in others' tables.
+                node_id=DHTID.generate(self.peer_id.encode()),
                 initial_peers=[one.addresses[0] for one in self.bootstraps],
                 client_mode=self.dht == "client",
                 record_validator=hardening.signed_record_validator(self._gate, self.now),

@@ -25,7 +25,8 @@ def test_an_older_value_neither_replaces_a_newer_one_nor_ends_it_early() -> None
     storage, key = DHTLocalStorage(), DHTID(5)
     assert storage.store_subkey(key, "peer", b"new", FAR + 20)
     assert not storage.store_subkey(key, "peer", b"old", FAR)
-    assert not storage.store_subkey(key, "peer", b"same", FAR + 20)
+    assert not storage.store_subkey(key, "peer", b"another", FAR + 20)
+    assert storage.store_subkey(key, "peer", b"new", FAR + 20)  # the same, by a second way
     dictionary = storage.get(key).value
     assert dictionary.get("peer") == (b"new", FAR + 20)
     # The heap decides when a value is dropped; stock hivemind puts the older expiry there.
