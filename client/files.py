@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from glasshive.security.manifest import (
 # Whole numbers of a configuration decide how much memory the twin's tables take.
 _MAX_CONFIG_INT = 1 << 24
 _MAX_BLOCKS = 1024
+# A configuration makes a list as long as these say, before anyone can ask it for its blocks.
+_COUNTS = re.compile(r"(layers?|blocks?|depths?|labels|classes)$")
 _REFUSED_KEYS = ("auto_map", "custom_pipelines", "quantization_config")
 
 
@@ -132,11 +135,11 @@ def read_config(folder: Path) -> Any:
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(tree)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadModelFiles(f"the model's config.json is refused: {error}") from error
-    blocks = config.get_text_config().num_hidden_layers
-    if not isinstance(blocks, int) or not 0 < blocks <= _MAX_BLOCKS:
-        raise BadModelFiles(f"a model of {blocks} blocks; from 1 to {_MAX_BLOCKS} are taken")
+        blocks = config.get_text_config().num_hidden_layers
+    except Exception as error:  # each model type fails in its own way
+        raise BadModelFiles(f"the model's config.json is refused: {error!s:.300}") from error
+    if type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS:
+        raise BadModelFiles(f"a model of {blocks!s:.40} blocks; from 1 to {_MAX_BLOCKS} are taken")
     return config
 
 
@@ -151,19 +154,23 @@ def read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadModelFiles(f"the model's tokenizer cannot be read: {error}") from error
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadModelFiles(f"the model's tokenizer cannot be read: {error!s:.300}") from error
 
 
 def _check_integers(tree: Any) -> None:
-    work = [tree]
+    work = [("", tree)]
     while work:
-        one = work.pop()
+        name, one = work.pop()
         if isinstance(one, dict):
-            work.extend(one.values())
+            work.extend(one.items())
         elif isinstance(one, list):
-            work.extend(one)
-        elif type(one) is int and abs(one) > _MAX_CONFIG_INT:
-            raise BadModelFiles(
-                f"a whole number of {one:.3g} in config.json; at most {_MAX_CONFIG_INT} is taken"
-            )
+            work.extend((name, inner) for inner in one)
+        elif isinstance(one, int):
+            most = _MAX_BLOCKS if _COUNTS.search(name) else _MAX_CONFIG_INT
+            if abs(one) > most:
+                raise BadModelFiles(
+                    f"{name[:40]!r} is {str(one)[:24]} in config.json; at most {most} is taken"
+                )

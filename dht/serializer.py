@@ -6,8 +6,8 @@ and must run before any listener exists. The rules here:
 
 1. a value is at most 64 KiB; a dictionary value (one entry per announcing peer) at most 2 MiB;
 2. extension types are the tuple and the dictionary, nothing else;
-3. nesting is at most 8 deep, extension types counted, arrays and maps have at most 4,096 elements,
-   and nothing nests in a dictionary's entries;
+3. nesting is at most 8 deep, extension types counted, with at most 4,096 elements at a level of
+   extension, and nothing nests in a dictionary's entries;
 4. a dictionary has at most 1,024 entries of (text, bytes, finite time), read one by one.
 """
 
@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgpack
 
 from glasshive.dht.errors import BadDhtValue
+from glasshive.graph.msgpack_scan import scan
 
 __all__ = ["MAX_DICTIONARY_ENTRIES", "bounded_loads", "install"]
 
@@ -81,13 +82,8 @@ def _decode(data: bytes, depth_left: int) -> Any:
         raise BadDhtValue(f"unknown extension type {code}; it was dropped")
 
     try:
-        value = msgpack.unpackb(
-            data,
-            raw=False,
-            max_array_len=MAX_ELEMENTS,
-            max_map_len=MAX_ELEMENTS,
-            ext_hook=decode_extension,
-        )
+        scan(data, depth_left, MAX_ELEMENTS, extensions=True)
+        value = msgpack.unpackb(data, raw=False, ext_hook=decode_extension)
     except BadDhtValue:
         raise
     except (ValueError, TypeError, RecursionError) as error:
@@ -124,6 +120,7 @@ def _decode_dictionary(payload: bytes) -> Any:
     unpacker = msgpack.Unpacker(
         raw=False,
         max_buffer_size=MAX_DICTIONARY_BYTES,
+        read_size=max(len(payload), 1),  # the buffer, which is else of a MiB for each dictionary
         max_array_len=0,
         max_map_len=0,
         max_ext_len=0,

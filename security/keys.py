@@ -175,6 +175,7 @@ def _to_base58(data: bytes) -> str:
     return "1" * zeros + "".join(reversed(characters))
 
 
+@lru_cache(maxsize=1024)
 def _from_base58(text: str) -> bytes:
     number = 0
     for character in text:

@@ -99,7 +99,12 @@ def decode_manifest(data: bytes | bytearray, model_id: str) -> Manifest:
         raise BadManifest("a manifest without a name")
     if not isinstance(files, list) or len(files) > MAX_FILES:
         raise BadManifest(f"a manifest of more than {MAX_FILES} files")
-    return Manifest(name, tuple(_file(one) for one in files))
+    manifest = Manifest(name, tuple(_file(one) for one in files))
+    if len({one.name for one in manifest.files}) != len(files):
+        raise BadManifest("a manifest that names a file twice")
+    if manifest.encode() != data:
+        raise BadManifest("a manifest's bytes are not its shortest encoding, so its id is another")
+    return manifest
 
 
 def _file(tree: object) -> ManifestFile:

@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
-import random
 
 import msgpack
 import pytest
+from hostile import attack, fuzzed, like
+from hypothesis import given
+from soak import count
 
 from glasshive.dht import serializer
 from glasshive.dht.errors import BadDhtValue
@@ -67,7 +69,7 @@ def nested(levels: int) -> bytes:
     ("name", "data"),
     [
         ("nested too deep", nested(200)),
-        ("nested too deep", b"\x91" * 9 + b"\xc0"),
+        ("nested deeper than 8", b"\x91" * 9 + b"\xc0"),
         ("not msgpack", b"\x91" * 5000 + b"\xc0"),
         ("not msgpack", b""),
         ("not msgpack", b"\xc1"),
@@ -95,14 +97,36 @@ def test_anything_else_is_refused(name: str, data: bytes) -> None:
 
 
 def test_a_damaged_value_raises_only_our_error() -> None:
-    source = random.Random(11)
-    seeds = [entries(3), entries(200, size=500), nested(2), msgpack.packb({"a": [1, (2, 3)]})]
-    for _ in range(20_000):
-        data = bytearray(source.choice(seeds))
-        for _ in range(source.randrange(1, 4)):
-            data[source.randrange(min(len(data), 200))] = source.randrange(256)
-        with contextlib.suppress(BadDhtValue):
-            serializer.bounded_loads(bytes(data[: source.randrange(1, len(data) + 1)]))
+    inner = msgpack.ExtType(TUPLE, msgpack.packb(["x", b"y"]))
+    seeds = [[1, {"a": [2.5, None]}], ["t", msgpack.ExtType(TUPLE, msgpack.packb([1, inner]))]]
+    loads_dictionary(PAYLOAD)  # loads hivemind, which takes memory once
+    attack(serializer.bounded_loads, list(map(msgpack.packb, seeds)), BadDhtValue)
+
+
+def loads_dictionary(payload: bytes) -> None:
+    serializer.bounded_loads(msgpack.packb(msgpack.ExtType(DICTIONARY, payload)))
+
+
+PAYLOAD: bytes = msgpack.packb([None, 5.0, [["peer 0", bytes(8), 100.0], ["peer 1", b"x", 7]]])
+
+
+def test_a_damaged_dictionary_raises_only_our_error() -> None:
+    attack(loads_dictionary, [PAYLOAD], BadDhtValue)
+
+
+def test_a_damaged_dictionary_beyond_the_size_of_a_value_raises_only_our_error() -> None:
+    large = entries(40, size=2000)
+    assert len(large) > serializer.MAX_VALUE_BYTES
+    attack(serializer.bounded_loads, [large], BadDhtValue, trees=False, tries=count(2_000, 100_000))
+
+
+@fuzzed
+@given(like(msgpack.packb([1, ["x", b"y", 2.5], {"a": 1}])), like(PAYLOAD))
+def test_any_bytes_are_a_value_or_refused(value: bytes, payload: bytes) -> None:
+    with contextlib.suppress(BadDhtValue):
+        serializer.bounded_loads(value)
+    with contextlib.suppress(BadDhtValue):
+        loads_dictionary(payload)
 
 
 def test_install_may_be_called_twice() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from hostile import Link, at_once, attack, fuzzed, no_deadlines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,18 +242,28 @@ async def test_a_dead_transport_is_told_from_a_stream_that_ended() -> None:
         await stream.send([])
 
 
-@pytest.mark.asyncio
-async def test_damaged_bytes_raise_only_our_errors() -> None:
-    source = random.Random(2)
-    good = frame_bytes({"a": [1, "b", b"c"]}, b"body") + frame_bytes([1, [2, [3]]], b"x" * 50)
-    whole = 0
-    for _ in range(5000):
-        data = bytearray(good)
-        for _ in range(source.randrange(1, 4)):
-            data[source.randrange(len(data))] = source.randrange(256)
-        stream, _, _ = stream_of(bytes(data[: source.randrange(len(data) + 1)]), limits=SMALL)
-        with contextlib.suppress(SwarmError):
-            while True:
-                await stream.receive(1)
-                whole += 1
-    assert whole > 100
+GOOD = [
+    frame_bytes({"a": [1, "b", b"c"]}, b"body") + frame_bytes([1, [2, [3]]], b"x" * 50),
+    frame_bytes(["long"], b"y" * 900),
+]
+
+
+def received(data: bytes) -> None:
+    """Reads all that a stream gives on which `data` comes."""
+    link = Link(data)
+    stream = link.stream()
+    while link.has_more:
+        assert type(at_once(stream.receive(1)).body) is bytearray
+
+
+def test_damaged_bytes_raise_only_our_errors() -> None:
+    with no_deadlines():
+        taken = attack(received, GOOD, SwarmError, trees=False)
+    assert taken > 1000
+
+
+@fuzzed
+@given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from(GOOD)), max_size=4).map(b"".join))
+def test_any_bytes_are_frames_or_refused(data: bytes) -> None:
+    with no_deadlines(), contextlib.suppress(SwarmError):
+        received(data)

@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import random
 from typing import Any
 
 import msgpack
 import pytest
+from hostile import attack, fuzzed, like
+from hypothesis import given
+from soak import count
 
+from glasshive.dht import records
 from glasshive.dht.errors import RecordRefused
 from glasshive.dht.records import (
     MODELS_KEY,
@@ -21,7 +24,7 @@ from glasshive.dht.records import (
     keys_of,
     lookup_key,
 )
-from glasshive.security.envelope import seal
+from glasshive.security.envelope import Envelope, seal
 from glasshive.security.keys import Identity
 
 ALICE, EVE = Identity(b"a" * 32), Identity(b"e" * 32)
@@ -202,13 +205,48 @@ def test_a_record_beyond_the_size_is_not_signed() -> None:
 def test_mutations_change_nothing_or_are_refused() -> None:
     record = record_of()
     good = record.sign(ALICE)
-    source = random.Random(4)
-    for _ in range(10_000):
-        data = bytearray(good)
-        for _ in range(source.randrange(1, 3)):
-            data[source.randrange(len(data))] = source.randrange(256)
-        with contextlib.suppress(RecordRefused):
-            assert PeerRecord.verify(bytes(data), NOW) == record
+
+    def verify_as_before(data: bytes) -> None:
+        assert PeerRecord.verify(data, NOW) == record
+
+    tries = count(20_000, 1_000_000)  # a real signature is checked in each
+    assert attack(verify_as_before, [good], RecordRefused, tries=tries) < tries / 50
+
+
+BODIES: list[bytes] = [
+    msgpack.packb(body_of(record_of())),
+    msgpack.packb(body_of(record_of(withdrawn=True, addresses=()))),
+]
+
+
+def verified_body(body: bytes) -> None:
+    """Takes the body of a record that was signed well, within `any_body`."""
+    record = PeerRecord.verify(body, NOW)
+    assert len(record.addresses) <= 4
+    assert 0 <= record.start < record.end <= record.n_blocks <= 1024
+
+
+@pytest.fixture
+def any_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message is the body of an envelope by Alice, who signs whatever she likes."""
+
+    def opened(body: bytes, **_: object) -> Envelope:
+        return Envelope("peer-record", "public", ALICE.peer_id, None, b"", int(NOW * 1000), body)
+
+    monkeypatch.setattr(records, "open_envelope", opened)
+
+
+@pytest.mark.usefixtures("any_body")
+def test_a_body_of_a_liar_is_a_record_or_refused() -> None:
+    attack(verified_body, BODIES, RecordRefused)
+
+
+@pytest.mark.usefixtures("any_body")
+@fuzzed
+@given(like(*BODIES))
+def test_any_body_is_a_record_or_refused(body: bytes) -> None:
+    with contextlib.suppress(RecordRefused):
+        verified_body(body)
 
 
 def test_keys_are_the_models_the_model_and_each_block() -> None:
