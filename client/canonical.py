@@ -13,8 +13,10 @@ import torch
 
 from glasshive.client.errors import DataDependent, NotInTable, OutOfSight
 from glasshive.client.lowering import REFUSED, Build, Results, row, rule
-from glasshive.client.recipe import Bound
+from glasshive.client.recipe import Bound, Operand
 from glasshive.client.source_lines import here
+from glasshive.graph.codec import GraphLimits
+from glasshive.graph.graph import Ref
 
 _UNARY: Final = (
     "abs neg reciprocal relu frac sgn positive ceil floor trunc sign isnan isinf isfinite isposinf "
@@ -157,8 +159,6 @@ linalg_solve_triangular.default = linalg_solve_triangular(self, B, upper, left, 
 linalg_cholesky_ex.default                      = linalg_cholesky(self, upper)
 linalg_qr.default                               = linalg_qr(A, mode)
 linalg_pinv.atol_rtol_float                     = linalg_pinv(self, atol, rtol, hermitian)
-cat.default                                     = cat(tensors, dim)
-stack.default                                   = stack(tensors, dim)
 repeat.default                                  = repeat(self, repeats)
 flip.default                                    = flip(self, dims)
 roll.default                                    = roll(self, shifts, dims)
@@ -304,6 +304,37 @@ def _bucketize(build: Build, bound: Bound) -> Results:
     return build.cast(found, torch.int64, build.layout.dtype)
 
 
+# Joins -----------------------------------------------------------------------------------------
+
+
+@rule("cat.default")
+def _cat(build: Build, bound: Bound) -> Results:
+    parts: list[Operand | Ref] = list(bound["tensors"])
+    if len(parts) > _LIST_ITEMS:
+        # Cast first: a list in pieces could reach the common dtype by another way.
+        want = build.layout.dtype
+        parts = [build.cast(part.ref, part.layout.dtype, want) for part in bound["tensors"]]
+    return _joined(build, "cat", parts, bound["dim"])
+
+
+@rule("stack.default")
+def _stack(build: Build, bound: Bound) -> Results:
+    parts: list[Operand | Ref] = list(bound["tensors"])
+    return _joined(build, "stack", parts, bound["dim"])
+
+
+def _joined(build: Build, op: str, parts: list[Operand | Ref], dim: int) -> Ref:
+    """`parts` joined by `op`; more than a list of a graph may hold are joined piece by piece."""
+    while len(parts) > _LIST_ITEMS:
+        pieces = [parts[at : at + _LIST_ITEMS] for at in range(0, len(parts), _LIST_ITEMS)]
+        parts = [build.op(op, piece, dim) for piece in pieces]
+        op = "cat"
+    return build.op(op, parts, dim)
+
+
+_LIST_ITEMS: Final = GraphLimits().list_items
+
+
 # Matrices --------------------------------------------------------------------------------------
 
 
@@ -317,13 +348,23 @@ def _vdot(build: Build, bound: Bound) -> Results:
 @rule("_cdist_forward.default")
 def _cdist(build: Build, bound: Bound) -> Results:
     if bound["compute_mode"]:
-        raise NotInTable("cdist with compute_mode= cannot be traced; leave it out", line=here())
+        raise _no_compute_mode()
     return build.op("cdist", bound["x1"], bound["x2"], bound["p"])
 
 
 @rule("_euclidean_dist.default")
 def _euclidean_dist(build: Build, bound: Bound) -> Results:
+    # What cdist does by itself for many rows; for few it was asked for, and rounds differently.
+    if max(bound["x1"].layout.shape[-2], bound["x2"].layout.shape[-2]) <= _CDIST_ROWS:
+        raise _no_compute_mode()
     return build.op("cdist", bound["x1"], bound["x2"], 2.0)
+
+
+_CDIST_ROWS: Final = 25
+
+
+def _no_compute_mode() -> NotInTable:
+    return NotInTable("cdist with compute_mode= cannot be traced; leave it out", line=here())
 
 
 @rule("_linalg_check_errors.default")
@@ -333,14 +374,16 @@ def _check_errors(build: Build, bound: Bound) -> Results:
 
 @rule("_linalg_eigh.default")
 def _eigh(build: Build, bound: Bound) -> Results:
-    return build.outputs("linalg_eigh", bound["A"], bound["UPLO"])
+    if bound["compute_v"]:
+        return build.outputs("linalg_eigh", bound["A"], bound["UPLO"])
+    return [build.op("linalg_eigvalsh", bound["A"], bound["UPLO"]), None]
 
 
 @rule("_linalg_svd.default")
 def _svd(build: Build, bound: Bound) -> Results:
     if bound["compute_uv"]:
         return build.outputs("linalg_svd", bound["A"], bound["full_matrices"])
-    return [None, build.outputs("linalg_svd", bound["A"], False)[1], None]
+    return [None, build.op("linalg_svdvals", bound["A"]), None]
 
 
 # Layers ----------------------------------------------------------------------------------------
@@ -379,12 +422,20 @@ def _refuse(kind: type, packets: str, text: str) -> None:
         REFUSED[packet] = (kind, text)
 
 
-NUMBER_TEXT: Final = (
-    "Python needs the number in a traced value (item, bool, int, an index), which exists only when "
-    "the model runs; use torch.where for a choice, gather or index_select for an index, or save "
-    "the value and go on in a second trace"
+def number_text(use: str) -> str:
+    """Why Python cannot have a number of a traced value here, and what to do; `use` is who asks."""
+    return (
+        f"{use} needs a number that exists only when the model runs; call .save() on the value and "
+        "use it after the block or in a second trace, or stay with tensors: torch.where for a "
+        "choice, gather or index_select for an index"
+    )
+
+
+_refuse(
+    DataDependent,
+    "_local_scalar_dense item is_nonzero",
+    number_text("torch, for a size or an index,"),
 )
-_refuse(DataDependent, "_local_scalar_dense item is_nonzero", NUMBER_TEXT)
 _refuse(
     DataDependent,
     "equal allclose",
@@ -405,9 +456,8 @@ _refuse(
 )
 _refuse(
     OutOfSight,
-    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ detach_ rename_ _resize_output_",
-    "an in-place change of shape cannot be traced; use the form without the underscore, and sort "
-    "or kthvalue instead of torch.quantile, which makes one",
+    "rename_ _resize_output_",
+    "names of axes, and an out= of another shape, cannot be traced; leave them out",
 )
 _refuse(
     NotInTable,

@@ -19,7 +19,7 @@ import torch
 
 from glasshive.client.errors import OutOfSight
 from glasshive.client.source_lines import Mark, SourceLine, here, mark, resolve
-from glasshive.graph.graph import Arg, NodeId, Ref
+from glasshive.graph.graph import Arg, NodeId, Ref, Site
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.tensors import TensorSpec
 
@@ -112,8 +112,8 @@ class Cell:
     """A piece of memory with one newest value.
 
     `vid` is the node of the newest value, `version` counts the edits, `marks` say where each was
-    made. `on_mutate` runs before an edit and may raise; `after_mutate` runs after it with the new
-    value.
+    made. `site` is where it stands in the model, if it does. `on_mutate` runs before an edit and
+    may raise; `after_mutate` runs after it with the new value.
     """
 
     __slots__ = (
@@ -123,6 +123,7 @@ class Cell:
         "on_view",
         "recorder",
         "root",
+        "site",
         "version",
         "vid",
     )
@@ -138,6 +139,7 @@ class Cell:
         self.recorder = recorder
         self.vid = vid
         self.version = 0
+        self.site: Site | None = None
         self.marks: list[Mark] | None = None
         self.on_mutate = on_mutate
         self.after_mutate = after_mutate
@@ -190,6 +192,10 @@ class Alias:
         self._seen: NodeId | None = None  # the value of the cell for which `_node` was computed
         self._node: NodeId | None = None
         self._children: dict[View, Alias] | None = None
+
+    def __str__(self) -> str:
+        site = self.cell.site
+        return str(self.layout) if site is None else f"{self.layout} of {site}"
 
     def through(self, view: View) -> Alias:
         """The alias one view further. The same view gives the same alias."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 
@@ -104,8 +104,10 @@ class Build:
             return param.default
         converted = self._convert(param, value)
         if not param.accepts(converted):
+            hint = "; make a tensor of it, torch.tensor(1j)" if type(value) is complex else ""
             raise UnknownOp(
                 f"{spec.signature} got {value!r:.60} for {param.name}; {param.wanted} is wanted"
+                + hint
             )
         return converted
 
@@ -115,6 +117,12 @@ class Build:
             return value.ref
         if isinstance(value, Ref) or value is None:
             return value
+        if type(value) is complex:
+            # Only where torch itself takes the number for a tensor, and in the one complex dtype.
+            if self.metas and self.layout.dtype is torch.complex64 and param.kind == "operand":
+                parts = (self.op("full", (), part, torch.float32) for part in _parts(value))
+                return self.op("complex", *parts)
+            return value  # type: ignore[return-value]  # refused by the caller
         if kind == "value":  # a number where torch takes a tensor
             return self.op("full", (), value, _NUMBER_DTYPES[type(value)])
         if kind in ("values", "optional_values", "ints"):
@@ -130,6 +138,10 @@ class Build:
 
 
 _NUMBER_DTYPES: Final = {bool: torch.bool, int: torch.int64, float: torch.float32}
+
+
+def _parts(number: complex) -> tuple[float, float]:
+    return number.real, number.imag
 
 
 class _Missing:
@@ -280,8 +292,9 @@ def _lower(
 
     def enter(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            layout = layout_of(value)
-            operand = Operand(len(operands), layout, is_traced(value))
+            layout, traced = layout_of(value), is_traced(value)
+            text = str(cast(Any, value)._alias if traced else layout)
+            operand = Operand(len(operands), layout, traced, text)
             operands.append(operand)
             metas.append(
                 torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device="meta")
@@ -308,6 +321,8 @@ def _lower(
             "random op carries a seed that is drawn from torch's default generator",
             line=here(),
         )
+    if torch.Tag.inplace_view in func.tags:
+        return _lower_reshape(func, bound, operands, meta)
     written = [arg.name for arg in func._schema.arguments if _is_written(arg)]
     for key in written:
         check_destination(bound[key])
@@ -320,6 +335,18 @@ def _lower(
         outs = _outs(build, lowering(build, bound))
         return _recipe(build, outs, (), _form(func))
     return _lower_edit(func, name, bound, written, operands, meta)
+
+
+def _lower_reshape(
+    func: Any, bound: Bound, operands: Sequence[Operand], meta: Callable[[Any], Any]
+) -> Recipe:
+    """`unsqueeze_` and its like: the view that the tensor itself becomes."""
+    twin = _twin(func, is_out=False)
+    if twin is None or _short(twin) not in RULES:
+        raise _unknown(_short(func))
+    build = Build(_short(twin), _run_meta(_short(twin), operands, twin, *_call(twin, bound), meta))
+    outs = _outs(build, RULES[_short(twin)](build, bound))
+    return replace(_recipe(build, outs, (), torch.Tensor), reshapes=True)
 
 
 def _lower_edit(
@@ -411,14 +438,22 @@ def _run_meta(
             line=here(),
         ) from None
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        shapes = ", ".join(str(operand.layout) for operand in operands)
-        reason = str(error).strip().split("\n", 1)[0]
-        raise Misfit(f"{name.partition('.')[0]}({shapes}): {reason}", line=here()) from None
+        shapes = ", ".join(map(str, operands))
+        raise Misfit(
+            f"{name.partition('.')[0]}({shapes}): {first_line(error)}; to compare shapes, "
+            "print(h.shape) in the trace",
+            line=here(),
+        ) from None
     if isinstance(result, torch.Tensor):
         return (result,)
     if isinstance(result, list | tuple):
         return tuple(result)
     return ()
+
+
+def first_line(error: Exception) -> str:
+    """What torch says, in one line without a full stop at its end."""
+    return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
 def _form(func: Any) -> type | None:

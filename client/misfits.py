@@ -54,7 +54,7 @@ def check_dtypes(name: str, bound: Bound) -> None:
     packet = packet.rstrip("_") if packet not in _ALIKE else packet
     same = [bound[key] for key in _ALIKE.get(packet, ()) if isinstance(bound[key], Operand)]
     if len({operand.layout.dtype for operand in same}) > 1:
-        shapes = " and ".join(str(operand.layout) for operand in same)
+        shapes = " and ".join(map(str, same))
         raise Misfit(
             f"{packet} takes tensors of one dtype, but got {shapes}; convert one with .to(h.dtype)",
             line=here(),
@@ -65,7 +65,7 @@ def check_dtypes(name: str, bound: Bound) -> None:
         if isinstance(index, Operand) and index.layout.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise Misfit(
-                f"{packet} takes an index of dtype {names}, but got {index.layout}; convert it "
+                f"{packet} takes an index of dtype {names}, but got {index}; convert it "
                 "with .long()",
                 line=here(),
             )

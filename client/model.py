@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from glasshive.client.constants import Constants
-from glasshive.client.experiment import Experiment, Provenance, TraceOptions
+from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.modules import Module
 from glasshive.client.prompts import Prompt, Tokens, tokenize
-from glasshive.client.tracer import Tracer
+from glasshive.client.provenance import Provenance
+from glasshive.client.tracer import Tracer, refuse_options
 from glasshive.graph.outline import Outline
 from glasshive.graph.twin import Calls
 from glasshive.security.keys import PeerId
@@ -82,14 +82,18 @@ class Model(Module):
         retries: int = 2,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
         progress: bool | None = None,
+        **others: object,
     ) -> Tracer:
         """Record the body of a `with` block, and run it on the swarm when the block ends.
 
         With a `prompt` the block is about this prompt; without one, `tracer.invoke(prompt)` blocks
         inside it each are about theirs. Invokes of equal length share forward passes of at most
         `pass_rows` rows; `batching="alone"` gives every invoke its own. `deadline` is in seconds;
-        `retries` is how often a trace that lost a peer is run again on another route.
+        `retries` is how often a trace that lost a peer is run again on another route. Raises
+        TraceError for any other option.
         """
+        if others:
+            refuse_options(others)
         options = TraceOptions(
             batching=batching,
             deadline_seconds=float(deadline),
@@ -116,12 +120,6 @@ class Model(Module):
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
         """What a finished experiment would take."""
         return self._runner.estimate(experiment, options)
-
-    def nearest(self, path: str, name: str) -> str:
-        """The names beside `name` under `path` that are most like it, for a message."""
-        known = [one for one in self.outline.modules if one.rpartition(".")[0] == path and one]
-        names = [one.rpartition(".")[2] for one in known]
-        return " or ".join(difflib.get_close_matches(name, names, n=2, cutoff=0.5))
 
     def __repr__(self) -> str:
         return f"{self.twin!r}\n{self._runner.describe()}"

@@ -7,24 +7,26 @@ tensors, and calling a module applies the model's own one to traced values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
 from glasshive.client.errors import NotInATrace, TraceError
 from glasshive.client.functional import Cell
-from glasshive.client.source_lines import here
+from glasshive.client.source_lines import at_line, here
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import NotASite, NotYet
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
-from glasshive.graph.outline import ModuleInfo
+from glasshive.graph.outline import Leaf, ModuleInfo
 from glasshive.graph.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
     from glasshive.client.tracer import Tracer
 
+_SITES = ("output", "input", "inputs")
 # What NNsight offers on a model and later releases bring.
 _LATER = ("generate", "session", "edit", "scan")
 
@@ -98,7 +100,7 @@ class Module:
         self._require(info, "input")
         positional: dict[int, Any] = {}
         named: dict[str, Any] = {}
-        for leaf in info.inputs:
+        for leaf in tracer.leaves(self.path, "input"):
             value = tracer.read(Site(self.path, "input", leaf.path))
             first = leaf.path[0]
             target: dict[Any, Any] = positional if isinstance(first, int) else named
@@ -118,7 +120,7 @@ class Module:
                 line=here(),
             )
         args, named = value
-        for leaf in info.inputs:
+        for leaf in tracer.leaves(self.path, "input"):
             given = args if isinstance(leaf.path[0], int) else named
             part = _part(given, leaf.path, f"{self.path}.inputs")
             tracer.assign(Site(self.path, "input", leaf.path), part)
@@ -163,22 +165,24 @@ class Module:
         if name in info.params:
             return self._parameter(name)
         if not self.path and name in _LATER:
-            raise NotYet(f"{_at()}model.{name}(...) is not in this release yet; docs/roadmap.md")
+            raise NotYet(
+                f"{at_line()}model.{name}(...) is not in this release yet; docs/roadmap.md"
+            )
         if name == "save":
             raise TraceError(
                 f"{self.path} is a module; save what it gives: .output.save()", line=here()
             )
-        near = self._model.nearest(self.path, name)
+        near = self._nearest(name)
         raise AttributeError(
-            f"{_at()}{self.path or 'the model'} ({info.kind}) has no module or parameter {name!r}"
+            f"{at_line()}{self._name} ({info.kind}) has no module or parameter {name!r}"
             + (f"; did you mean {near}?" if near else "; print(model) shows what there is")
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("output", "input", "inputs"):
+        if name not in _SITES:
             raise AttributeError(
-                f"{_at()}{self.path}.{name} cannot be assigned; .output, .input and .inputs can, "
-                "and weights are read-only"
+                f"{at_line()}{self.path}.{name} cannot be assigned; .output, .input and .inputs "
+                "can, and weights are read-only"
             )
         object.__setattr__(self, name, value)
 
@@ -188,13 +192,28 @@ class Module:
             return [Module(self._model, path) for path in children[index]]
         try:
             return Module(self._model, children[index])
+        except TypeError:
+            raise TypeError(
+                f"{at_line()}{self.path} is indexed by {index!r:.40}; a number from 0 to "
+                f"{len(children) - 1}, or a slice, is wanted"
+            ) from None
         except IndexError:
             raise IndexError(
-                f"{_at()}{self.path} has {len(children)} modules; index {index} is outside"
+                f"{at_line()}{self.path} has {len(children)} modules; index {index} is outside"
             ) from None
+
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        raise TraceError(
+            f"a module of {self._name} cannot be replaced; assign what it gives "
+            f"({self.path}[{index!r:.20}].output = ...), or have it not run with .skip(value)",
+            line=here(),
+        )
 
     def __len__(self) -> int:
         return len(self._children())
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Module]:
         return (Module(self._model, path) for path in self._children())
@@ -217,7 +236,43 @@ class Module:
     def __repr__(self) -> str:
         return f"{self.path or 'model'}: {self._twin_module()!r}"
 
+    # A module is no value -----------------------------------------------------------------------
+
+    def _no_value(self, *others: object) -> NoReturn:
+        raise TraceError(
+            f"{self._name} is a module, not a value, so it cannot be computed with; take what it "
+            "gives (.output) or gets (.input), or call it on a value",
+            line=here(),
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = _no_value
+    __rmatmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = _no_value
+    __rpow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _no_value
+    __float__ = __int__ = __and__ = __or__ = __xor__ = __invert__ = _no_value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Called by torch for a function that is given a module. Raises TraceError."""
+        given = [*args, *(kwargs or {}).values()]
+        flat = [one for arg in given for one in (arg if isinstance(arg, list | tuple) else [arg])]
+        next(one for one in flat if isinstance(one, Module))._no_value()
+
     # ----------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return self.path or "the model"
+
+    def _nearest(self, name: str) -> str:
+        """What may have been meant by a name that is not there: beside it, or elsewhere."""
+        known = self._model.outline.modules
+        inside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == self.path]
+        names = [*(one for one in inside if one), *self._info().params, *_SITES]
+        close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+        elsewhere = [f"model.{path}" for path in known if path.rpartition(".")[2] == name][:2]
+        return " or ".join(close or elsewhere)
 
     def _twin_module(self) -> nn.Module:
         module: nn.Module = self._model.twin.get_submodule(self.path)
@@ -230,7 +285,10 @@ class Module:
     def _children(self) -> list[str]:
         module = self._twin_module()
         if not isinstance(module, nn.ModuleList | nn.Sequential):
-            raise TypeError(f"{_at()}{self.path} ({self._info().kind}) is not a list of modules")
+            raise TypeError(
+                f"{at_line()}{self._name} ({self._info().kind}) is not a list of modules; for what "
+                "it gives write .output"
+            )
         return [f"{self.path}.{name}" for name, _ in module.named_children()]
 
     def _tracer(self) -> Tracer:
@@ -239,7 +297,7 @@ class Module:
         tracer = current_tracer()
         if tracer is None or tracer.model is not self._model:
             raise NotInATrace(
-                f"{_at()}{self.path or 'the model'} is used outside a trace; open one with "
+                f"{at_line()}{self._name} is used outside a trace; open one with "
                 "`with model.trace(prompt):`"
             )
         return tracer
@@ -262,34 +320,35 @@ class Module:
         try:
             self._model.outline.event(Site(info.path, io))
         except NotASite as error:
-            raise NotASite(f"{_at()}{error}") from None
+            raise NotASite(f"{at_line()}{error}") from None
+
+    def _leaves(self, io: IO) -> tuple[Leaf, ...]:
+        """The tensors at this site in the current invoke; at least one. Raises NotASite."""
+        self._require(self._info(), io)
+        leaves = self._tracer().leaves(self.path, io)
+        if not leaves:
+            raise NotASite(
+                f"{at_line()}{self.path}.{io} holds no tensor whose rows can be told apart"
+            )
+        return leaves
 
     def _first_input(self) -> Site:
-        info = self._info()
-        self._require(info, "input")
-        if not info.inputs:
-            raise NotASite(f"{_at()}{self.path}.input is no tensor whose rows can be told apart")
-        return Site(self.path, "input", info.inputs[0].path)
+        return Site(self.path, "input", self._leaves("input")[0].path)
 
     def _tree(self, io: IO) -> Any:
         tracer = self._tracer()
-        info = self._info()
-        self._require(info, io)
-        leaves = info.outputs if io == "output" else info.inputs
-        if not leaves:
-            raise NotASite(f"{_at()}{self.path}.{io} holds no tensor whose rows can be told apart")
+        leaves = self._leaves(io)
+        parts = self._info().output_parts
         tree: Any = None
         for leaf in leaves:
             tree = _nest(tree, leaf.path, tracer.read(Site(self.path, io, leaf.path)))
-        if io == "output" and info.output_parts:
-            return Parts(_as_tuple(tree.get(index)) for index in range(info.output_parts))
+        if io == "output" and parts:
+            return Parts(_as_tuple(tree.get(index)) for index in range(parts))
         return _as_tuple(tree)
 
     def _set_tree(self, io: IO, value: Any) -> None:
         tracer = self._tracer()
-        info = self._info()
-        self._require(info, io)
-        leaves = info.outputs if io == "output" else info.inputs
+        leaves = self._leaves(io)
         if len(leaves) == 1 and leaves[0].path == ():
             tracer.assign(Site(self.path, io, ()), value)
             return
@@ -349,8 +408,3 @@ def _dtype(tensor: Tensor) -> Any:
     from glasshive.graph.kernels import from_torch_dtype
 
     return from_torch_dtype(tensor.dtype)
-
-
-def _at() -> str:
-    line = here()
-    return f"{line}: " if line else ""

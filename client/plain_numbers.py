@@ -14,6 +14,7 @@ import torch
 
 from glasshive.client.errors import DataDependent, Misfit
 from glasshive.client.source_lines import here
+from glasshive.client.values_only import without_vectors
 
 Args: TypeAlias = "Sequence[Any]"
 Kwargs: TypeAlias = "Mapping[str, Any]"
@@ -128,6 +129,8 @@ NORMALISE: Final[Mapping[Any, Callable[[Any, Args, Kwargs, IsTraced], Call]]] = 
     _aten.masked_fill.Tensor: _masked_fill_with,
     _aten.masked_fill_.Tensor: _masked_fill_with,
     _aten.linalg_pinv.atol_rtol_tensor: _tolerances,
+    _aten._linalg_svd.default: without_vectors,
+    _aten._linalg_eigh.default: without_vectors,
     _aten.index.Tensor: _indices,
     _aten.index_put.default: _indices,
     _aten.index_put_.default: _indices,

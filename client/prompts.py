@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glasshive.client.errors import BadPrompt
+from glasshive.client.source_lines import at_line
 from glasshive.graph.order import InvokeShape
 
 Prompt: TypeAlias = (
@@ -57,25 +58,31 @@ def tokenize(
     `tokenizer` is a transformers tokenizer, needed for text only; None if the model has none.
     """
     rows, mask = _rows(prompt, tokenizer)
-    if not rows or any(not row for row in rows):
-        raise BadPrompt("an empty prompt; give at least one token")
+    empty = [index for index, row in enumerate(rows) if not row]
+    if empty and len(rows) > 1:
+        raise _bad(f"prompt {empty[0]} of {len(rows)} is empty; give each at least one token")
+    if empty or not rows:
+        raise _bad("an empty prompt; give at least one token")
     longest = max(map(len, rows))
     if max_tokens is not None and longest > max_tokens:
-        raise BadPrompt(
+        raise _bad(
             f"a prompt of {longest} tokens; the model takes at most {max_tokens}; shorten it"
         )
     for row in rows:
         for token in row:
             if not 0 <= token < vocabulary_tokens:
-                raise BadPrompt(f"token id {token} is not in the vocabulary of {vocabulary_tokens}")
+                raise _bad(
+                    f"token id {token} is not in the vocabulary of {vocabulary_tokens}; give ids "
+                    "of this model's own tokenizer"
+                )
     if mask is not None and list(map(len, mask)) != list(map(len, rows)):
-        raise BadPrompt(
+        raise _bad(
             f"an attention mask with rows of {list(map(len, mask))} for ids with rows of "
             f"{list(map(len, rows))}; one number for each token is wanted"
         )
     if len(set(map(len, rows))) > 1:
         if mask is not None and not all(all(row) for row in mask):
-            raise BadPrompt("rows of unequal length whose mask leaves some tokens out; pad the ids")
+            raise _bad("rows of unequal length whose mask leaves some tokens out; pad the ids")
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         pad = _pad_id(tokenizer)
         rows = [[pad] * (longest - len(row)) + row for row in rows]
@@ -86,9 +93,9 @@ def tokenize(
     if bool((masks == 1).all()):
         return Tokens(ids, None)
     if not bool(((masks == 0) | (masks == 1)).all()) or bool((masks.diff(dim=-1) < 0).any()):
-        raise BadPrompt("an attention mask that is not left padding (zeros, then ones in each row)")
+        raise _bad("an attention mask that is not left padding (zeros, then ones in each row)")
     if bool((masks.sum(-1) == 0).any()):
-        raise BadPrompt("an attention mask with a row of padding only")
+        raise _bad("an attention mask with a row of padding only")
     return Tokens(ids, masks)
 
 
@@ -96,10 +103,10 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
     if isinstance(prompt, Mapping):
         if "input_ids" not in prompt:
             names = ", ".join(map(str, prompt)) or "nothing"
-            raise BadPrompt(f"a mapping with {names}; what a tokenizer returns has input_ids")
+            raise _bad(f"a mapping with {names}; what a tokenizer returns has input_ids")
         for name, value in prompt.items():
             if name not in ("input_ids", "attention_mask") and not _is_trivial(name, value):
-                raise BadPrompt(
+                raise _bad(
                     f"a mapping with {str(name)[:40]!r}, which peers do not take; give input_ids "
                     "and attention_mask alone"
                 )
@@ -108,16 +115,35 @@ def _rows(prompt: Any, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]
     if isinstance(prompt, str):
         return [_encode(prompt, tokenizer)], None
     prompt = _as_lists(prompt)
-    if isinstance(prompt, Sequence) and prompt:
+    if isinstance(prompt, Sequence) and not len(prompt):
+        return [], None
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         if all(isinstance(one, str) for one in prompt):
             return [_encode(one, tokenizer) for one in prompt], None
         matrix = _matrix(prompt)
         if matrix is not None:
             return matrix, None
-    raise BadPrompt(
-        f"a prompt of type {type(prompt).__name__}; give text, a list of texts, token ids (one "
+    raise _bad(
+        f"a prompt {_kind(prompt)}; give text, a list of texts, token ids (one "
         "list or a list of lists), a tensor of ids, or what a tokenizer returns"
     )
+
+
+def _bad(message: str) -> BadPrompt:
+    return BadPrompt(f"{at_line()}{message}")
+
+
+def _kind(prompt: Any) -> str:
+    """What was given in place of a prompt, in words."""
+    of = f"of type {type(prompt).__name__}"
+    if not isinstance(prompt, list | tuple):
+        return of
+    kinds = dict.fromkeys(type(one).__name__ for row in prompt for one in _items(row))
+    return f"{of} that holds {' and '.join(kinds)}"
+
+
+def _items(row: Any) -> Sequence[Any]:
+    return row if isinstance(row, list | tuple) else (row,)
 
 
 def _is_trivial(name: str, value: Any) -> bool:
@@ -137,7 +163,7 @@ def _mask(mask: Any) -> list[list[int]] | None:
         mask = [list(map(int, one)) if _is_bools(one) else one for one in mask]
     found = _matrix(mask) if isinstance(mask, list) else None
     if found is None:
-        raise BadPrompt(
+        raise _bad(
             f"an attention mask of type {type(mask).__name__} that holds no whole numbers; 1 for a "
             "token and 0 for padding are wanted"
         )
@@ -151,11 +177,9 @@ def _is_bools(row: Any) -> bool:
 def _as_lists(value: Any) -> Any:
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         if value.ndim not in (1, 2):
-            raise BadPrompt(
-                f"token ids of shape {list(value.shape)}; [seq] or [batch, seq] is wanted"
-            )
+            raise _bad(f"token ids of shape {list(value.shape)}; [seq] or [batch, seq] is wanted")
         if "int" not in str(value.dtype):
-            raise BadPrompt(f"token ids of type {value.dtype}; whole numbers are wanted")
+            raise _bad(f"token ids of type {value.dtype}; whole numbers are wanted")
         return value.tolist()
     return value
 
@@ -175,7 +199,7 @@ def _matrix(value: Any) -> list[list[int]] | None:
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
     if tokenizer is None:
-        raise BadPrompt("this model has no tokenizer here; give token ids")
+        raise _bad("this model has no tokenizer here; give token ids")
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 

@@ -15,11 +15,15 @@ Bound: TypeAlias = "dict[str, Any]"  # the call's arguments by name, with operan
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor argument of the call that is lowered."""
+    """A tensor argument of the call that is lowered. Its text is for messages."""
 
     index: int
     layout: Layout
     traced: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def ref(self) -> Ref:
@@ -78,7 +82,8 @@ class Recipe:
     """What a call of torch becomes.
 
     `needs` are the operands whose values the steps use. `writes` says which operands get which
-    values. `form` is how the results are handed back.
+    values. `form` is how the results are handed back. With `reshapes`, the first operand itself
+    becomes the one result.
     """
 
     needs: tuple[int, ...]
@@ -87,3 +92,4 @@ class Recipe:
     outs: tuple[Out, ...]
     form: type | None
     is_copy: bool = False
+    reshapes: bool = False

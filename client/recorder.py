@@ -18,6 +18,7 @@ from glasshive.client.constants import Constants
 from glasshive.client.errors import AmbientState, NotInTable, TraceError
 from glasshive.client.functional import Cell, CellHook, EditHook, intern_layout
 from glasshive.client.source_lines import Mark, SourceLine, here, mark, resolve
+from glasshive.client.torch_calls import TorchCalls
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import BadTensor
 from glasshive.graph.graph import Arg, Const, Node, NodeId, Op, Ref, refs
@@ -209,7 +210,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
     token = _active.set(recorder)
     recorder.is_open = True
     try:
-        with _fast_path.off(), torch.inference_mode(False), torch.no_grad():
+        with _fast_path.off(), torch.inference_mode(False), torch.no_grad(), TorchCalls():
             yield recorder
     finally:
         recorder.is_open = False

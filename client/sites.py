@@ -22,7 +22,7 @@ from torch import Tensor
 from glasshive.client.constants import Constants
 from glasshive.client.functional import Alias, Cell, View
 from glasshive.client.recorder import Recorder
-from glasshive.client.source_lines import Mark, here, mark, resolve
+from glasshive.client.source_lines import Mark, at_line, here, mark, resolve
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import (
     GraphError,
@@ -33,10 +33,10 @@ from glasshive.graph.errors import (
     RowTaken,
     ShapeMismatch,
 )
-from glasshive.graph.graph import NodeId, Read, Ref, Site, Skip, Write
+from glasshive.graph.graph import IO, NodeId, Read, Ref, Site, Skip, Write
 from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
 from glasshive.graph.order import InvokeShape, merge_reads
-from glasshive.graph.outline import Outline
+from glasshive.graph.outline import Leaf, Outline
 from glasshive.graph.tensors import TensorSpec
 
 
@@ -107,24 +107,31 @@ class Sites:
         Raises NotASite for a module that gives more than one tensor or that holds blocks, and what
         `assign` raises.
         """
-        info = self.outline.module(module)
         self.outline.event(Site(module, "output"))
-        if len(info.outputs) != 1 or self.outline.holds_blocks(module):
+        outputs = self.leaves(module, "output", invoke)
+        if len(outputs) != 1 or self.outline.holds_blocks(module):
             raise NotASite(
-                f"{_line()}{module} cannot be skipped: it gives {len(info.outputs)} tensors, or "
+                f"{at_line()}{module} cannot be skipped: it gives {len(outputs)} tensors, or "
                 "holds the blocks themselves; skip a block, or a module inside one"
             )
         for other in self._seen.values():
             if other.invoke == invoke and other.site.module.startswith(f"{module}."):
                 raise NotASite(
-                    f"{_line()}{module} is skipped, but {other.site} inside it is used above, and "
-                    "never runs now; use it in another invoke"
+                    f"{at_line()}{module} is skipped, but {other.site} inside it is used above, "
+                    "and never runs now; use it in another invoke"
                 )
-        seen = self._find(Site(module, "output", info.outputs[0].path), invoke)
+        seen = self._find(Site(module, "output", outputs[0].path), invoke)
         traced = self._give(seen, self.outline.event(Site(module, "input")), value)
         seen.current = traced
         seen.skipped = (traced, mark())
         self._skipped.setdefault(invoke, []).append(module)
+
+    def leaves(self, module: str, io: IO, invoke: int) -> tuple[Leaf, ...]:
+        """The tensors that a module takes or gives in an invoke. Raises UnknownModule."""
+        return self.outline.module(module).leaves(io, self.invokes[invoke].padded)
+
+    def _leaf(self, site: Site, invoke: int) -> Leaf:
+        return self.outline.leaf(site, self.invokes[invoke].padded)
 
     def writes(self) -> list[tuple[Write | Skip, Mark, bool]]:
         """What the model is given, in the order of events.
@@ -168,7 +175,7 @@ class Sites:
         old = None if seen.current is None else seen.current._alias.cell
         if old is not None and old is not seen.memory and old is not traced._alias.cell:
             del self._standing[old]
-            old.on_mutate = old.after_mutate = None
+            old.site = old.on_mutate = old.after_mutate = None
         self._stand(traced._alias.cell, seen, event)
         return traced
 
@@ -178,6 +185,7 @@ class Sites:
         if before is not seen:
             self._keep(before, cell)
         self._standing[cell] = seen, event
+        cell.site = seen.site
         cell.on_mutate = self._before_edit
         cell.after_mutate = self._after_edit
 
@@ -197,9 +205,9 @@ class Sites:
     def _before_edit(self, cell: Cell) -> None:
         seen, _ = self._standing[cell]
         self._check_writable(seen)
-        if cell is seen.memory and self.outline.leaf(seen.site).beside:
+        if cell is seen.memory and self._leaf(seen.site, seen.invoke).beside:
             raise NotYet(
-                f"{_line()}{seen.site} is one tensor that every block receives beside the hidden "
+                f"{at_line()}{seen.site} is one tensor that every block receives beside the hidden "
                 "states, and each peer has its own, so one peer cannot edit it in place for all; "
                 "assign a changed copy, which is of this module alone"
             )
@@ -222,19 +230,19 @@ class Sites:
             for skipped in self._skipped.get(invoke, ()):
                 if site.module.startswith(f"{skipped}."):
                     raise NotASite(
-                        f"{_line()}{site} is inside {skipped}, which this invoke skips, so it "
+                        f"{at_line()}{site} is inside {skipped}, which this invoke skips, so it "
                         "never runs; read it in another invoke"
                     )
-            leaf = self.outline.leaf(site)
+            leaf = self._leaf(site, invoke)
             shape = self.invokes[invoke]
             spec = TensorSpec(leaf.dtype, leaf.shape(shape.batch, shape.seq))
             seen = self._seen[key] = _Seen(site, invoke, event, spec)
         return seen
 
     def _check_writable(self, seen: _Seen) -> None:
-        if self.outline.modules[seen.site.module].bypasses:
+        if self._leaf(seen.site, seen.invoke).bypasses:
             raise NotYet(
-                f"{_line()}{seen.site} reaches every block beside the hidden states (each peer "
+                f"{at_line()}{seen.site} reaches every block beside the hidden states (each peer "
                 "computes it for itself), so one peer cannot edit it for all; edit what the blocks "
                 "make of it instead"
             )
@@ -244,7 +252,7 @@ class Sites:
             if later > event:
                 read_at = f" at {line}" if (line := resolve(where)) else ""
                 raise LateEdit(
-                    f"{_line()}late edit: {seen.site} runs before {site}, which was read already"
+                    f"{at_line()}late edit: {seen.site} runs before {site}, which was read already"
                     f"{read_at} and depends on it; move this edit above "
                     "that read, or read it in a second invoke"
                 )
@@ -254,8 +262,9 @@ class Sites:
         latest = behind.get(seen.invoke, -1)
         if latest > event:
             raise ImpossibleOrder(
-                f"{_line()}impossible edit: {seen.site} runs before {self._site_at(latest)}, which "
-                "the new value depends on; take that value in one invoke and write it in another"
+                f"{at_line()}impossible edit: {seen.site} runs before {self._site_at(latest)}, "
+                "which the new value depends on; take that value in one invoke and write it in "
+                "another"
             )
         self._edits.setdefault(seen.invoke, []).append((event, behind))
 
@@ -273,7 +282,7 @@ class Sites:
             return self.recorder.traced(full, seen.spec)
         if not isinstance(value, Tensor):
             raise ShapeMismatch(
-                f"{_line()}a {type(value).__name__} is assigned to {seen.site}; a tensor of "
+                f"{at_line()}a {type(value).__name__} is assigned to {seen.site}; a tensor of "
                 f"{seen.spec} is wanted"
             )
         got = TensorSpec(from_torch_dtype(value.dtype), tuple(value.shape))
@@ -284,7 +293,8 @@ class Sites:
                 else ""
             )
             raise ShapeMismatch(
-                f"{_line()}a tensor of {got} is assigned to {seen.site}, which is {seen.spec}{hint}"
+                f"{at_line()}a tensor of {got} is assigned to {seen.site}, which is "
+                f"{seen.spec}{hint}"
             )
         if isinstance(value, TracedTensor):
             self.recorder.check_own(value)
@@ -301,8 +311,3 @@ def _same_view(alias: Alias, cell: Cell) -> Alias:
 
 def _merge(inputs: Sequence[Mapping[int, int]]) -> dict[int, int]:
     return merge_reads(inputs)
-
-
-def _line() -> str:
-    line = here()
-    return f"{line}: " if line else ""

@@ -10,7 +10,7 @@ import os
 import sys
 import sysconfig
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Final, TypeAlias
 
 import torch
@@ -61,6 +61,14 @@ def _rank(file: str) -> int:
     return rank
 
 
+def _is_generated(frame: FrameType) -> bool:
+    """Whether it is a method that `dataclass` wrote for glasshive, in a file of no name."""
+    if not frame.f_code.co_filename.startswith("<"):
+        return False
+    module = frame.f_globals.get("__name__")
+    return isinstance(module, str) and module.partition(".")[0] == __name__.partition(".")[0]
+
+
 def mark() -> Mark:
     """The innermost place on the stack that is the user's own code.
 
@@ -74,7 +82,7 @@ def mark() -> Mark:
         rank = _RANK.get(code.co_filename)
         if rank is None:
             rank = _rank(code.co_filename)
-        if rank == 0:
+        if rank == 0 and not _is_generated(frame):
             return code, frame.f_lasti
         if rank == 1 and second is None and "torch" not in code.co_filename:
             second = code, frame.f_lasti
@@ -100,3 +108,9 @@ def resolve(place: Mark) -> SourceLine | None:
 def here() -> SourceLine | None:
     """The line of the user's own code that is running now."""
     return resolve(mark())
+
+
+def at_line() -> str:
+    """How an error begins that blames the line running now: `experiment.py:85: `, or nothing."""
+    line = here()
+    return f"{line}: " if line is not None else ""

@@ -12,12 +12,13 @@ not saved, and any use says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 import glasshive.client.canonical_shapes  # noqa: F401  (its import registers the rules)
-from glasshive.client.canonical import NUMBER_TEXT
+from glasshive.client.canonical import number_text
 from glasshive.client.errors import (
     AmbientState,
     DataDependent,
@@ -30,7 +31,7 @@ from glasshive.client.functional import Alias, Cell, DeadCell, Layout, layout_of
 from glasshive.client.lowering import lower
 from glasshive.client.plain_numbers import NORMALISE
 from glasshive.client.recipe import Fresh, Given, Out, Recipe, Shared
-from glasshive.client.source_lines import here
+from glasshive.client.source_lines import at_line, here
 from glasshive.graph.errors import NotYet
 from glasshive.graph.graph import Arg, NodeId, Ref
 
@@ -39,6 +40,15 @@ if TYPE_CHECKING:
 
 _RECIPES_MAX: Final = 16_384
 _recipes: dict[tuple[Any, ...], Recipe] = {}
+
+
+def _needs_number(use: str) -> Any:
+    """A method that refuses, because `use` would need a number."""
+
+    def refuse(self: TracedTensor, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(self, DataDependent, number_text(use))
+
+    return refuse
 
 
 class TracedTensor(torch.Tensor):
@@ -78,7 +88,7 @@ class TracedTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         if not spec:
             return repr(self)
-        _refuse(self, DataDependent, NUMBER_TEXT)
+        _refuse(self, DataDependent, number_text(f"the format {spec!r:.20}"))
 
     # Devices do not exist in a trace ------------------------------------------------------------
 
@@ -139,11 +149,14 @@ class TracedTensor(torch.Tensor):
 
     # Numbers, which do not exist yet ------------------------------------------------------------
 
-    def _no_number(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(self, DataDependent, NUMBER_TEXT)
-
-    item = __bool__ = __int__ = __float__ = __index__ = __complex__ = _no_number
-    tolist = __contains__ = _no_number
+    item = _needs_number(".item()")
+    tolist = _needs_number(".tolist()")
+    __bool__ = _needs_number("`if`, `and`, `not` or bool()")
+    __int__ = _needs_number("int()")
+    __float__ = _needs_number("float()")
+    __complex__ = _needs_number("complex()")
+    __index__ = _needs_number("a Python index, a slice, a size or range()")
+    __contains__ = _needs_number("`in`")
 
     # Memory, which does not exist at all ----------------------------------------------------------
 
@@ -173,7 +186,7 @@ class TracedTensor(torch.Tensor):
     def _no_gradient(self, *args: Any, **kwargs: Any) -> NoReturn:
         _open_recorder(self)
         raise NotYet(
-            f"{_line_prefix()}gradients through a traced model are not in this release; save the "
+            f"{at_line()}gradients through a traced model are not in this release; save the "
             "activations and differentiate what comes after them outside the block"
         )
 
@@ -221,11 +234,6 @@ _TYPE_NAMES: Final = {
 }
 
 
-def _line_prefix() -> str:
-    line = here()
-    return f"{line}: " if line is not None else ""
-
-
 def _open_recorder(tensor: TracedTensor) -> Recorder:
     recorder = tensor._alias.cell.recorder
     if not recorder.is_open:
@@ -244,13 +252,13 @@ def not_saved_text(tensor: TracedTensor) -> str:
     recorder = alias.cell.recorder
     if recorder.was_saved(tensor):
         return (
-            f"{_line_prefix()}the saved value {alias.layout} has no value, because its trace has "
+            f"{at_line()}the saved value {alias.layout} has no value, because its trace has "
             "not brought results back"
         )
     made = None if isinstance(alias.cell, DeadCell) else recorder.line_of(alias.cell.vid)
     where = f", made at {made}," if made is not None else ""
     return (
-        f"{_line_prefix()}the value {alias.layout}{where} was not saved, so it did not come back; "
+        f"{at_line()}the value {alias.layout}{where} was not saved, so it did not come back; "
         "call .save() on it inside the trace"
     )
 
@@ -300,6 +308,8 @@ def _record(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
         _recipes[cache_key] = recipe
     if recipe.writes:
         return _replay_edit(recorder, recipe, tensors)
+    if recipe.reshapes:
+        return _replay_reshape(recorder, recipe, func, args, kwargs or {})
     values = _replay(recorder, recipe, tensors) if recipe.steps or recipe.needs else ()
     form = recipe.form
     if form is torch.Tensor:
@@ -450,6 +460,24 @@ def _result(
         given: torch.Tensor = tensors[out.operand]
         return given
     return TracedTensor.wrap(DeadCell(recorder, out.layout, out.reason).root)
+
+
+def _replay_reshape(
+    recorder: Recorder, recipe: Recipe, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """Give a traced tensor another shape in place. One that stands in the model keeps its own."""
+    tensor: TracedTensor = args[0]
+    if tensor._alias.cell.site is not None:
+        raise OutOfSight(
+            f"an in-place change of the shape of {tensor._alias}, which the model uses; use the "
+            f"form without the underscore, {func.name().removeprefix('aten::').rstrip('_')}(...)",
+            line=here(),
+        )
+    shown = _result(recorder, recipe.outs[0], (), (tensor,))
+    with no_dispatch():  # the shape that torch itself keeps of the tensor
+        func(*args, **kwargs)
+    tensor._alias = cast(TracedTensor, shown)._alias
+    return tensor
 
 
 def _replay_edit(recorder: Recorder, recipe: Recipe, tensors: Sequence[Any]) -> Any:

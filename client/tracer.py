@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
 from glasshive.client.errors import TraceError
-from glasshive.client.experiment import Experiment, Provenance, TraceOptions, finish
+from glasshive.client.experiment import Experiment, TraceOptions, finish
 from glasshive.client.prompts import Prompt, Tokens
+from glasshive.client.provenance import Provenance
 from glasshive.client.recorder import recording
 from glasshive.client.sites import Sites
 from glasshive.client.source_lines import here
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.graph import Site
+from glasshive.graph.graph import IO, Site
+from glasshive.graph.outline import Leaf
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
@@ -27,6 +30,34 @@ _current: ContextVar[Tracer | None] = ContextVar("glasshive_tracer", default=Non
 
 class _Stop(BaseException):
     """Ends the body of a trace. Not an `Exception`: no user code may catch it."""
+
+
+# What NNsight's `trace` takes besides, and why it is not needed here.
+_HABITS = {
+    "remote": "a trace always runs on the peers of the model's swarm (in this process for "
+    "glasshive.local)",
+    "backend": "a trace always runs on the peers of the model's swarm",
+    "scan": "shapes are always checked while the body is recorded",
+    "validate": "shapes are always checked while the body is recorded",
+    "trace": "the body is always recorded",
+    "max_new_tokens": "generation is not in this release yet",
+}
+
+
+def refuse_options(others: Mapping[str, object]) -> NoReturn:
+    """Raise TraceError for options that `Model.trace` does not have."""
+    name = next(iter(others))
+    known = [option.name for option in fields(TraceOptions)]
+    names = ", ".join(_OPTION_NAMES.get(one, one) for one in known)
+    why = _HABITS.get(name)
+    raise TraceError(
+        f"trace({name}={others[name]!r:.40}) is no option here: "
+        + (f"{why}; leave it out" if why else f"there are {names}"),
+        line=here(),
+    )
+
+
+_OPTION_NAMES = {"deadline_seconds": "deadline", "show_progress": "progress"}
 
 
 def current_tracer() -> Tracer | None:
@@ -93,10 +124,7 @@ class Tracer:
 
         Values of one invoke may be used in another, in any order; `tracer.stop()` ends the body.
         """
-        if _current.get() is not self:
-            raise TraceError(
-                "tracer.invoke(...) outside its `with model.trace()` block", line=here()
-            )
+        self._require_open("tracer.invoke(...)")
         if self._prompt is not None:
             raise TraceError(
                 "tracer.invoke(...) in a trace that was given a prompt itself; write "
@@ -104,7 +132,11 @@ class Tracer:
                 line=here(),
             )
         if self._invoke is not None:
-            raise TraceError("an invoke inside another; close the first one before", line=here())
+            raise TraceError(
+                "an invoke inside another; end the `with` block of the first one before: its "
+                "values can be used in the next",
+                line=here(),
+            )
         self._invoke = self._add_invoke(prompt)
         try:
             yield self
@@ -113,6 +145,7 @@ class Tracer:
 
     def stop(self) -> None:
         """End the body here. What was recorded is run; the blocks after the last read are not."""
+        self._require_open("tracer.stop()")
         raise _Stop
 
     def _add_invoke(self, prompt: Prompt) -> int:
@@ -142,11 +175,25 @@ class Tracer:
         """What the trace as it stands would take, before anything is sent.
 
         A mapping: `route` (the peers), `hops`, `passes`, `rows`, `sent_bytes`, `hop_bytes`,
-        `saved_bytes`, `peak_bytes`, `flops`.
+        `saved_bytes`, `peak_bytes`, `flops`, and `compute_seconds`: the peers' time for the forward
+        passes at the speeds that they announce, without the network's.
         """
+        self._require_open("tracer.estimate()")
         return self.model.estimate(self._finish(), self.options)
 
+    def _require_open(self, call: str) -> None:
+        if _current.get() is not self:
+            raise TraceError(
+                f"{call} outside its `with model.trace(...)` block; call it inside", line=here()
+            )
+
     def _finish(self) -> Experiment:
+        if not self.tokens:
+            raise TraceError(
+                "a trace without a prompt; write `with model.trace(prompt):`, or "
+                "`with tracer.invoke(prompt):` inside the block",
+                line=here(),
+            )
         return finish(self.sites, self.tokens, self.model.calls, self.options)
 
     # For modules ------------------------------------------------------------------------------
@@ -154,6 +201,10 @@ class Tracer:
     def read(self, site: Site) -> TracedTensor:
         """What stands at a site of the current invoke."""
         return self.sites.read(site, self._here())
+
+    def leaves(self, module: str, io: IO) -> tuple[Leaf, ...]:
+        """The tensors that a module takes or gives in the current invoke."""
+        return self.sites.leaves(module, io, self._here())
 
     def assign(self, site: Site, value: object) -> None:
         """Put a value at a site of the current invoke."""

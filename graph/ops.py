@@ -9,7 +9,8 @@
 - An op with several outputs gives a group; `pick(group, index)` takes one tensor out of it, and
   nothing else may name the group.
 
-What an op computes is in kernels.py. A whitelist can narrow this table and never widen it.
+What an op computes is in kernels_*.py, under the same headings; kernels.py runs it. A whitelist can
+narrow this table and never widen it.
 """
 
 from __future__ import annotations
@@ -125,7 +126,11 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One op of the table. `outputs` > 1 means that its value is a group for `pick`."""
+    """One op of the table. `outputs` > 1 means that its value is a group for `pick`.
+
+    `guarded`: numbers in its tensors, such as a bad index, can end an accelerator's process, so
+    they are looked at before it runs there.
+    """
 
     name: str
     params: tuple[Parameter, ...]
@@ -133,6 +138,7 @@ class OpSpec:
     outputs: int = 1
     random: bool = False
     differentiable: bool = True
+    guarded: bool = False
     version: int = 1
 
     def complete(
@@ -248,6 +254,7 @@ def _op(
     outputs: int = 1,
     random: bool = False,
     differentiable: bool = True,
+    guarded: bool = False,
     version: int = 1,
 ) -> None:
     """Put ops of one signature into the table: `name:kind`, then `?` if optional, or `=default`.
@@ -258,7 +265,7 @@ def _op(
     for name in names.split():
         if name in _TABLE or cost not in _COSTS:
             raise ValueError(f"op {name!r} stands twice in the table, or has no cost rule")
-        _TABLE[name] = OpSpec(name, params, cost, outputs, random, differentiable, version)
+        _TABLE[name] = OpSpec(name, params, cost, outputs, random, differentiable, guarded, version)
 
 
 def _parameter(text: str) -> Parameter:
@@ -326,7 +333,7 @@ _op("arange", "start:scalar stop:scalar step:scalar dtype:dtype",
 _op("linspace", "start:scalar stop:scalar steps:int dtype:dtype",
     "elementwise", differentiable=False)
 _op("eye", "n:int m:int dtype:dtype", "elementwise", differentiable=False)
-_op("one_hot", "a:value classes:int", "move", differentiable=False)
+_op("one_hot", "a:value classes:int", "move", differentiable=False, guarded=True)
 
 # Random numbers ------------------------------------------------------------------------------
 
@@ -390,7 +397,7 @@ _op("addcmul addcdiv", "a:value b:value c:value scale:scalar=1", "elementwise")
 _op("clamp", "a:value low:operand? high:operand?", "elementwise")
 _op("where", "condition:value a:operand b:operand", "elementwise")
 _op("masked_fill", "a:value mask:value value:operand", "elementwise")
-_op("masked_scatter", "a:value mask:value src:value", "scan")
+_op("masked_scatter", "a:value mask:value src:value", "scan", guarded=True)
 _op("prelu", "a:value weight:value", "elementwise")
 
 # Reductions ----------------------------------------------------------------------------------
@@ -427,21 +434,22 @@ _op("renorm", "a:value p:scalar dim:int maxnorm:scalar", "normalise")
 
 # Picking and placing by index ----------------------------------------------------------------
 
-_op("index", "a:value indices:optional_values", "move")
-_op("index_put", "a:value indices:optional_values src:value accumulate:bool=False", "scan")
-_op("index_select", "a:value dim:int index:value", "move")
-_op("index_add", "a:value dim:int index:value src:value alpha:scalar=1", "scan")
-_op("index_copy", "a:value dim:int index:value src:value", "scan")
-_op("index_fill", "a:value dim:int index:value value:operand", "scan")
-_op("gather", "a:value dim:int index:value", "move")
-_op("scatter", "a:value dim:int index:value src:operand", "scan")
-_op("scatter_add", "a:value dim:int index:value src:value", "scan")
+_op("index", "a:value indices:optional_values", "move", guarded=True)
+_op("index_put", "a:value indices:optional_values src:value accumulate:bool=False", "scan",
+    guarded=True)
+_op("index_select", "a:value dim:int index:value", "move", guarded=True)
+_op("index_add", "a:value dim:int index:value src:value alpha:scalar=1", "scan", guarded=True)
+_op("index_copy", "a:value dim:int index:value src:value", "scan", guarded=True)
+_op("index_fill", "a:value dim:int index:value value:operand", "scan", guarded=True)
+_op("gather", "a:value dim:int index:value", "move", guarded=True)
+_op("scatter", "a:value dim:int index:value src:operand", "scan", guarded=True)
+_op("scatter_add", "a:value dim:int index:value src:value", "scan", guarded=True)
 _op("scatter_reduce",
     "a:value dim:int index:value src:value reduce:sum|prod|mean|amax|amin "
-    "include_self:bool=True", "scan")
-_op("take", "a:value index:value", "move")
-_op("put", "a:value index:value src:value accumulate:bool=False", "scan")
-_op("embedding", "weight:value indices:value", "move")
+    "include_self:bool=True", "scan", guarded=True)
+_op("take", "a:value index:value", "move", guarded=True)
+_op("put", "a:value index:value src:value accumulate:bool=False", "scan", guarded=True)
+_op("embedding", "weight:value indices:value", "move", guarded=True)
 _op("isin", "a:value test:operand invert:bool=False", "pairs", differentiable=False)
 _op("searchsorted", "sorted:value a:operand right:bool=False", "sort", differentiable=False)
 _op("bucketize", "a:operand boundaries:value right:bool=False", "sort", differentiable=False)
@@ -462,7 +470,9 @@ _op("linalg_cholesky", "a:value upper:bool=False", "cubic")
 _op("linalg_slogdet", "a:value", "cubic", outputs=2)
 _op("linalg_qr", "a:value mode:reduced|complete|r=reduced", "cubic", outputs=2)
 _op("linalg_eigh", "a:value uplo:L|U=L", "cubic", outputs=2)
+_op("linalg_eigvalsh", "a:value uplo:L|U=L", "cubic")
 _op("linalg_svd", "a:value full_matrices:bool=True", "cubic", outputs=3)
+_op("linalg_svdvals", "a:value", "cubic")
 
 # Layers --------------------------------------------------------------------------------------
 
@@ -485,9 +495,9 @@ _op("smooth_l1_loss", "a:value target:value reduction:none|mean|sum=mean beta:fl
     "normalise")
 _op("nll_loss",
     "a:value target:value weight:value? reduction:none|mean|sum=mean ignore_index:int=-100",
-    "normalise")
+    "normalise", guarded=True)
 _op("binary_cross_entropy", "a:value target:value weight:value? reduction:none|mean|sum=mean",
-    "normalise")
+    "normalise", guarded=True)
 _op("binary_cross_entropy_with_logits",
     "a:value target:value weight:value? pos_weight:value? reduction:none|mean|sum=mean",
     "normalise")

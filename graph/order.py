@@ -77,8 +77,8 @@ def event_of(node: Read | Write | Skip, outline: Outline) -> int:
 
 def spec_of_read(node: Read, outline: Outline, passes: Passes) -> TensorSpec:
     """What the rows of an invoke are at a site. Raises UnknownModule or NotASite."""
-    leaf = outline.leaf(node.site)
     one = passes.passes[passes.of(node.invoke)]
+    leaf = outline.leaf(node.site, one.padded)
     first, last = passes.rows(node.invoke)
     return TensorSpec(leaf.dtype, leaf.shape(last - first, one.seq))
 
@@ -154,7 +154,7 @@ def assign_passes(
     before = _needs(graph, outline)
     read = {node.invoke for node in graph.nodes.values() if isinstance(node, Read)}
     groups = [group for group in _mutual(len(invokes), before) if read.intersection(group)]
-    lone = set(range(len(invokes))) if alone else _lone(graph, outline)
+    lone = set(range(len(invokes))) if alone else _lone(graph, outline, invokes)
     for group in groups:
         _check_group(group, invokes, before, lone, alone)
     level_of: dict[int, int] = {}
@@ -215,12 +215,13 @@ def _needs(graph: Graph, outline: Outline) -> dict[int, dict[int, _Need]]:
     return before
 
 
-def _lone(graph: Graph, outline: Outline) -> set[int]:
-    """The invokes that edit a tensor without rows, such as the position embeddings."""
+def _lone(graph: Graph, outline: Outline, invokes: Sequence[InvokeShape]) -> set[int]:
+    """The invokes that edit a tensor without rows, such as GPT-2's position embeddings."""
     return {
         node.invoke
         for node in graph.nodes.values()
-        if isinstance(node, Write) and outline.leaf(node.site).batch_axis is None
+        if isinstance(node, Write)
+        and outline.leaf(node.site, invokes[node.invoke].padded).batch_axis is None
     }
 
 

@@ -3,6 +3,10 @@
 The model's forward pass is a total order of *events*. A module that is called exactly once has two:
 its input, just before it runs, and its output, just after. Events carry a *block*: -1 before
 block 0 (embeddings), the block's index inside it, `n_blocks` after the last (norm and head).
+
+A padded pass has the same modules in the same order, but other tensors: a mask where there was
+none, and position tables that have a row for each prompt instead of one for all. So a module's
+tensors are known for both kinds of pass.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Literal, TypeAlias
 
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import NotASite, UnknownModule
-from glasshive.graph.graph import LeafPath, Site
+from glasshive.graph.graph import IO, LeafPath, Site
 from glasshive.graph.tensors import TensorSpec
 
 Axis: TypeAlias = int | Literal["batch", "seq"]
@@ -25,12 +29,15 @@ class Leaf:
     """One tensor among a module's inputs or outputs, with the meaning of each of its axes.
 
     `beside`: it is, or shares memory with, what every block receives beside the hidden states.
+    `bypasses`: what is made of it reaches blocks other than through the hidden states, so that
+    every peer computes it for itself and none can edit it for all.
     """
 
     path: LeafPath
     dtype: DType
     axes: tuple[Axis, ...]
     beside: bool = False
+    bypasses: bool = False
 
     @property
     def batch_axis(self) -> int | None:
@@ -45,7 +52,10 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class ModuleInfo:
-    """What the outline knows of one module. Event numbers are None for a module that is no site."""
+    """What the outline knows of one module. Event numbers are None for a module that is no site.
+
+    `inputs` and `outputs` are its tensors in a pass without padding, the other two in a padded one.
+    """
 
     path: str
     kind: str
@@ -54,9 +64,16 @@ class ModuleInfo:
     output_event: int | None
     inputs: tuple[Leaf, ...]
     outputs: tuple[Leaf, ...]
+    padded_inputs: tuple[Leaf, ...]
+    padded_outputs: tuple[Leaf, ...]
     params: Mapping[str, tuple[DType, tuple[int, ...]]]
     output_parts: int = 0  # how long a tuple its output is; 0 for a tensor or a mapping
-    bypasses: bool = False  # its output reaches blocks other than through the hidden states
+
+    def leaves(self, io: IO, padded: bool) -> tuple[Leaf, ...]:
+        """The tensors that it takes or gives, in a padded pass or in one that is not."""
+        if padded:
+            return self.padded_inputs if io == "input" else self.padded_outputs
+        return self.inputs if io == "input" else self.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +113,24 @@ class Outline:
             )
         return event
 
-    def leaf(self, site: Site) -> Leaf:
-        """The tensor at `site`. Raises NotASite, naming the leaves that exist."""
+    def leaf(self, site: Site, padded: bool) -> Leaf:
+        """The tensor at `site`, in a padded pass or in one that is not.
+
+        Raises UnknownModule, or NotASite with the names of the tensors that are there.
+        """
         self.event(site)
         info = self.modules[site.module]
-        leaves = info.inputs if site.io == "input" else info.outputs
+        leaves = info.leaves(site.io, padded)
         for leaf in leaves:
             if leaf.path == site.leaf:
                 return leaf
+        where = "here"
+        if any(leaf.path == site.leaf for leaf in info.leaves(site.io, not padded)):
+            where = f"in a batch {'with' if padded else 'without'} padding"
         names = ", ".join(str(Site(site.module, site.io, leaf.path)) for leaf in leaves) or "none"
         raise NotASite(
-            f"{site} is not a tensor whose rows and tokens can be told apart; tensors here: {names}"
+            f"{site} is not a tensor whose rows and tokens can be told apart {where}; tensors "
+            f"{where}: {names}"
         )
 
     def param(self, module: str, name: str) -> TensorSpec:

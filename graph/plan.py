@@ -25,7 +25,7 @@ from glasshive.graph.graph import (
     refs,
 )
 from glasshive.graph.order import Passes, event_of
-from glasshive.graph.outline import Outline
+from glasshive.graph.outline import Leaf, Outline
 from glasshive.graph.tensors import TensorSpec
 
 HIDDEN: Final = NodeId(-1)
@@ -180,9 +180,22 @@ def _check_place(
                 f"pass {stage.pass_index}",
                 node=node_id,
             )
-        if isinstance(node, Write) and outline.modules[node.site.module].bypasses:
+        padded = passes.passes[passes.of(node.invoke)].padded
+        edited: tuple[Leaf, ...] = ()
+        if isinstance(node, Write):
+            edited = (outline.leaf(node.site, padded),)
+        elif isinstance(node, Skip):
+            edited = outline.module(node.module).leaves("output", padded)
+            if len(edited) != 1 or outline.holds_blocks(node.module):
+                raise BadGraph(
+                    f"{node.module} cannot be skipped: it gives {len(edited)} tensors, or holds "
+                    "the blocks",
+                    node=node_id,
+                )
+        if any(leaf.bypasses for leaf in edited):
             raise BadGraph(
-                f"{node.site} is computed by every peer for itself, so no part can edit it for all",
+                f"{node.module if isinstance(node, Skip) else node.site} is computed by every peer "
+                "for itself, so no part can edit it for all",
                 node=node_id,
             )
     elif isinstance(node, Call | Param):

@@ -1,20 +1,22 @@
 """A model's twin: the Hugging Face module tree on the meta device, and the outline read off it.
 
 The twin holds shapes and no weights. Client and peer each build their own from the configuration:
-the client records against it, the peer checks against it. Beside kernels.py this is the only file
+the client records against it, the peer checks against it. Beside the kernels this is the only file
 under graph/ that knows torch (docs/adr/0003).
 
 How the outline is found, for any architecture: the twin runs twice, at two pairs of (batch,
 sequence) sizes. Hooks number the events; a module that was called once is a pair of sites; an axis
 whose size followed the batch or the sequence is typed so, one that stayed is fixed, and a tensor
-with any other axis is not offered as a site.
+with any other axis is not offered as a site. Then it runs twice more with a padded batch, whose
+mask and position tables have other axes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -31,7 +33,7 @@ from glasshive.graph.errors import (
     UnknownModule,
     UnsupportedModel,
 )
-from glasshive.graph.graph import Call, LeafPath, Param, Read
+from glasshive.graph.graph import IO, Call, LeafPath, Param, Read
 from glasshive.graph.kernels import from_torch_dtype, infer, spec_of, to_torch_dtype
 from glasshive.graph.order import Passes, spec_of_read
 from glasshive.graph.outline import Axis, Leaf, ModuleInfo, Outline
@@ -39,6 +41,8 @@ from glasshive.graph.tensors import TensorSpec
 
 _SCANS = ((2, 7), (3, 11))
 _Tensors: TypeAlias = dict[LeafPath, torch.Tensor]
+# A module's output, or one of the inputs of a module that holds the blocks.
+_Source: TypeAlias = tuple[str, LeafPath | None]
 
 
 def build_twin(config: Any, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
@@ -83,12 +87,9 @@ def blocks_path(model: nn.Module, config: Any) -> tuple[str, int]:
 def scan(twin: nn.Module, config: Any) -> Outline:
     """The outline of `twin`. Raises UnsupportedModel if its forward pass needs real data."""
     path, n_blocks = blocks_path(twin, config)
-    first, second = (_Scan(twin, path, n_blocks).run(*sizes) for sizes in _SCANS)
-    if first.order != second.order:
-        raise UnsupportedModel(
-            f"{type(twin).__name__} runs its modules in an order that depends on the input's size"
-        )
-    bypasses = first.bypasses | second.bypasses
+    plain = _Scans(twin, path, n_blocks, padded=False)
+    padded = _padded_scans(twin, path, n_blocks, plain)
+    first = plain.first
     modules: dict[str, ModuleInfo] = {}
     for name, module in twin.named_modules():
         calls = first.calls.get(name, 0)
@@ -100,15 +101,16 @@ def scan(twin: nn.Module, config: Any) -> Outline:
             calls=calls,
             input_event=events[0] if once and events else None,
             output_event=events[1] if once and events else None,
-            inputs=first.leaves(name, first.inputs, second.inputs) if once else (),
-            outputs=first.leaves(name, first.outputs, second.outputs) if once else (),
+            inputs=plain.leaves(name, "input") if once else (),
+            outputs=plain.leaves(name, "output") if once else (),
+            padded_inputs=padded(name, "input") if once else (),
+            padded_outputs=padded(name, "output") if once else (),
             params={
                 key: (from_torch_dtype(tensor.dtype), tuple(tensor.shape))
                 for source in (module.named_parameters, module.named_buffers)
                 for key, tensor in source(recurse=False)
             },
             output_parts=first.parts.get(name, 0),
-            bypasses=name in bypasses,
         )
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -166,53 +168,62 @@ def with_leaf(tree: Any, path: LeafPath, value: torch.Tensor) -> Any:
 
 @dataclass
 class _Taint(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows which modules' outputs each tensor was computed from."""
+    """Follows which modules' outputs each tensor was computed from.
 
-    sources: dict[int, tuple[torch.Tensor, frozenset[str]]] = field(default_factory=dict)
+    In a `padded` run it also answers what transformers asks of the mask, which has no values here:
+    whether it is all ones. It is not.
+    """
+
+    padded: bool
+    sources: dict[int, tuple[torch.Tensor, frozenset[_Source]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def of(self, tensor: torch.Tensor) -> frozenset[str]:
+    def of(self, tensor: torch.Tensor) -> frozenset[_Source]:
         found = self.sources.get(id(tensor))
         return found[1] if found else frozenset()
 
-    def mark(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
+    def add(self, tensor: torch.Tensor, sources: frozenset[_Source]) -> None:
         # Keeping the tensor keeps its id from being used again; meta tensors weigh nothing.
-        self.sources[id(tensor)] = (tensor, names)
+        self.sources[id(tensor)] = (tensor, self.of(tensor) | sources)
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ):
+        if self.padded and func is torch.ops.aten._local_scalar_dense.default:
+            (asked,) = args
+            if asked.dtype is torch.bool:
+                return False
         result = func(*args, **(kwargs or {}))
-        names: frozenset[str] = frozenset()
+        sources: frozenset[_Source] = frozenset()
         for _, tensor in tensor_leaves((args, kwargs or {})):
-            names |= self.of(tensor)
-        if names:
+            sources |= self.of(tensor)
+        if sources:
             for _, tensor in tensor_leaves(result):
-                self.mark(tensor, self.of(tensor) | names)
+                self.add(tensor, sources)
         return result
 
 
 class _Scan:
     """One run of the twin: events, blocks, leaves, and what reaches blocks by a side way."""
 
-    def __init__(self, twin: nn.Module, path: str, n_blocks: int) -> None:
+    def __init__(self, twin: nn.Module, path: str, n_blocks: int, padded: bool) -> None:
         self.twin = twin
+        self.padded = padded
         self.prefix = path + "."
         self.n_blocks = n_blocks
         self.blocks: list[int | None] = []
         self.order: list[tuple[str, str]] = []
         self.calls: dict[str, int] = {}
         self.events: dict[str, tuple[int, int]] = {}
-        self.inputs: dict[str, _Tensors] = {}
-        self.outputs: dict[str, _Tensors] = {}
+        self.tensors: dict[tuple[str, IO], _Tensors] = {}
         self.parts: dict[str, int] = {}
-        self.bypasses: set[str] = set()
+        self.bypasses: set[_Source] = set()
         self._beside: dict[int, torch.Tensor] = {}  # by storage, which lives as long as its tensor
         self._open: dict[str, int] = {}
         self._block: int | None = -1
-        self._taint = _Taint()
+        self._taint = _Taint(padded)
 
     def run(self, batch: int, seq: int) -> _Scan:
         handles = []
@@ -221,11 +232,14 @@ class _Scan:
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
             )
             handles.append(module.register_forward_hook(self._after(name), with_kwargs=False))
-        ids = torch.zeros((batch, seq), dtype=torch.int64, device="meta")
+        names = ["input_ids"]
+        if self.padded:
+            names += [n for n in ("attention_mask", "position_ids") if n in _accepts(self.twin)]
+        given = {n: torch.zeros((batch, seq), dtype=torch.int64, device="meta") for n in names}
         try:
             with torch.no_grad(), self._taint, _no_warnings(), _no_padding(self.twin):
-                # With a cache in play transformers does not look into the values of the mask.
-                self.twin(input_ids=ids, use_cache=True)
+                # With a cache in play transformers does not look for packed sequences.
+                self.twin(**given, use_cache=True)
         except GlasshiveError:
             raise
         except Exception as error:
@@ -255,14 +269,18 @@ class _Scan:
                     self._beside[_storage(tensor)] = tensor
             self.calls[name] = self.calls.get(name, 0) + 1
             self._open[name] = self._event(name, "input")
-            self.inputs[name] = dict(input_leaves(args, kwargs))
+            taken = dict(input_leaves(args, kwargs))
+            self.tensors[name, "input"] = taken
+            if not name or self.prefix.startswith(f"{name}."):
+                for path, tensor in taken.items():
+                    self._taint.add(tensor, frozenset({(name, path)}))
 
         return hook
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.events[name] = (self._open[name], self._event(name, "output"))
-            self.outputs[name] = dict(tensor_leaves(output))
+            self.tensors[name, "output"] = dict(tensor_leaves(output))
             if type(output) is tuple:
                 self.parts[name] = len(output)
             index = self._block_index(name)
@@ -270,31 +288,79 @@ class _Scan:
                 self._block = None if index + 1 < self.n_blocks else self.n_blocks
             elif self._block == -1:
                 for _, tensor in tensor_leaves(output):
-                    self._taint.mark(tensor, self._taint.of(tensor) | {name})
+                    self._taint.add(tensor, frozenset({(name, None)}))
 
         return hook
 
-    def leaves(
-        self, name: str, ours: dict[str, _Tensors], other_sizes: dict[str, _Tensors]
-    ) -> tuple[Leaf, ...]:
-        """The leaves of one site whose axes can be typed, from two runs of different sizes."""
-        leaves = []
-        for path, tensor in ours[name].items():
-            other = other_sizes[name].get(path)
-            if other is None or other.dim() != tensor.dim():
-                continue
-            axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
-            beside = _storage(tensor) in self._beside
-            # Made of hidden states and without rows: it would show one invoke the others' rows.
-            mixes_rows = self.blocks[self.events[name][0]] != -1 and not beside
-            if axes is not None and ("batch" in axes or not mixes_rows):
-                leaves.append(Leaf(path, from_torch_dtype(tensor.dtype), axes, beside))
-        return tuple(leaves)
+    def is_beside(self, tensor: torch.Tensor) -> bool:
+        """Whether blocks receive this memory beside the hidden states."""
+        return _storage(tensor) in self._beside
 
     def _event(self, name: str, io: str) -> int:
         self.order.append((name, io))
         self.blocks.append(self._block)
         return len(self.blocks) - 1
+
+
+class _Scans:
+    """Two runs of the twin, of different sizes: what its modules take and give.
+
+    Raises UnsupportedModel if the order of the modules depends on the size.
+    """
+
+    def __init__(self, twin: nn.Module, path: str, n_blocks: int, *, padded: bool) -> None:
+        self.first, self.second = (
+            _Scan(twin, path, n_blocks, padded).run(*sizes) for sizes in _SCANS
+        )
+        if self.first.order != self.second.order:
+            raise UnsupportedModel(
+                f"{type(twin).__name__} runs its modules in an order that depends on the input's "
+                "size"
+            )
+
+    def leaves(self, name: str, io: IO) -> tuple[Leaf, ...]:
+        """The tensors of one site whose axes can be typed."""
+        first = self.first
+        bypasses = first.bypasses | self.second.bypasses
+        leaves = []
+        for path, tensor in first.tensors[name, io].items():
+            other = self.second.tensors[name, io].get(path)
+            if other is None or other.dim() != tensor.dim():
+                continue
+            axes = _typed_axes(tuple(tensor.shape), tuple(other.shape))
+            beside = first.is_beside(tensor)
+            # Made of hidden states and without rows: it would show one invoke the others' rows.
+            mixes_rows = first.blocks[first.events[name][0]] != -1 and not beside
+            if axes is not None and ("batch" in axes or not mixes_rows):
+                dtype = from_torch_dtype(tensor.dtype)
+                side_way = (name, None) in bypasses or (io == "input" and (name, path) in bypasses)
+                leaves.append(Leaf(path, dtype, axes, beside, side_way))
+        return tuple(leaves)
+
+
+def _padded_scans(
+    twin: nn.Module, path: str, n_blocks: int, plain: _Scans
+) -> Callable[[str, IO], tuple[Leaf, ...]]:
+    """What finds the tensors of a site in a padded batch.
+
+    Where the twin can't be run padded, these are the tensors that have rows without padding, too.
+    """
+    try:
+        if "attention_mask" not in _accepts(twin):
+            raise UnsupportedModel(f"{type(twin).__name__} takes no attention mask")
+        padded = _Scans(twin, path, n_blocks, padded=True)
+        if padded.first.order != plain.first.order:
+            raise UnsupportedModel(f"{type(twin).__name__} runs other modules for a padded batch")
+    except UnsupportedModel:
+        return lambda name, io: tuple(
+            leaf for leaf in plain.leaves(name, io) if leaf.batch_axis is not None
+        )
+    return padded.leaves
+
+
+def _accepts(twin: nn.Module) -> frozenset[str]:
+    """The names of the arguments that the model takes."""
+    return frozenset(inspect.signature(twin.forward).parameters)
 
 
 def _side_inputs(args: Any, kwargs: Any) -> Iterator[tuple[LeafPath, torch.Tensor]]:
@@ -429,7 +495,7 @@ def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings
             raise BadGraph(f"{node.module}(...) takes tensors only")
         spec = calls.spec(node.module, tensors)
         copies_bytes = sum(tensor.nbytes for tensor in tensors)
-        return spec, Cost(calls.flops(node.module, spec), spec.nbytes + copies_bytes)
+        return spec, Cost(calls.flops(node.module, spec), spec.nbytes + copies_bytes, is_dense=True)
 
     def param(node: Param) -> TensorSpec:
         return outline.param(node.module, node.name)

@@ -6,11 +6,13 @@
 - A read is a copy of the invoke's rows; a write touches those rows only. `set` gives
   the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
 - Weights are never written: an in-place edit of memory that belongs to the model is refused.
+- What the model may take for an index is looked at before an accelerator sees it.
 - Everything here runs on the one torch thread of a peer, and knows no network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +36,8 @@ from glasshive.graph.graph import (
     is_effect,
     refs,
 )
-from glasshive.graph.kernels import run_op
+from glasshive.graph.kernels import run_op, to_torch_dtype
+from glasshive.graph.kernels_checks import GuardedOps
 from glasshive.graph.ops import OPS
 from glasshive.graph.order import Passes, event_of
 from glasshive.graph.outline import Leaf, Outline
@@ -119,7 +122,7 @@ class Executor:
         self._outbox = outbox
         self._values = Interpreter(
             part.graph,
-            functools.partial(run_op, device=model.device),
+            functools.partial(run_op, device=model.device, guarded=model.guarded),
             extra_uses=(v for s in part.stages for v, _ in s.exports if v != HIDDEN),
         )
         self._users: dict[NodeId, set[NodeId]] = {node_id: set() for node_id in part.graph.nodes}
@@ -178,39 +181,57 @@ class Executor:
     def _forward(
         self, stage: Stage, buckets: dict[int, Bucket], inputs: PassInputs, hidden: Tensor | None
     ) -> None:
-        handles: list[_Removable] = []
-        for module, event, bucket, io in self._sites(stage, buckets):
-            if io == "input":
-                hook = self._input_hook(stage, event, bucket)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                after = self._output_hook(stage, event, bucket)
-                handles.append(module.register_forward_hook(after, prepend=True))
-        for index in range(self._model.start, self._model.end):
-            block = self._model.module.get_submodule(self._model.block_path(index))
-            handles.append(block.register_forward_pre_hook(self._check_cancelled))
-        handles += self._skip_modules(stage)  # last, so that they come before the others
-        try:
-            output = self._model.run(
-                input_ids=inputs.input_ids,
-                hidden=hidden,
-                attention_mask=inputs.attention_mask,
-                position_ids=inputs.position_ids,
-            )
-        except _FAILURES as error:
-            reason = str(error).split("\n", 1)[0]
-            raise GraphError(
-                f"the model's forward pass failed after what was written here: {reason:.200}",
-                node=self._last_write,
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+        is_edited = any(map(self._reaches_indices, stage.nodes))
+        with contextlib.ExitStack() as hooks:
+            for handle in self._hooks(stage, buckets):
+                hooks.callback(handle.remove)
+            try:
+                output = self._model.run(
+                    input_ids=inputs.input_ids,
+                    hidden=hidden,
+                    attention_mask=inputs.attention_mask,
+                    position_ids=inputs.position_ids,
+                    is_edited=is_edited,
+                )
+            except _FAILURES as error:
+                reason = str(error).split("\n", 1)[0]
+                written = "" if self._last_write is None else " after what was written here"
+                raise GraphError(
+                    f"the model's forward pass failed{written}: {reason:.200}",
+                    node=self._last_write,
+                ) from error
         for value, receiver in stage.exports:
             if value == HIDDEN:
                 if output is None:
                     raise NotASite("the forward ended before the hidden states left the span")
                 self._outbox.exported(stage, HIDDEN, receiver, output)
+
+    def _hooks(self, stage: Stage, buckets: dict[int, Bucket]) -> Iterator[_Removable]:
+        """What is put on the modules for this stage, each as soon as it is there."""
+        for module, event, bucket, io in self._sites(stage, buckets):
+            if io == "input":
+                hook = self._input_hook(stage, event, bucket)
+                yield module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                after = self._output_hook(stage, event, bucket)
+                yield module.register_forward_hook(after, prepend=True)
+        for index in range(self._model.start, self._model.end):
+            block = self._model.module.get_submodule(self._model.block_path(index))
+            yield block.register_forward_pre_hook(self._check_cancelled)
+        yield from self._skip_modules(stage)  # last, so that they come before the others
+
+    def _reaches_indices(self, node_id: NodeId) -> bool:
+        """Whether the model may take for an index what this node gives it, as an embedding does.
+
+        Before the blocks a module may even make positions of a mask of floats; later, only numbers
+        that are integers already.
+        """
+        node = self._part.graph.nodes[node_id]
+        if not isinstance(node, Write | Skip):
+            return False
+        if self._outline.block(event_of(node, self._outline)) < 0:
+            return True
+        return not to_torch_dtype(self._leaf(node).dtype).is_floating_point
 
     def _check_cancelled(self, module: nn.Module, args: Any) -> None:
         if self._cancelled:
@@ -225,7 +246,7 @@ class Executor:
                 skipped.setdefault(node.module, set()).add(node.invoke)
         one = self._passes.passes[max(stage.pass_index, 0)]
         for path, invokes in skipped.items():
-            leaf = self._outline.module(path).outputs[0]
+            (leaf,) = self._outline.module(path).leaves("output", one.padded)
             module = self._model.module.get_submodule(path)
             if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
                 give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
@@ -319,6 +340,7 @@ class Executor:
                     tree = self._write(node, tree, replaced)
                 elif isinstance(node, Skip):
                     value = self._values.take(node.value.node)
+                    self._check_fits(node, value)
                     self._skipped[node.module, node.invoke] = value
                 elif isinstance(node, Const):
                     self._values.put(node_id, self._consts[node.digest])
@@ -334,8 +356,23 @@ class Executor:
                 raise
         return tree
 
-    def _leaf(self, node: Read | Write) -> Leaf:
-        return self._outline.leaf(node.site)
+    def _leaf(self, node: Read | Write | Skip) -> Leaf:
+        one = self._passes.passes[self._passes.of(node.invoke)]
+        if isinstance(node, Skip):
+            (leaf,) = self._outline.module(node.module).leaves("output", one.padded)
+            return leaf
+        return self._outline.leaf(node.site, one.padded)
+
+    def _check_fits(self, node: Skip, value: Tensor) -> None:
+        """Raise ShapeMismatch unless `value` is what the skipped module would give."""
+        leaf = self._leaf(node)
+        first, last = self._passes.rows(node.invoke)
+        shape = leaf.shape(last - first, self._passes.passes[self._passes.of(node.invoke)].seq)
+        if (tuple(value.shape), value.dtype) != (shape, to_torch_dtype(leaf.dtype)):
+            raise ShapeMismatch(
+                f"a value of shape {list(value.shape)}, {value.dtype}, is given for "
+                f"{node.module}.output, which has shape {list(shape)} and {leaf.dtype.value}"
+            )
 
     def _path(self, node: Read | Write) -> tuple[int | str, ...]:
         path = node.site.leaf
@@ -345,17 +382,13 @@ class Executor:
 
     def _rows(self, node: Read | Write, whole: Tensor) -> Tensor:
         """The view of the invoke's rows in the tensor at a site."""
-        leaf = self._leaf(node)
         one = self._passes.passes[self._passes.of(node.invoke)]
+        leaf = self._leaf(node)
         expected = leaf.shape(one.batch, one.seq)
         if tuple(whole.shape) != expected:
-            hint = (
-                "in a padded batch every row has its own; use prompts of one length"
-                if one.padded
-                else "this model's rows cannot be told apart for this input"
-            )
             raise NotASite(
-                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; {hint}"
+                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; this "
+                "model's rows cannot be told apart for this input"
             )
         if leaf.batch_axis is None:
             if isinstance(node, Write) and len(one.invokes) > 1:
@@ -448,7 +481,8 @@ class Executor:
         args = [copy_in_order(arg) for arg in self._values.arguments(node.args)]
         self._calling = True
         try:
-            with self._model.paused():
+            guard = GuardedOps() if self._model.guarded else contextlib.nullcontext()
+            with self._model.paused(), guard:
                 result = module(*args)
         except _FAILURES as error:
             reason = str(error).split("\n", 1)[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from glasshive.graph.errors import UnsupportedModel
+from glasshive.graph.kernels_checks import GuardedOps, ends_process
 from glasshive.graph.twin import blocks_path
 from glasshive.peer.errors import BadSpan, ModelTypeRefused, WrongInput
 from glasshive.peer.span_cache import SpanCache
@@ -133,13 +134,13 @@ def check_span(start: int, end: int, n_blocks: int, name: str) -> None:
     """Raise `BadSpan` unless `[start, end)` is a span of a model of `n_blocks` blocks."""
     if end > n_blocks:
         raise BadSpan(
-            f"got the span {start}..{end}, but {name} has only {n_blocks} blocks; "
-            f"ask for a span within 0..{n_blocks}"
+            f"got the span {start}:{end}, but {name} has only {n_blocks} blocks; "
+            f"ask for a span within 0:{n_blocks}"
         )
     if not 0 <= start < end:
         raise BadSpan(
-            f"got the span {start}..{end}, which holds no block of {name}; "
-            f"ask for a start below its end, within 0..{n_blocks}"
+            f"got the span {start}:{end}, which holds no block of {name}; "
+            f"ask for a start below its end, within 0:{n_blocks}"
         )
 
 
@@ -162,6 +163,9 @@ class SpanModel:
     `owns`. Parameters never require a gradient and the model is in evaluation mode, but `run` does
     not switch autograd off: a gradient reaches the received hidden states if they require one.
 
+    `guarded` is whether indices must be looked at before torch sees them, because a bad one would
+    end the process: so it is on every device but the CPU, unless the argument says otherwise.
+
     Hooks of others, on `module.get_submodule(path)`:
     - a pre-hook on block `start` sees the received hidden states (the injection comes first);
     - a forward hook on block `end - 1` must be registered with `prepend=True`, so that it runs
@@ -178,6 +182,7 @@ class SpanModel:
         end: int,
         dtype: torch.dtype,
         device: torch.device,
+        guarded: bool | None = None,
     ) -> None:
         check_span(start, end, layout.n_blocks, type(module).__name__)
         self.module = module
@@ -189,6 +194,7 @@ class SpanModel:
         self.hidden_size: int = self.config.get_text_config().hidden_size
         self.dtype = dtype
         self.device = device
+        self.guarded = ends_process(device) if guarded is None else guarded
         self.is_first = start == 0
         self.is_last = end == layout.n_blocks
         self._layout = layout
@@ -200,6 +206,7 @@ class SpanModel:
         self._received: Tensor | None = None
         self._captured: Tensor | None = None
         self._running = False
+        self._longest_tokens = 0
         self._modules = dict(module.named_modules())
         if not self.is_first:
             self._modules[self.block_path(start)].register_forward_pre_hook(
@@ -233,26 +240,34 @@ class SpanModel:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: SpanCache | None = None,
+        is_edited: bool = False,
     ) -> Tensor | None:
         """Run the span once.
 
         `input_ids` (int64, `[batch, seq]`) on the first span, `hidden` (`[batch, seq, hidden]`) on
         the others. `attention_mask` is 2-D, `[batch, past + seq]`; `position_ids` is `[batch, seq]`
         and is dropped where the model takes none (it then counts from the mask). With neither, the
-        result equals the plain `model(input_ids)`.
+        result equals the plain `model(input_ids)`. `is_edited` says that a hook may change what the
+        model takes for indices; on a guarded span they are then looked at, wherever they are used.
 
         Returns the hidden states behind block `end - 1`, on the last span the logits
         (`[batch, seq, vocabulary]`), and `None` if a hook ended the forward by `StopForward`.
-        Raises `WrongInput`.
+        Raises `WrongInput`, and what the model raises: on a guarded span ValueError for an index
+        that is out of range.
         """
         if self._running:
             raise WrongInput("this span is running already; run one pass at a time")
         arguments, seq_tokens = self._arguments(
             input_ids, hidden, attention_mask, position_ids, cache
         )
+        # The model's own positions are good for every length up to one that has run.
+        tokens = seq_tokens + (0 if cache is None else cache.length_tokens)
+        looks = self.guarded and (is_edited or tokens > self._longest_tokens)
+        is_proof = not is_edited and attention_mask is None and position_ids is None
         self._received, self._captured, self._running = hidden, None, True
         try:
-            output = self.module(**arguments)
+            with GuardedOps() if looks else nullcontext():
+                output = self.module(**arguments)
             result: Tensor | None = output.logits
         except StopForward:
             result = self._captured
@@ -260,6 +275,8 @@ class SpanModel:
             self._received, self._captured, self._running = None, None, False
         if cache is not None:
             cache.advance(seq_tokens)
+        if is_proof and result is not None:
+            self._longest_tokens = max(self._longest_tokens, tokens)
         return result
 
     @contextmanager
@@ -308,7 +325,7 @@ class SpanModel:
         if self.is_first:
             if input_ids is None or hidden is not None or input_ids.dim() != 2:
                 raise WrongInput(
-                    f"the first span ({self.start}..{self.end}) takes input_ids of shape [batch, "
+                    f"the first span ({self.start}:{self.end}) takes input_ids of shape [batch, "
                     f"seq] and no hidden states, got {_shape(input_ids)} and {_shape(hidden)}"
                 )
             batch, seq_tokens = input_ids.shape
@@ -322,7 +339,7 @@ class SpanModel:
                 or not hidden.is_floating_point()
             ):
                 raise WrongInput(
-                    f"span {self.start}..{self.end} takes hidden states of shape "
+                    f"span {self.start}:{self.end} takes hidden states of shape "
                     f"[batch, seq, {self.hidden_size}] and no input_ids, got {_shape(hidden)} and "
                     f"{_shape(input_ids)}; send what the span before it returned"
                 )

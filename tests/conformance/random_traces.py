@@ -110,7 +110,7 @@ class RandomTrace:
         return found[0] if isinstance(found, tuple) else found
 
     def _read(self) -> None:
-        if self.random.random() < 0.1 and not self.shape.padded:
+        if self.random.random() < 0.1:
             module = self.model.model.layers[self.random.randrange(BLOCKS)].self_attn
             cosines, _ = module.inputs[1]["position_embeddings"]
             self.small.append(cosines.mean())

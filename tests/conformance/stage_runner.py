@@ -19,6 +19,7 @@ from torch import Tensor
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.model import Model
 from glasshive.client.saved import fill
+from glasshive.graph.budget import Pace
 from glasshive.graph.codec import DEFAULT_LIMITS
 from glasshive.graph.errors import NotYet
 from glasshive.graph.kernels import spec_of, tensor_from_bytes, tensor_to_bytes
@@ -32,9 +33,11 @@ from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.host import HostLimits
 from glasshive.peer.memory_order import memory_order, tensor_in_order
+from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
 
 Saves = dict[str, Tensor]
+FAST = HostPace(tokens_per_second=1e9, hidden_size=32, graph=Pace())
 
 
 @dataclass
@@ -73,7 +76,7 @@ class CuttingRunner:
         self.config = checkpoint.config
         self.twin = build_twin(self.config, torch.float32)
         self.outline = scan(self.twin, self.config)
-        self.admission = Admission(self.outline, self.twin, HostLimits().budget)
+        self.admission = Admission(self.outline, self.twin, HostLimits().budget, FAST)
         self._checkpoint = checkpoint
 
     def model(self) -> Model:

@@ -15,8 +15,9 @@ from tiny_models import HIDDEN, IDS
 from torch import nn
 
 from glasshive.client.experiment import Experiment
-from glasshive.graph.errors import BadGraph, GraphError, NotASite
-from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Write
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import BadGraph, GraphError, NotASite, ShapeMismatch
+from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Skip, Write
 from glasshive.graph.order import InvokeShape, Passes, assign_passes
 from glasshive.graph.plan import Span
 
@@ -145,3 +146,59 @@ def test_two_writes_of_one_kind(runner: CuttingRunner) -> None:
     first = dataclasses.replace(again, mode="inplace")
     with pytest.raises(BadGraph, match="written twice"):
         runner.run_over(experiment(runner, 1, *double(NORM, "set"), first), ())
+
+
+def skip_by(module: str, shape: tuple[int, ...], dtype: DType = DType.FLOAT32) -> list[Node]:
+    return [Op("full", (shape, 1, dtype)), Skip(module, 0, Ref(NodeId(0)))]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("model", "model cannot be skipped: it gives 1 tensors, or holds the blocks"),
+        ("model.rotary_emb", "model.rotary_emb cannot be skipped: it gives 2 tensors"),
+    ],
+)
+def test_a_skip_of_what_gives_no_single_tensor(
+    runner: CuttingRunner, module: str, text: str
+) -> None:
+    with pytest.raises(BadGraph, match=re.escape(text)) as caught:
+        runner.run_over(experiment(runner, 1, *skip_by(module, (1, 6, HIDDEN))), ())
+    assert caught.value.node == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 600, HIDDEN), DType.FLOAT32), ((1, 6, HIDDEN), DType.INT64)]
+)
+def test_a_skip_by_what_the_module_would_not_give(
+    runner: CuttingRunner, shape: tuple[int, ...], dtype: DType
+) -> None:
+    """More tokens would make the blocks behind it do more than was admitted."""
+    nodes = skip_by("model.layers.2", shape, dtype)
+    with pytest.raises(ShapeMismatch, match=r"given for model\.layers\.2\.output, which") as caught:
+        runner.run_over(experiment(runner, 1, *nodes), ())
+    assert caught.value.node == 1
+
+
+def test_no_hook_stays_behind_a_stage_that_could_not_begin(
+    runner: CuttingRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run in the traces of others."""
+    made = experiment(runner, 1, *double(NORM, "set"))
+    runner.run_over(made, ())
+    span: Any = runner._span(Span(0, 6))
+
+    def hooks() -> int:
+        modules = span.module.modules()
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    before = hooks()
+
+    def fail(index: int) -> str:
+        assert hooks() > before  # those of the sites are on
+        raise LookupError("no such block")
+
+    monkeypatch.setattr(span, "block_path", fail)
+    with pytest.raises(LookupError):
+        runner.run_over(made, ())
+    assert hooks() == before

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import copy
 import itertools
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import msgpack
 import pytest
 import torch
 from random_traces import RandomTrace
+from soak import SEED, SOAK, count
 from stage_runner import CuttingRunner
 from tiny_models import BLOCKS, load_plain
 from tiny_models import HIDDEN as WIDTH
@@ -38,8 +38,7 @@ from glasshive.graph.split import split
 from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.executor import Executor, PassInputs
 
-TRIES = 1_000_000 if os.environ.get("GLASSHIVE_SOAK") == "1" else 6_000
-SEED = int(os.environ.get("GLASSHIVE_SEED", "0"))
+TRIES = count(6_000, 1_000_000)
 MAX_TOKENS = 200  # what a test's patience allows
 ODD: list[Any] = [
     *(0, 1, 2, 3, -1, 5, 6, 40, 255, 2**31, -(2**40), True, False, None, 1.5, float("inf")),
@@ -155,7 +154,7 @@ def run_as_a_peer(
     return part, passes
 
 
-@pytest.mark.timeout(0 if TRIES > 6_000 else 120)
+@pytest.mark.timeout(0 if SOAK else 120)
 def test_a_changed_part_is_refused_or_run(tiny_folder: Callable[[str], Path]) -> None:
     runner = CuttingRunner(tiny_folder("llama"))
     samples = sample_parts(runner)

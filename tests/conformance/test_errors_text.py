@@ -38,6 +38,7 @@ from glasshive.graph.errors import (
     UnknownOp,
     UnseenWrite,
 )
+from glasshive.models import ModelNotFoundError
 from glasshive.peer.errors import BadSpan
 from glasshive.peer.host import HostLimits
 
@@ -191,6 +192,56 @@ def test_an_unknown_module_and_the_nearest_names(one_llama: Setting) -> None:
     assert "did you mean mlp?" in text
 
 
+@pytest.mark.parametrize(
+    ("use", "text"),
+    [
+        (lambda model: model.model.layer[3], "model (LlamaModel) has no module or parameter"),
+        (lambda model: model.model.layer[3], "'layer'; did you mean layers?"),
+        (lambda model: model.layers, "did you mean model.model.layers?"),
+        (lambda model: model.model.layers[3].outputs, "did you mean output or inputs?"),
+        (lambda model: model.transformer, "print(model) shows what there is"),
+    ],
+)
+def test_names_that_are_not_there(one_llama: Setting, use: Body, text: str) -> None:
+    def body(tracer: Any) -> None:
+        use(one_llama.model)
+
+    assert text in told(one_llama, AttributeError, body)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer * 2,
+        lambda layer: 2 + layer,
+        lambda layer: -layer,
+        lambda layer: torch.relu(layer),
+        lambda layer: torch.ones(3) * layer,
+        lambda layer: torch.stack([torch.ones(3), layer]),
+        lambda layer: layer > 0,
+    ],
+)
+def test_a_module_is_no_value(one_llama: Setting, use: Body) -> None:
+    def body(tracer: Any) -> None:
+        use(one_llama.model.model.layers[3])
+
+    text = told(one_llama, TraceError, body)
+    assert text.startswith("test_errors_text.py:")
+    assert "model.layers.3 is a module, not a value, so it cannot be computed with; take" in text
+    assert "(.output) or gets (.input), or call it on a value" in text
+
+
+def test_a_module_is_true_and_cannot_be_replaced(one_llama: Setting) -> None:
+    layers = one_llama.model.model.layers
+    assert layers[3]
+    with pytest.raises(TraceError, match=r"cannot be replaced; .*layers\[3\]\.output = .*\.skip\("):
+        layers[3] = layers[2]
+    with pytest.raises(TypeError, match=r"is not a list of modules; .* write \.output"):
+        _ = layers[3][0]
+    with pytest.raises(TypeError, match=r"model\.layers is indexed by '3'; a number from 0 to 5"):
+        _ = layers["3"]
+
+
 def test_a_block_that_is_not_there(one_llama: Setting) -> None:
     def body(tracer: Any) -> None:
         one_llama.model.model.layers[6].output.save()  # blamed
@@ -326,20 +377,42 @@ def test_a_value_that_is_no_tensor(one_llama: Setting) -> None:
 
 
 def test_an_in_place_edit_of_another_shape(one_llama: Setting) -> None:
-    """torch itself looks at the shapes before glasshive does, and says what it says in eager."""
-
     def body(tracer: Any) -> None:
-        one_llama.model.model.layers[1].output[:, 0] = torch.zeros(5)
+        one_llama.model.model.layers[1].output[:, 0] = torch.zeros(5)  # blamed
 
-    text = told(one_llama, RuntimeError, body)
+    text = told(one_llama, ShapeMismatch, body)
+    assert (
+        "float32[5] does not fit the part of float32[1, 6, 32] of model.layers.1.output that it "
+        "is assigned to" in text
+    )
     assert "The expanded size of the tensor (32) must match the existing size (5)" in text
+    assert "give what broadcasts to it" in text
+
+
+def test_an_in_place_edit_past_the_end(one_llama: Setting) -> None:
+    def body(tracer: Any) -> None:
+        one_llama.model.model.layers[1].output[:, 99] = 0  # blamed
+
+    text = told(one_llama, ShapeMismatch, body)
+    assert "index 99 is out of bounds for dimension 1 with size 6" in text
+    assert "in float32[1, 6, 32] of model.layers.1.output; indices count from 0" in text
+
+
+def test_an_in_place_edit_by_a_word(one_llama: Setting) -> None:
+    def body(tracer: Any) -> None:
+        one_llama.model.model.layers[1].output[..., "a"] = 1  # blamed
+
+    text = told(one_llama, ShapeMismatch, body)
+    assert "float32[1, 6, 32] of model.layers.1.output is indexed by ellipsis and str" in text
 
 
 def test_an_in_place_op_of_another_shape(one_llama: Setting) -> None:
     def body(tracer: Any) -> None:
-        one_llama.model.model.layers[1].output.add_(torch.zeros(5))  # blamed
+        one_llama.model.model.layers[1].output[0] += torch.ones(3)  # blamed
 
-    told(one_llama, ShapeMismatch, body)
+    text = told(one_llama, ShapeMismatch, body)
+    assert "add_(float32[6, 32] of model.layers.1.output, float32[3]): " in text
+    assert "to compare shapes, print(h.shape) in the trace" in text
 
 
 def test_a_product_of_shapes_that_do_not_fit(one_llama: Setting) -> None:
@@ -395,6 +468,48 @@ def test_an_invoke_in_a_trace_that_has_a_prompt(one_llama: Setting) -> None:
             pass
 
     assert "in a trace that was given a prompt itself" in told(one_llama, TraceError, body)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (
+            {"remote": True},
+            "trace(remote=True) is no option here: a trace always runs on the peers",
+        ),
+        ({"scan": True}, "shapes are always checked while the body is recorded; leave it out"),
+        ({"rows": 3}, "there are batching, pass_rows, deadline, retries, avoid, progress"),
+        ({"pass_rows": 0}, "pass_rows=0; a whole number from 1 on is wanted"),
+    ],
+)
+def test_options_of_a_trace(one_llama: Setting, option: dict[str, Any], text: str) -> None:
+    with pytest.raises(TraceError, match=re.escape(text)) as caught:
+        one_llama.model.trace(IDS, **option)
+    assert str(caught.value).startswith("test_errors_text.py:")
+
+
+def test_a_trace_without_a_prompt(one_llama: Setting) -> None:
+    def body(tracer: Any) -> None:
+        pass
+
+    text = told(one_llama, TraceError, body, None)
+    assert "a trace without a prompt; write `with model.trace(prompt):`" in text
+
+
+def test_a_tracer_after_its_block(one_llama: Setting) -> None:
+    with one_llama.model.trace(IDS) as tracer:
+        kept = one_llama.model.model.layers[1].output
+        one_llama.model.lm_head.output.save()
+    for call, use in (
+        ("tracer.stop()", tracer.stop),
+        ("tracer.estimate()", tracer.estimate),
+        ("tracer.invoke(...)", lambda: tracer.invoke(IDS).__enter__()),
+    ):
+        text = f"{call} outside its `with model.trace(...)` block; call it inside"
+        with pytest.raises(TraceError, match=re.escape(text)):
+            use()
+    with pytest.raises(NotSaved, match=r"call \.save\(\) on it inside the trace"):
+        kept.save()
 
 
 def test_an_invoke_inside_another(one_llama: Setting) -> None:
@@ -461,10 +576,10 @@ def test_options_that_mean_nothing(one_llama: Setting, option: str, value: Any, 
 
 def test_position_tables_of_a_padded_batch(one_llama: Setting) -> None:
     def body(tracer: Any) -> None:
-        one_llama.model.model.rotary_emb.output[0].save()
+        one_llama.model.model.rotary_emb.output[0][1] *= 2  # blamed
 
-    text = told(one_llama, PeerFailed, body, [IDS, [3]])
-    assert "in a padded batch every row has its own; use prompts of one length" in text
+    text = told(one_llama, NotYet, body, [IDS, [3]])
+    assert "model.rotary_emb.output[0] reaches every block beside the hidden states" in text
 
 
 # Prompts -----------------------------------------------------------------------------------------
@@ -474,7 +589,9 @@ def test_position_tables_of_a_padded_batch(one_llama: Setting) -> None:
     ("prompt", "text"),
     [
         ("", "an empty prompt; give at least one token"),
-        ([[3, 4], []], "an empty prompt; give at least one token"),
+        ([], "an empty prompt; give at least one token"),
+        ([[3, 4], []], "prompt 1 of 2 is empty; give each at least one token"),
+        ([3, "a"], "a prompt of type list that holds int and str; give text, a list of texts"),
         (3.5, "a prompt of type float; give text, a list of texts, token ids"),
         (torch.ones(2, 3), "token ids of type torch.float32; whole numbers are wanted"),
         ([3, 64], "token id 64 is not in the vocabulary of 64"),
@@ -484,8 +601,12 @@ def test_position_tables_of_a_padded_batch(one_llama: Setting) -> None:
     ],
 )
 def test_prompts_that_are_none(one_llama: Setting, prompt: Any, text: str) -> None:
-    with pytest.raises(BadPrompt, match=re.escape(text)):
+    with pytest.raises(BadPrompt, match=re.escape(text)) as caught:
         one_llama.model.trace(prompt).__enter__()
+    assert str(caught.value).startswith("test_errors_text.py:")
+    with pytest.raises(BadPrompt, match=re.escape(text)):
+        with one_llama.model.trace() as tracer, tracer.invoke(prompt):
+            pass
     with one_llama.model.trace(IDS):  # nothing was left open
         one_llama.model.lm_head.output.save()
 
@@ -585,7 +706,26 @@ def test_the_trace_after_an_error_runs(one_llama: Setting) -> None:
     assert torch.equal(logits, one_llama.hooked(IDS)["logits"])
 
 
-def test_cuts_that_are_no_blocks(tiny_folder: Callable[[str], Path]) -> None:
-    for cuts in ((6,), (0,), (4, 2)):
-        with pytest.raises(BadSpan):
-            glasshive.local(tiny_folder("llama"), cuts=cuts)
+@pytest.mark.parametrize(
+    ("cuts", "text"),
+    [
+        (10, "cuts=10, but a list is wanted: cuts=(10,) for one cut"),
+        ("3", "cuts='3', but a list is wanted"),
+        (None, "cuts=None, but a list is wanted"),
+        ((2.0,), "cuts=(2.0,), but numbers of blocks are wanted, as in cuts=(10, 20)"),
+        ((6,), "cuts=(6,), but {name} has 6 blocks, so a cut lies in 1..5: it is the first block"),
+        ((0,), "so a cut lies in 1..5"),
+        ((-1,), "so a cut lies in 1..5"),
+        ((4, 2), "cuts=(4, 2) do not ascend; write cuts=(2, 4)"),
+        ((3, 3), "cuts=(3, 3) do not ascend; write cuts=(3,)"),
+    ],
+)
+def test_cuts_that_are_none(tiny_folder: Callable[[str], Path], cuts: Any, text: str) -> None:
+    folder = tiny_folder("llama")
+    with pytest.raises(BadSpan, match=re.escape(text.replace("{name}", folder.name))):
+        glasshive.local(folder, cuts=cuts)
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(ModelNotFoundError, match="no model 'no/such/folder'"):
+        glasshive.local("no/such/folder")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from soak import SOAK
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -42,7 +42,6 @@ def _architectures() -> ModuleType:
 ARCHITECTURES = _architectures()
 EXACT: list[str] = ARCHITECTURES.EXACT
 REFUSED: dict[str, str] = ARCHITECTURES.REFUSED
-SOAK = os.environ.get("GLASSHIVE_SOAK") == "1"
 PROMPT_TOKENS = 12
 STEPS = 4
 

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from random_traces import BLOCKS, HIDDEN, VOCABULARY, RandomTrace
+from soak import SEED, SOAK, count
 from stage_runner import CuttingRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.graph.errors import ImpossibleOrder, UnequalLengths, UnseenWrite
 
-GRAPHS = 10_000 if os.environ.get("GLASSHIVE_SOAK") == "1" else 300
-FIRST_SEED = int(os.environ.get("GLASSHIVE_SEED", "0"))
+GRAPHS = count(300, 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.timeout(0 if GRAPHS > 300 else 120)
+@pytest.mark.timeout(0 if SOAK else 120)
 def test_a_split_run_equals_the_uncut_run(folder: Path) -> None:
     runner = CuttingRunner(folder)
     model = runner.model()
     impossible = 0
-    for seed in range(FIRST_SEED, FIRST_SEED + GRAPHS):
+    for seed in range(SEED, SEED + GRAPHS):
         torch.manual_seed(seed)
         trace = RandomTrace(model, seed)
         try:

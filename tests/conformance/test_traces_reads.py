@@ -189,7 +189,7 @@ def test_nothing_but_a_weight_needs_no_forward(llama: Setting) -> None:
         norm = llama.model.model.norm.weight.save()
     assert torch.equal(norm, llama.plain.get_submodule("model.norm").weight)
     assert len(tracer.result.hops) == 1
-    assert all(hop[3] == 0 for hop in tracer.result.hops)  # no hidden states travelled
+    assert all(hop.hidden_bytes == 0 for hop in tracer.result.hops)  # no hidden states travelled
 
 
 def test_the_route_ends_at_the_last_block_that_is_read(get_setting: Any) -> None:
@@ -281,4 +281,5 @@ def test_estimate_counts_what_the_run_then_sends(get_setting: Any) -> None:
     assert estimate["hops"] == 3
     assert estimate["passes"] == 1
     assert estimate["saved_bytes"] == logits.numel() * 4 == tracer.result.received_bytes
-    assert estimate["hop_bytes"] == sum(hop[3] + hop[4] for hop in tracer.result.hops)
+    hops = tracer.result.hops
+    assert estimate["hop_bytes"] == sum(hop.hidden_bytes + hop.carried_bytes for hop in hops)

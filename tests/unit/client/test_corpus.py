@@ -440,6 +440,10 @@ def matrix_zoo(h: Tensor) -> list[Any]:
         torch.linalg.solve(definite, h[0]), torch.linalg.cholesky(definite),
         torch.linalg.qr(square), torch.linalg.eigh(definite)[0], torch.linalg.svd(square)[1],
         torch.linalg.pinv(square), torch.linalg.matrix_norm(square),
+        torch.linalg.svdvals(square), torch.linalg.eigvalsh(definite),
+        torch.linalg.eigvalsh(definite, "U"), torch.svd(square, compute_uv=False)[1],
+        torch.linalg.matrix_norm(square, 2), torch.linalg.matrix_norm(square, "nuc"),
+        torch.linalg.cond(square), torch.linalg.matrix_rank(square),
         torch.linalg.cross(h[0, :, :3], h[1, :, :3]),
         torch.linalg.solve_triangular(definite, h[0], upper=True), torch.tensordot(h, W, dims=1),
         torch.vdot(V8, h[0, 0]), torch.addmv(V8[:5], h[0], V8), torch.trapezoid(h),
@@ -449,7 +453,10 @@ def matrix_zoo(h: Tensor) -> list[Any]:
         torch.addcdiv(h, h, h.abs() + 1), torch.lerp(h[0], h[1], 0.3),
         torch.lerp(h[0], h[1], h[1].sigmoid()), h.clamp(-1, 1), h.clamp(min=0), h.clamp(max=V8),
         h.clip(0), torch.clamp_min(h, 0.1), torch.clamp(h, h - 1, h * 2),
-        torch.polar(h.abs(), h).abs(),
+        torch.polar(h.abs(), h).abs(), h * 1j, 2j - h, (h * 1j) / (3 + 1j), h + (1 - 2j),
+        h.quantile(0.3), h.quantile(torch.tensor([0.1, 0.5]), dim=-1),
+        torch.nanquantile(h, 0.5, dim=0, keepdim=True), (h * 2).unsqueeze_(0),
+        h.mul(2).transpose_(0, 1).add_(1), h[0].clone().t_(), h[:1].clone().squeeze_(),
     ]  # fmt: skip
 
 

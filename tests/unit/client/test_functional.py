@@ -6,13 +6,13 @@ Programs run on whole numbers in float64, where no order of summing rounds, so e
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from soak import count
 from torch import Tensor
 
 from glasshive.client.errors import OutOfSight
@@ -22,7 +22,7 @@ from glasshive.graph.errors import GlasshiveError, LateEdit
 from glasshive.graph.graph import NodeId, Op
 from glasshive.graph.kernels import spec_of
 
-PROGRAMS = 20_000 if os.environ.get("GLASSHIVE_SOAK") == "1" else 1_000
+PROGRAMS = count(1_000, 20_000)
 BATCHES = 10
 MAX_NUMEL = 128
 Step = Callable[[list[Tensor]], Any]

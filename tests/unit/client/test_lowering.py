@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from glasshive.client.lowering import EDITS, REFUSED, RULES
+from glasshive.client.recorder import Recorder
 from glasshive.client.traced import TracedTensor
+from glasshive.graph.codec import GraphLimits
 from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import Op, Ref
 
@@ -69,6 +71,46 @@ FEW: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
 def test_few_nodes(name: str, record: Any) -> None:
     function, names = FEW[name]
     assert [op.name for op in record(function)] == names
+
+
+def ops_of(recorder: Recorder) -> list[Op]:
+    return [node for node in recorder.nodes.values() if isinstance(node, Op)]
+
+
+def test_a_list_longer_than_a_graph_holds_is_joined_in_pieces(check: Any) -> None:
+    most = GraphLimits().list_items
+    plain = torch.ones(1, 8, dtype=torch.int64)
+    for function in (
+        lambda h: torch.cat([h[0, :1]] * (most + 1)),
+        lambda h: torch.cat([h[0, :1].half(), plain, *[h[0, :1]] * most], -1),
+        lambda h: torch.stack([h[0, 0]] * (2 * most + 1), 1),
+    ):
+        recorded = ops_of(check(function, torch.randn(2, 5, 8)))
+        joins = [op for op in recorded if op.name in ("cat", "stack")]
+        assert len(joins) > 1
+        assert max(len(op.args[0]) for op in joins) <= most
+
+
+VALUES_ONLY: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "svdvals": (lambda h: torch.linalg.svdvals(h), "linalg_svdvals"),
+    "spectral norm": (lambda h: torch.linalg.matrix_norm(h, 2), "linalg_svdvals"),
+    "nuclear norm": (lambda h: torch.linalg.norm(h[0], "nuc"), "linalg_svdvals"),
+    "old norm": (lambda h: h[0].norm("nuc"), "linalg_svdvals"),
+    "condition": (lambda h: torch.linalg.cond(h), "linalg_svdvals"),
+    "svd without vectors": (lambda h: torch.svd(h, compute_uv=False)[1], "linalg_svdvals"),
+    "svd": (lambda h: torch.linalg.svd(h, full_matrices=False)[1], "linalg_svd"),
+    "old svd": (lambda h: torch.svd(h)[1], "linalg_svd"),
+    "eigvalsh": (lambda h: torch.linalg.eigvalsh(h @ h.mT), "linalg_eigvalsh"),
+    "eigh": (lambda h: torch.linalg.eigh(h @ h.mT)[0], "linalg_eigh"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES_ONLY)
+def test_a_decomposition_without_vectors_is_its_own(name: str, check: Any) -> None:
+    """Torch itself rounds the values differently with vectors and without."""
+    function, op = VALUES_ONLY[name]
+    recorded = ops_of(check(function, torch.randn(3, 24, 24)))
+    assert {one.name for one in recorded if one.name.startswith("linalg_")} == {op}
 
 
 EDITED: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {

@@ -84,19 +84,23 @@ def test_rows_of_unequal_length_are_padded_on_the_left(prompt: Any) -> None:
     ("prompt", "text"),
     [
         ("", "an empty prompt"),
-        ([], "a prompt of type list"),
+        ([], "an empty prompt; give at least one token"),
         ([[]], "an empty prompt"),
-        (["abc", ""], "an empty prompt"),
+        (["abc", ""], "prompt 1 of 2 is empty; give each at least one token"),
         (5, "a prompt of type int; give text, a list of texts, token ids"),
         (None, "a prompt of type NoneType"),
-        ([1.0, 2.0], "a prompt of type list"),
-        ([True, False], "a prompt of type list"),
-        ([[1], "a"], "a prompt of type list"),
+        ([1.0, 2.0], "a prompt of type list that holds float; give text, a list of texts"),
+        ([True, False], "a prompt of type list that holds bool"),
+        ([[1], "a"], "a prompt of type list that holds int and str"),
+        (b"abc", "a prompt of type bytes"),
         ({1, 2}, "a prompt of type set"),
         (torch.ones(3), "token ids of type torch.float32; whole numbers are wanted"),
         (torch.ones(1, 1, 3).long(), r"token ids of shape \[1, 1, 3\]; \[seq\] or \[batch, seq\]"),
         (torch.tensor(3), r"token ids of shape \[\]"),
-        ([1, 10], "token id 10 is not in the vocabulary of 10"),
+        (
+            [1, 10],
+            "token id 10 is not in the vocabulary of 10; give ids of this model's own tokenizer",
+        ),
         ([1, -1], "token id -1 is not in the vocabulary of 10"),
         ([1] * 7, "a prompt of 7 tokens; the model takes at most 6"),
         ({"ids": [1]}, "a mapping with ids; what a tokenizer returns has input_ids"),
@@ -116,7 +120,7 @@ def test_rows_of_unequal_length_are_padded_on_the_left(prompt: Any) -> None:
     ids=str,
 )
 def test_what_is_no_prompt(prompt: Any, text: str) -> None:
-    with pytest.raises(BadPrompt, match=text):
+    with pytest.raises(BadPrompt, match=rf"^test_prompts\.py:\d+: .*{text}"):
         tokens(prompt)
 
 

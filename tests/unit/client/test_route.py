@@ -55,6 +55,14 @@ def test_the_fewest_hops_and_then_the_least_load() -> None:
     assert choose_route([busy, idle], ALL, BLOCKS).records == (idle,)
 
 
+def test_one_class_of_hardware_if_that_costs_no_hop() -> None:
+    first, same = record(0, 15), record(15, 30, load=0.9)
+    other, whole = record(15, 30, backend="cuda"), record(0, 30, backend="cuda")
+    assert choose_route([first, other, same], ALL, BLOCKS).records == (first, same)
+    assert choose_route([first, other], ALL, BLOCKS).records == (first, other)
+    assert choose_route([first, same, whole], ALL, BLOCKS).records == (whole,)
+
+
 def test_peers_behind_the_last_needed_block_are_left_out() -> None:
     assert spans([record(0, 10), record(10, 20)], range(12)) == ["0:10", "10:20"]
     assert spans([record(0, 10), record(10, 20)], range(10)) == ["0:10"]
@@ -76,7 +84,7 @@ def test_a_peer_to_avoid() -> None:
     lost, spare = record(0, 30), record(0, 30, load=0.9)
     route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id})
     assert route.records == (spare,)
-    with pytest.raises(NoRoute, match="1 lost peers are left out"):
+    with pytest.raises(NoRoute, match="1 lost peer is left out"):
         choose_route([lost], ALL, BLOCKS, avoid={lost.peer_id})
 
 
@@ -86,17 +94,48 @@ def test_what_is_missing_and_who_serves_the_rest() -> None:
         spans([first, last])
     text = str(caught.value)
     assert "nobody serves blocks 10:20, 25:30" in text
-    assert f"0:10 float32 by {first.peer_id[-8:]}" in text
-    assert f"20:25 float32 by {last.peer_id[-8:]}" in text
-    assert "start the missing part with `glasshive serve MODEL --blocks A:B`" in text
+    assert f"0:10 float32 sdpa by {first.peer_id[-8:]}" in text
+    assert f"20:25 float32 sdpa by {last.peer_id[-8:]}" in text
+    kind = "--dtype float32 --attention sdpa --bootstrap /ip4/127.0.0.1/tcp/1"
+    assert text.endswith(
+        f"start the missing part with `glasshive serve tiny --blocks 10:20 {kind}` "
+        f"and `glasshive serve tiny --blocks 25:30 {kind}`"
+    )
+
+
+def test_only_what_the_trace_needs_is_asked_for() -> None:
+    with pytest.raises(NoRoute) as caught:
+        spans([record(0, 10), record(20, 25)], range(15))
+    assert "--blocks 10:20 " in str(caught.value)
+    assert "--blocks 25:30" not in str(caught.value)
+
+
+def test_each_kind_says_what_it_lacks_and_the_nearest_is_to_be_completed() -> None:
+    records = [record(0, 10), record(10, 12), record(10, 30, attention="eager")]
+    with pytest.raises(NoRoute) as caught:
+        spans(records)
+    text = str(caught.value)
+    assert "float32, eager attention lacks 0:10; float32, sdpa attention lacks 12:30" in text
+    assert "`glasshive serve tiny --blocks 0:10 --dtype float32 --attention eager " in text
+
+
+def test_of_many_peers_the_first_are_named() -> None:
+    with pytest.raises(
+        NoRoute, match=r"served now: (0:10 float32 sdpa by \w{8}, ){8}and 12 more\)"
+    ):
+        spans([record(0, 10) for _ in range(20)])
 
 
 def test_nobody_at_all() -> None:
     text = "nobody serves blocks 0:30 (served now: nothing)"
     with pytest.raises(NoRoute, match=re.escape(text)):
         spans([])
+    with pytest.raises(NoRoute, match="`glasshive serve MODEL --blocks 0:30 --bootstrap ADDRESS`"):
+        spans([])
 
 
 def test_spans_that_overlap_do_not_fit() -> None:
     with pytest.raises(NoRoute, match="every needed block is served, but no chain"):
+        spans([record(0, 12), record(10, 30)])
+    with pytest.raises(NoRoute, match="serve tiny --blocks 0:10 "):
         spans([record(0, 12), record(10, 30)])

@@ -28,7 +28,7 @@ from glasshive.client.errors import (
 from glasshive.client.recorder import Recorder, active_recorder, recording
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import NotYet, ShapeMismatch, UnknownOp
-from glasshive.graph.graph import Const, Op
+from glasshive.graph.graph import Const, Op, Site
 from glasshive.graph.kernels import spec_of
 
 PLAIN = torch.zeros(2, 5, 8)
@@ -109,9 +109,26 @@ NUMBERS: dict[str, Callable[[TracedTensor], Any]] = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_do_not_exist_yet(name: str, traced: TracedTensor) -> None:
-    with pytest.raises(DataDependent, match=r"^test_traced\.py:\d+: .*torch\.where") as caught:
+    text = (
+        r"^test_traced\.py:\d+: .* needs a number that exists only when the model runs; call "
+        r"\.save\(\) on the value and use it after the block or in a second trace, or .*"
+        r"torch\.where"
+    )
+    with pytest.raises(DataDependent, match=text) as caught:
         NUMBERS[name](traced)
     assert caught.value.line.file == __file__
+
+
+def test_who_needs_the_number_is_named(traced: TracedTensor) -> None:
+    for function, text in (
+        (lambda h: h.sum().item(), r": \.item\(\) needs"),
+        (lambda h: float(h.sum()), r": float\(\) needs"),
+        (lambda h: 1 if h.sum() > 0 else 2, r": `if`, `and`, `not` or bool\(\) needs"),
+        (lambda h: f"{h.sum():.2f}", r": the format '\.2f' needs"),
+        (lambda h: h[:, h.argmax()], ": torch, for a size or an index, needs"),
+    ):
+        with pytest.raises(DataDependent, match=text):
+            function(traced)
 
 
 SHAPES: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
@@ -157,9 +174,6 @@ MEMORY: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
     "resize_": (lambda h: h.resize_(3), "strides and storage"),
     "set_": (lambda h: h.set_(), "strides and storage"),
     "view dtype": (lambda h: h.view(torch.int32), "strides and storage"),
-    "squeeze_": (lambda h: h.squeeze_(), "without the underscore"),
-    "transpose_": (lambda h: h.transpose_(0, 1), "without the underscore"),
-    "quantile": (lambda h: torch.quantile(h, 0.5), "kthvalue instead of torch.quantile"),
     "data =": (lambda h: setattr(h, "data", PLAIN), r"h\.copy_\(value\)"),
     "expanded": (lambda h: h[:1].expand(3, 5, 8).add_(1), r"expand\(\).*\.clone\(\)"),
     "unfolded": (lambda h: h.unfold(1, 2, 1).zero_(), r"unfold\(\).*\.clone\(\)"),
@@ -257,7 +271,14 @@ ABSENT: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
     "complex128": (lambda h: h + torch.zeros(8, dtype=torch.complex128), "complex128"),
     "uint16": (lambda h: h.to(torch.uint16), "uint16 cannot stand in a graph"),
     "uint16 number": (lambda h: h + torch.tensor(1, dtype=torch.uint16), "uint16"),
-    "complex number": (lambda h: h * 1j, "a value of the graph or a number is wanted"),
+    "complex number": (
+        lambda h: h.double() * 1j,
+        r"got 1j for b; .* is wanted; make a tensor of it, torch\.tensor\(1j\)",
+    ),
+    "cdist by another way": (
+        lambda h: torch.cdist(h, h, compute_mode="use_mm_for_euclid_dist"),
+        "cdist with compute_mode= cannot be traced; leave it out",
+    ),
     "another library": (lambda h: torch.ops.prims.sin(h), "an op of another library"),
     "to sparse": (lambda h: h.to_sparse(), "not in the table"),
 }
@@ -269,6 +290,59 @@ def test_functions_outside_the_table(name: str, traced: TracedTensor) -> None:
     with pytest.raises(NotInTable, match=r"^test_traced\.py:\d+: .*" + text) as caught:
         function(traced)
     assert isinstance(caught.value, UnknownOp)
+
+
+PARTS: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
+    "past the end": (
+        lambda h: h[:, 9],
+        r"index 9 is out of bounds for dimension 1 with size 5, in float32\[2, 5, 8\]; indices "
+        "count from 0 at the start of an axis, or from -1 at its end",
+    ),
+    "past the end, assigned": (
+        lambda h: operator.setitem(h, (0, 9), 0),
+        "index 9 is out of bounds",
+    ),
+    "too many": (lambda h: h[0, 0, 0, 0], r"too many indices .* in float32\[2, 5, 8\]"),
+    "a word": (
+        lambda h: operator.setitem(h, (..., "a"), 1),
+        r"float32\[2, 5, 8\] is indexed by ellipsis and str \(.*\); integers, slices of integers, "
+        r"\.\.\., None, and tensors or lists of integers or bools can stand there",
+    ),
+    "a float": (lambda h: h[:, 1.5], "is indexed by slice and float"),
+    "a slice of words": (lambda h: h["a":"b"], "is indexed by slice"),
+    "backwards": (lambda h: h[::-1], r"step must be greater than zero.*\.flip\(dim\)"),
+    "another shape": (
+        lambda h: operator.setitem(h, (0, 0), torch.ones(3)),
+        r"float32\[3\] does not fit the part of float32\[2, 5, 8\] that it is assigned to: .* must "
+        r"match the existing size \(3\).*give what broadcasts to it",
+    ),
+    "a list assigned": (
+        lambda h: operator.setitem(h, 0, [1, 2]),
+        r"a list is assigned to a part of float32\[2, 5, 8\]; a tensor or a number is wanted, such "
+        r"as torch\.tensor\(value\)",
+    ),
+    "einsum": (
+        lambda h: torch.einsum("bsd,de->bse", h, torch.ones(3, 3)),
+        r"einsum of float32\[2, 5, 8\]: .*has size 3 for operand 1",
+    ),
+    "None assigned": (lambda h: operator.setitem(h, 0, None), "a NoneType is assigned to a part"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_are_not_there(name: str, traced: TracedTensor) -> None:
+    function, text = PARTS[name]
+    with pytest.raises(Misfit, match=r"^test_traced\.py:\d+: .*" + text):
+        function(traced)
+
+
+def test_the_shape_of_what_stands_in_the_model_stays(traced: TracedTensor) -> None:
+    traced._alias.cell.site = Site("m0", "output")
+    text = (
+        r"the shape of float32\[5, 8\] of m0\.output, which the model uses; .*unsqueeze\(\.\.\.\)"
+    )
+    with pytest.raises(OutOfSight, match=text):
+        traced[0].unsqueeze_(0)
 
 
 @pytest.mark.parametrize("name", ["backward", "grad", "register_hook", "retain_grad"])
@@ -506,3 +580,10 @@ def test_an_unsaved_value_names_save(use: Callable[[Tensor], Any], h: Tensor) ->
         use(traced)
     assert repr(traced) == "<not saved tensor float32[2, 5, 8]>"
     assert traced.shape == (2, 5, 8)
+
+
+def test_what_plain_tensors_raise_in_a_trace_stays_as_it_is(traced: TracedTensor) -> None:
+    with pytest.raises(IndexError, match="index 9 is out of bounds"):
+        PLAIN[9]
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        PLAIN.clone()[0] = torch.ones(3)

@@ -23,11 +23,12 @@ def outline() -> Outline:
             module(inner, block)
         events.append(block)
         weight = {"weight": (DType.FLOAT32, (4, 4))}
-        modules[path] = ModuleInfo(path, "Linear", 1, start, len(events) - 1, taken, hidden, weight)
+        sites = (taken, hidden, taken, hidden)
+        modules[path] = ModuleInfo(path, "Linear", 1, start, len(events) - 1, *sites, weight)
 
     module("embed", -1)
     for block in range(3):
         module(f"blocks.{block}", block, f"blocks.{block}.mlp")
     module("head", 3)
-    modules["blocks"] = ModuleInfo("blocks", "ModuleList", 0, None, None, (), (), {})
+    modules["blocks"] = ModuleInfo("blocks", "ModuleList", 0, None, None, (), (), (), (), {})
     return Outline(modules, "blocks", 3, tuple(events), 64, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from soak import count
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,7 +37,7 @@ from glasshive.graph.ops import OPS, Parameter
 from glasshive.graph.run import Interpreter
 from glasshive.graph.tensors import TensorSpec
 
-GRAPHS = int(os.environ.get("GLASSHIVE_BUDGET_GRAPHS", "600"))
+GRAPHS = count(600, 10_000)
 F32 = DType.FLOAT32
 WIDE = Budget(peak_bytes=2**50, flops=2**60, saved_bytes=2**50)
 HIDDEN = TensorSpec(F32, (2, 64, 64))
@@ -401,6 +401,8 @@ BIG_OPS: list[tuple[str, tuple[Any, ...]]] = [
     ("cdist", ((_BIG, 64), (_BIG, 64), 1.0)),
     ("isin", ((_BIG, 64), (_BIG, 16), False)),
     ("linalg_svd", ((256, 128), True)),
+    ("linalg_svdvals", ((256, 128),)),
+    ("linalg_eigvalsh", ((256, 256), "L")),
     ("linalg_qr", ((512, 64), "complete")),
     ("linalg_solve", ((1, 256, 256), (16, 256, 2), True)),
     ("linalg_solve_triangular", ((256, 256), (16, 256, 2), True, True, False)),

@@ -379,7 +379,9 @@ def _examples() -> Iterator[tuple[Any, ...]]:
     yield "linalg_qr", X, "reduced", lambda: torch.linalg.qr(X)
     yield "linalg_qr", X, "r", lambda: torch.linalg.qr(X, "r")
     yield "linalg_eigh", SPD, "L", lambda: torch.linalg.eigh(SPD)
+    yield "linalg_eigvalsh", SPD, "U", lambda: torch.linalg.eigvalsh(SPD, "U")
     yield "linalg_svd", X, False, lambda: torch.linalg.svd(X, full_matrices=False)
+    yield "linalg_svdvals", X, lambda: torch.linalg.svdvals(X)
     # Layers
     yield (
         "sdpa",

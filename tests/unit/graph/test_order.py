@@ -16,6 +16,7 @@ from glasshive.graph.order import (
     assign_passes,
     reads_behind,
     slots,
+    spec_of_read,
 )
 from glasshive.graph.outline import Leaf, Outline
 
@@ -187,3 +188,24 @@ def test_an_edit_of_a_tensor_without_rows_takes_a_pass_of_its_own(outline: Outli
     with pytest.raises(UnequalLengths, match="invoke 0 edits a tensor that all rows") as caught:
         assign_passes(mutual, shared, shapes[:2])
     assert caught.value.node == 1
+
+
+def test_an_edit_of_a_tensor_that_has_rows_in_a_padded_batch_shares_a_pass(
+    outline: Outline,
+) -> None:
+    table = Leaf((), DType.FLOAT32, (1, "seq", 4))
+    embed = replace(outline.modules["embed"], outputs=(table,))  # padded: batch, seq, 4
+    shared = replace(outline, modules={**outline.modules, "embed": embed})
+    site = Site("embed", "output")
+    g = graph(
+        Read(site, 1),
+        Op("mul", (ref(0), 2.0)),
+        Write(site, 1, ref(1), "inplace"),
+        *(Read(out(0), invoke) for invoke in range(3)),
+    )
+    padded = assign_passes(g, shared, [InvokeShape(2, 5, padded=True)] * 3)
+    assert [one.invokes for one in padded.passes] == [(0, 1, 2)]
+    assert spec_of_read(Read(site, 1), shared, padded).shape == (2, 5, 4)
+    plain = assign_passes(g, shared, [InvokeShape(2, 5)] * 3)
+    assert [one.invokes for one in plain.passes] == [(0,), (1,), (2,)]
+    assert spec_of_read(Read(site, 1), shared, plain).shape == (1, 5, 4)

@@ -1,0 +1,102 @@
+"""What torch does with a call before it dispatches, where traced tensors cannot see it.
+
+- What it refuses there is refused at the user's line, with what was given.
+- Which function was called decides how some decompositions round (values_only.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from glasshive.client.errors import Misfit
+from glasshive.client.functional import layout_of
+from glasshive.client.lowering import first_line
+from glasshive.client.source_lines import here
+from glasshive.client.traced import TracedTensor
+from glasshive.client.values_only import is_values_only, values_only
+
+
+class TorchCalls(TorchFunctionMode):
+    """Watches every call of torch while a trace is recorded; it changes none."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The result of the call. Raises Misfit for what torch refuses of a traced value."""
+        named = kwargs or {}
+        try:
+            if is_values_only(func, args, named):
+                with values_only():
+                    return func(*args, **named)
+            return func(*args, **named)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not _traced((*args, *named.values())):
+                raise
+            raise _refusal(func, args, named, error) from error
+
+
+def _traced(args: Sequence[Any]) -> list[TracedTensor]:
+    found: list[TracedTensor] = []
+    for arg in args:
+        if isinstance(arg, TracedTensor):
+            found.append(arg)
+        elif isinstance(arg, list | tuple):
+            found.extend(_traced(arg))
+    return found
+
+
+def _refusal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> Misfit:
+    if func is torch.Tensor.__getitem__ and isinstance(args[0], TracedTensor):
+        return _misindexed(args[0], args[1], error)
+    if func is torch.Tensor.__setitem__ and isinstance(args[0], TracedTensor):
+        return _misassigned(args[0], args[1], args[2], error)
+    name = getattr(func, "__name__", str(func)).strip("_")
+    given = ", ".join(str(tensor._alias) for tensor in _traced((*args, *kwargs.values())))
+    return Misfit(f"{name} of {given}: {first_line(error)}", line=here())
+
+
+def _misindexed(tensor: TracedTensor, index: object, error: Exception) -> Misfit:
+    """Why `tensor[index]` has no meaning: torch's own reason, what was indexed, what to do."""
+    what = tensor._alias
+    if isinstance(error, ValueError):
+        return Misfit(f"{first_line(error)}, in {what}; turn it round with .flip(dim)", line=here())
+    if isinstance(error, IndexError) and "are valid ind" not in str(error):
+        return Misfit(
+            f"{first_line(error)}, in {what}; indices count from 0 at the start of an axis, or "
+            "from -1 at its end",
+            line=here(),
+        )
+    kinds = [type(one).__name__ for one in (index if isinstance(index, tuple) else (index,))]
+    return Misfit(
+        f"{what} is indexed by {' and '.join(kinds)} ({first_line(error)}); integers, slices of "
+        "integers, ..., None, and tensors or lists of integers or bools can stand there",
+        line=here(),
+    )
+
+
+def _misassigned(tensor: TracedTensor, index: object, value: object, error: Exception) -> Misfit:
+    """Why `tensor[index] = value` has no meaning."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(error, RuntimeError) and "size" in str(error):
+            given = value._alias if isinstance(value, TracedTensor) else layout_of(value)
+            return Misfit(
+                f"{given} does not fit the part of {tensor._alias} that it is assigned to: "
+                f"{first_line(error)}; print(h[...].shape) of that part, and give what broadcasts "
+                "to it",
+                line=here(),
+            )
+    elif isinstance(error, TypeError) and "assign" in str(error):
+        return Misfit(
+            f"a {type(value).__name__} is assigned to a part of {tensor._alias}; a tensor or a "
+            "number is wanted, such as torch.tensor(value)",
+            line=here(),
+        )
+    return _misindexed(tensor, index, error)
