@@ -57,27 +57,6 @@ class TraceOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a result came from.
-
-    `hops`: (peer id, span, its own compute seconds, hidden-state bytes and carried bytes that it
-    sent on, saved bytes that it sent back) for every peer of the route. No peer was audited.
-    """
-
-    model_id: str
-    dtype: str
-    attention: str
-    graph_digest: bytes
-    hops: tuple[tuple[PeerId, str, float, int, int, int], ...]
-    seconds: float
-    sent_bytes: int
-    received_bytes: int
-    passes: int
-    retried: int
-    audited: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Experiment:
     """What is run: a graph in passes, the inputs, and where in the user's code each node stands."""
 

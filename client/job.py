@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ from glasshive.dht.errors import (
     StreamClosed,
     TransportError,
 )
-from glasshive.dht.framing import Stream
+from glasshive.dht.framing import Frame, Stream
 from glasshive.dht.messages import (
+    SILENCE_SECONDS,
     TRACE_PROTOCOL,
     Accepted,
+    Alive,
     Cancel,
     Constant,
     Done,
@@ -55,6 +57,7 @@ from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
 from glasshive.graph.plan import Part, Plan
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec
+from glasshive.security.keys import PeerId
 
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
@@ -74,6 +77,7 @@ class HopReport:
 
     peer: PeerAddress
     part: Part
+    state: Literal["preparing", "running", "done"] = "preparing"
     compute_seconds: float = 0.0
     hidden_bytes: int = 0
     carried_bytes: int = 0
@@ -95,8 +99,8 @@ class Job:
     expected: Mapping[str, TensorSpec]  # the saves, by name
     trace_id: bytes
     deadline_seconds: float
+    silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
-    on_change: Callable[[Job], None] = lambda job: None
     state: State = "preparing"
     saves: dict[str, Tensor] = field(default_factory=dict)
     sent_bytes: int = 0
@@ -116,36 +120,43 @@ class Job:
         """The saved tensors by name, on the CPU.
 
         Raises PeerFailed for what a peer refused or what failed there, PeerLost for a peer that
-        cannot be reached or is gone, BadAnswer for one that breaks the protocol, TraceTimeout.
+        cannot be reached, is gone or has fallen silent, BadAnswer for one that breaks the protocol,
+        TraceTimeout.
         """
-        streams: list[Stream] = []
+        streams: list[_PeerStream] = []
         try:
             async with asyncio.timeout(self.deadline_seconds):
                 await self._together(self._prepare(hop, streams) for hop in self.hops)
-                self._change("running")
-                by_peer: dict[str, Stream] = {stream.peer_id: stream for stream in streams}
+                self.state = "running"
+                by_peer: dict[str, _PeerStream] = {stream.peer_id: stream for stream in streams}
                 await self._together(self._run_hop(hop, by_peer) for hop in self.hops)
         except TimeoutError:
-            self._change("failed")
+            self.state = "failed"
+            slow = ", ".join(
+                f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.state})"
+                for hop in self.hops
+                if hop.state != "done"
+            )
             raise TraceTimeout(
-                f"the trace was not done after {self.deadline_seconds:g} s; allow more with "
-                "deadline=, or look at glasshive status for a slow peer"
+                f"the trace was not done within its deadline, {self.deadline_seconds:.3g} s more; "
+                f"still at work: {slow or 'nobody'}; allow more with deadline=, or leave out a "
+                "slow peer with avoid="
             ) from None
         except asyncio.CancelledError:
-            self._change("cancelled")
+            self.state = "cancelled"
             await asyncio.gather(*(_cancel(stream) for stream in streams), return_exceptions=True)
             raise
         except BaseException:
-            self._change("failed")
+            self.state = "failed"
             raise
         finally:
-            await asyncio.gather(*(stream.close() for stream in streams), return_exceptions=True)
+            await asyncio.gather(*(one.stream.close() for one in streams), return_exceptions=True)
         missing = sorted(set(self.expected) - set(self.saves))
         if missing:
-            self._change("failed")
+            self.state = "failed"
             last = self.hops[-1].peer.peer_id
             raise BadAnswer(f"the peers said they were done, but {missing} never came", peer=last)
-        self._change("done")
+        self.state = "done"
         return self.saves
 
     async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
@@ -158,9 +169,12 @@ class Job:
             causes: list[BaseException] = list(group.exceptions)
             raise min(causes, key=lambda e: not isinstance(e, PeerFailed)) from None
 
-    async def _prepare(self, hop: HopReport, streams: list[Stream]) -> None:
-        with _blaming(hop, "while it was asked to prepare"):
-            stream = await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.left_seconds)
+    async def _prepare(self, hop: HopReport, streams: list[_PeerStream]) -> None:
+        with _blaming(hop, self.silence_seconds, "while it was asked to prepare"):
+            stream = _PeerStream(
+                await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
+                self.silence_seconds,
+            )
             streams.append(stream)
             prepare = Prepare(
                 self.trace_id,
@@ -170,9 +184,9 @@ class Job:
                 float(self.left_seconds),
             )
             body = encode_part(hop.part, self.plan.passes)
-            await stream.send(encode(prepare), body, self.left_seconds)
+            await stream.stream.send(encode(prepare), body, self.silence_seconds)
             self.sent_bytes += len(body)
-            frame = await stream.receive(self.left_seconds)
+            frame = await stream.receive()
             need = decode(frame.header, Need, Failed)
             if isinstance(need, Failed):
                 raise _failure(hop, need, self.peers)
@@ -182,29 +196,28 @@ class Job:
                     raise MalformedMessage("asked for a constant that is not in the trace")
                 spec = spec_of_tensor(tensor)
                 data = tensor_to_bytes(tensor)
-                await send_tensor(
-                    stream, Constant(spec.dtype.value, list(spec.shape)), data, self.left_seconds
-                )
-                self.sent_bytes += len(data)
-            frame = await stream.receive(self.left_seconds)
+                await self._send_tensor(stream, Constant(spec.dtype.value, list(spec.shape)), data)
+            frame = await stream.receive()
             answer = decode(frame.header, Accepted, Failed)
             if isinstance(answer, Failed):
                 raise _failure(hop, answer, self.peers)
             hop.peak_bytes = answer.peak_bytes
 
-    async def _run_hop(self, hop: HopReport, streams: Mapping[str, Stream]) -> None:
-        with _blaming(hop, "while it ran its part"):
+    async def _run_hop(self, hop: HopReport, streams: Mapping[str, _PeerStream]) -> None:
+        with _blaming(hop, self.silence_seconds, "while it ran its part"):
             stream = streams[hop.peer.peer_id]
             for stage in hop.part.stages:
                 if stage.forward:
                     await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
-            await stream.send(encode(Run()), b"", self.left_seconds)
+            await stream.stream.send(encode(Run()), b"", self.silence_seconds)
+            hop.state = "running"
             while True:
-                frame = await stream.receive(self.left_seconds)
+                frame = await stream.receive()
                 message = decode(frame.header, Saved, Done, Failed)
                 if isinstance(message, Failed):
                     raise _failure(hop, message, self.peers)
                 if isinstance(message, Done):
+                    hop.state = "done"
                     hop.compute_seconds = message.compute_seconds
                     hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
                     hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
@@ -216,13 +229,12 @@ class Job:
                         f"sent {message.name[:40]!r} as {spec}; "
                         f"{wanted or 'nothing of that name'} is expected"
                     )
-                data = await receive_tensor(stream, frame, spec, self.left_seconds)
+                data = await receive_tensor(stream, frame, spec, self.silence_seconds)
                 self.saves[message.name] = tensor_from_bytes(spec, data)
                 hop.saved_bytes += len(data)
                 self.received_bytes += len(data)
-                self.on_change(self)
 
-    async def _send_inputs(self, stream: Stream, pass_index: int, first: bool) -> None:
+    async def _send_inputs(self, stream: _PeerStream, pass_index: int, first: bool) -> None:
         one = self.inputs[pass_index]
         named = {
             "input_ids": one.input_ids if first else None,
@@ -232,17 +244,38 @@ class Job:
         for name, tensor in named.items():
             if tensor is not None:
                 message = Input(pass_index, name, "int64", list(tensor.shape))
-                data = tensor_to_bytes(tensor.to(torch.int64))
-                await send_tensor(stream, message, data, self.left_seconds)
-                self.sent_bytes += len(data)
+                await self._send_tensor(stream, message, tensor_to_bytes(tensor.to(torch.int64)))
 
-    def _change(self, state: State) -> None:
-        self.state = state
-        self.on_change(self)
+    async def _send_tensor(self, stream: _PeerStream, message: object, data: memoryview) -> None:
+        # The deadline is each slice's: a slow link is slow, and a frozen peer takes nothing.
+        await send_tensor(stream.stream, message, data, self.silence_seconds)
+        self.sent_bytes += len(data)
 
 
-async def _cancel(stream: Stream) -> None:
-    await stream.send(encode(Cancel()), b"", 1.0)
+_ALIVE: Final = encode(Alive())
+
+
+@dataclass(frozen=True, slots=True)
+class _PeerStream:
+    """The trace stream to one peer. `Alive` says no more than that the peer is not silent."""
+
+    stream: Stream
+    silence_seconds: float
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.stream.peer_id
+
+    async def receive(self, deadline_seconds: float | None = None) -> Frame:
+        """The next frame that is news; raises DeadlineExceeded if nothing at all came for long."""
+        while True:
+            frame = await self.stream.receive(deadline_seconds or self.silence_seconds)
+            if frame.header != _ALIVE:
+                return frame
+
+
+async def _cancel(stream: _PeerStream) -> None:
+    await stream.stream.send(encode(Cancel()), b"", 1.0)
 
 
 def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> PeerError:
@@ -250,8 +283,10 @@ def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> P
     who = f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
     text = _printable(message.text)
     if message.code == "NeighbourLost":
-        others = [one.peer_id for one in peers if one.peer_id != hop.peer.peer_id]
-        lost = next((one for one in others if one in text), hop.peer.peer_id)
+        # It may speak of those that the plan gives it to deal with, and of nobody else.
+        others = {i for stage in hop.part.stages for _, i in (*stage.imports, *stage.exports)}
+        named = [peers[i].peer_id for i in sorted(others) if peers[i].peer_id in text]
+        lost = named[0] if named else hop.peer.peer_id
         return PeerLost(f"{who} says: {text}", peer=lost)
     if message.code == "Busy":
         return PeerBusy(f"{who} is busy: {text}", peer=hop.peer.peer_id)
@@ -272,8 +307,9 @@ def _printable(text: str) -> str:
 class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
     """Turns what the network says about one peer into an error that names the peer."""
 
-    def __init__(self, hop: HopReport, doing: str) -> None:
+    def __init__(self, hop: HopReport, silence_seconds: float, doing: str) -> None:
         self.hop = hop
+        self.silence_seconds = silence_seconds
         self.doing = doing
 
     def __enter__(self) -> None:
@@ -284,7 +320,11 @@ class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
         if isinstance(error, MalformedMessage):
             raise BadAnswer(f"{who}: {error}", peer=self.hop.peer.peer_id) from error
         if isinstance(error, DeadlineExceeded):
-            raise TraceTimeout(f"{who} did not answer in time {self.doing}: {error}") from error
+            raise PeerLost(
+                f"{who} has been silent for {self.silence_seconds:g} s {self.doing}: it is frozen, "
+                "or the network between you and it is down",
+                peer=self.hop.peer.peer_id,
+            ) from error
         if isinstance(error, PeerUnreachable | StreamClosed | TransportError):
             raise PeerLost(
                 f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id

@@ -15,7 +15,7 @@ _SHOW_AFTER_SECONDS = 0.5
 
 
 class JobDisplay:
-    """Shows a job on a terminal or in a notebook; nothing if `show` is False.
+    """Shows a job on a terminal; nothing if `show` is False.
 
     With `show` None it appears on a terminal only, and only if the job takes longer than a blink.
     """
@@ -39,12 +39,13 @@ class JobDisplay:
             self._status.stop()
 
     def update(self, job: Job) -> None:
-        """Show the job as it is now. Called by the job at every change."""
+        """Show the job as it is now; called again and again while it runs."""
         elapsed = job.clock() - job.began_at
         if not self._wanted or (elapsed < _SHOW_AFTER_SECONDS and not self._always):
             return
+        done = sum(hop.state == "done" for hop in job.hops)
         text = (
-            f"{job.state}  {elapsed:.1f} s  blocks {self._route}  "
+            f"{job.state}  {elapsed:.1f} s  blocks {self._route}, {done} of {len(job.hops)} done  "
             f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in"
         )
         if self._status is None:

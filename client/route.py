@@ -1,20 +1,24 @@
 """Choosing the peers of a trace: a chain of spans over the blocks that it needs.
 
 One manifest, dtype, quantisation and attention backend from end to end: they are never mixed
-silently. Among the chains of one kind the one with the fewest hops wins, then the least loaded.
+silently. Among the chains of one kind the one with the fewest hops wins, then one of a single class
+of hardware and torch (within which a trace run again gives the same bits), then the least loaded.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from glasshive.client.coverage import Kind, by_kind, kinds_text, serve_command, spans_to_add
 from glasshive.client.errors import NoRoute
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
 from glasshive.security.keys import PeerId
+
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +54,27 @@ def choose_route(
     usable = [one for one in records if one.peer_id not in avoid and one.n_blocks == n_blocks]
     depth = next(i for i in range(n_blocks + 1) if i not in needed)
     extra = sorted(block for block in needed if block > depth)
-    best: tuple[tuple[int, float], list[PeerRecord]] | None = None
-    for same in _by_class(usable):
-        found = _chain(same, depth, extra)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
+    best: tuple[tuple[int, int, float], list[PeerRecord]] | None = None
+    for kind in _grouped(usable, lambda one: (one.dtype, one.quantisation, one.attention)):
+        for same in (*_grouped(kind, lambda one: one.backend), kind):
+            found = _chain(same, depth, extra)
+            if found is not None:
+                (hops, load), chain = found
+                cost = hops, len({one.backend for one in chain}), load
+                if best is None or cost < best[0]:
+                    best = cost, chain
     if best is None:
-        raise NoRoute(_why_none(usable, sorted(needed), avoid))
+        raise NoRoute(_why_none(usable, sorted(needed), avoid, n_blocks))
     return Route(tuple(best[1]))
 
 
-def _by_class(records: Iterable[PeerRecord]) -> list[list[PeerRecord]]:
-    classes: dict[tuple[str, str, str], list[PeerRecord]] = {}
+def _grouped(
+    records: Iterable[PeerRecord], key: Callable[[PeerRecord], Hashable]
+) -> list[list[PeerRecord]]:
+    groups: dict[Hashable, list[PeerRecord]] = {}
     for one in records:
-        classes.setdefault((one.dtype, one.quantisation, one.attention), []).append(one)
-    return list(classes.values())
+        groups.setdefault(key(one), []).append(one)
+    return list(groups.values())
 
 
 def _chain(
@@ -109,15 +119,10 @@ def _cover_extra(
 
 
 def _why_none(
-    records: Sequence[PeerRecord], needed: Sequence[int], avoid: Collection[PeerId]
+    records: Sequence[PeerRecord], needed: Sequence[int], avoid: Collection[PeerId], n_blocks: int
 ) -> str:
     served = {block for one in records for block in range(one.start, one.end)}
     missing = [block for block in needed if block not in served]
-    who = ", ".join(
-        f"{one.start}:{one.end} {one.dtype} by {one.peer_id[-8:]}"
-        for one in sorted(records, key=lambda one: (one.start, one.end))
-    )
-    lost = f"; {len(avoid)} lost peers are left out" if avoid else ""
     if missing:
         text = f"no route: nobody serves blocks {_ranges(missing)}"
     else:
@@ -125,10 +130,40 @@ def _why_none(
             "no route: every needed block is served, but no chain of spans of one dtype and "
             "attention backend fits together end to start"
         )
+    kinds = by_kind(records)
+    if len(kinds) > 1:
+        text += f"; {kinds_text(records, n_blocks)}"
+    who = [
+        f"{one.start}:{one.end} {one.dtype} {one.attention} by {one.peer_id[-8:]}"
+        for one in sorted(records, key=lambda one: (one.start, one.end))
+    ]
+    if len(who) > _MOST_NAMED:
+        who[_MOST_NAMED:] = [f"and {len(who) - _MOST_NAMED} more"]
+    lost = ""
+    if avoid:
+        lost = f"; {len(avoid)} lost {'peer is' if len(avoid) == 1 else 'peers are'} left out"
     return (
-        f"{text} (served now: {who or 'nothing'}{lost}); start the missing part with "
-        "`glasshive serve MODEL --blocks A:B`"
+        f"{text} (served now: {', '.join(who) or 'nothing'}{lost}); start the missing part with "
+        f"{_commands(kinds, needed, n_blocks)}"
     )
+
+
+def _commands(
+    kinds: Mapping[Kind, Sequence[PeerRecord]], needed: Sequence[int], n_blocks: int
+) -> str:
+    """The commands that would complete the kind that lacks least, for what is needed."""
+    if not kinds:
+        return f"`{serve_command('MODEL', Span(0, n_blocks), None)} --bootstrap ADDRESS`"
+    kind, missing = min(
+        ((kind, spans_to_add(records, n_blocks)) for kind, records in kinds.items()),
+        key=lambda found: sum(span.end - span.start for span in found[1]),
+    )
+    # Any host answers what a bootstrap peer answers.
+    known = next((one for one in kinds[kind] if one.addresses), None)
+    name, *_ = (one.model_name for one in kinds[kind])
+    where = ("--bootstrap", known.addresses[0] if known else "ADDRESS")
+    wanted = [span for span in missing if any(span.start <= one < span.end for one in needed)]
+    return " and ".join(f"`{serve_command(name, span, kind, where)}`" for span in wanted)
 
 
 def _ranges(blocks: Sequence[int]) -> str:

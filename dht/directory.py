@@ -18,6 +18,7 @@ next one.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import re
 from collections import Counter, OrderedDict
@@ -33,9 +34,11 @@ from glasshive.dht.errors import (
     DirectoryUnavailable,
     RecordRefused,
     SwarmError,
+    TransportError,
     UnknownModel,
 )
 from glasshive.dht.framing import Stream
+from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import (
     MODELS_KEY,
     ModelId,
@@ -44,7 +47,7 @@ from glasshive.dht.records import (
     lookup_key,
 )
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.security.errors import MalformedData
+from glasshive.security.errors import MalformedData, WrongSwarm
 from glasshive.security.plain import decode_plain, encode_plain
 
 __all__ = [
@@ -67,6 +70,8 @@ MAX_CACHED: Final = 64
 MAX_LOOK_UPS: Final = 8
 
 _VERSION: Final = 1
+_NAME_CHARACTERS: Final = 128
+_MOST_NAMES: Final = 8
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/@:+,()-]{0,127}")
 
 
@@ -121,17 +126,25 @@ async def ask_directory(
 
     Asks the peers one after the other until one knows the model. Withdrawn records are left out.
     Raises AmbiguousModel if the name has several manifests, UnknownModel if those that answered
-    know nobody, DirectoryUnavailable if none answered, DeadlineExceeded.
+    know nobody (it names models that are called alike), DirectoryUnavailable if none answered or
+    only peers of other swarms did, DeadlineExceeded.
     """
+    if model is not None and not _MODEL.fullmatch(model):
+        raise UnknownModel(
+            f"got {model[:_NAME_CHARACTERS]!r}, which can't be a model's name in a swarm (it is "
+            "no path); `glasshive status` lists the names that peers announce"
+        )
     problems: list[str] = []
-    answered = False
+    answered: PeerAddress | None = None
+    elsewhere = 0
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + deadline_seconds
     for peer in peers:
         left_seconds = ends_at - loop.time()
         if left_seconds <= 0:
             raise DeadlineExceeded(
-                f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}"
+                f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}; "
+                "check that one of these peers runs, or give others"
             )
         try:
             signed = await within(
@@ -140,18 +153,60 @@ async def ask_directory(
                 f"asking {peer.peer_id}",
             )
         except SwarmError as error:
-            problems.append(str(error))
+            problems.append(_problem(peer, error))
             continue
-        answered = True
+        if signed and all(_is_of_another_swarm(one, transport.swarm) for one in signed):
+            elsewhere += 1
+            problems.append(f"{_place(peer)}: it belongs to another swarm than {transport.swarm!r}")
+            continue
+        answered = answered or peer
         records = _check_all(signed, model, transport)
         if records or model is None:
             return resolve(records, model)
-    if answered:
-        raise _unknown(model)
-    raise DirectoryUnavailable(
-        f"none of the {len(peers)} peers asked gave a directory: {'; '.join(problems) or 'none'}; "
-        "check their addresses, or give others"
-    )
+    if answered is not None and model is not None:
+        known = await _names(transport, answered, ends_at - loop.time())
+        raise _unknown(model, known)
+    if not peers:
+        raise DirectoryUnavailable("no bootstrap peer is known that could be asked; give one")
+    one = len(peers) == 1
+    if elsewhere:
+        advice = "check `swarm` in hive.toml or GLASSHIVE_SWARM, and the address"
+    elif one:
+        advice = "check that it runs, and that its address is the one that it printed at its start"
+    else:
+        advice = "check that one of them runs, and that the addresses are those that they printed"
+    who = "the bootstrap peer gave no" if one else f"none of {len(peers)} bootstrap peers gave a"
+    raise DirectoryUnavailable(f"{who} directory: {'; '.join(problems)}; {advice}")
+
+
+def _place(peer: PeerAddress) -> str:
+    return peer.addresses[0] if peer.addresses else peer.peer_id
+
+
+def _problem(peer: PeerAddress, error: SwarmError) -> str:
+    """Why a peer gave no directory, in one line that has its address once."""
+    said = why_unreachable(str(error)) if isinstance(error, TransportError) else str(error)
+    return f"{_place(peer)}: {said}"
+
+
+def _is_of_another_swarm(data: bytes, swarm: str) -> bool:
+    try:
+        PeerRecord.verify(data, None, swarm=swarm)
+    except RecordRefused as error:
+        return isinstance(error.__context__, WrongSwarm)  # the rules' own reason
+    return False
+
+
+async def _names(transport: Transport, peer: PeerAddress, left_seconds: float) -> list[str]:
+    """The names of all models that a peer knows of; none if it doesn't say within the time."""
+    deadline_seconds = min(max(left_seconds, 0.0), PEER_DEADLINE_SECONDS)
+    try:
+        signed = await within(
+            deadline_seconds, _ask(transport, peer, None, deadline_seconds), "asking for names"
+        )
+    except SwarmError:
+        return []
+    return sorted({record.model_name for record in _check_all(signed, None, transport)})
 
 
 def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord]:
@@ -162,7 +217,7 @@ def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord
     if model is None:
         return list(records)
     if not records:
-        raise _unknown(model)
+        raise _unknown(model, ())
     manifests = Counter(record.model for record in records)
     if len(manifests) > 1:
         listed = ", ".join(f"{one} ({count} peers)" for one, count in sorted(manifests.items()))
@@ -173,9 +228,20 @@ def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord
     return list(records)
 
 
-def _unknown(model: str | None) -> UnknownModel:
+def _unknown(model: str, known: Sequence[str]) -> UnknownModel:
+    """The error for a model that nobody announces, where these names are announced."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(model.lower(), by_lower, n=3, cutoff=0.6)
+    if near:
+        meant = " or ".join(by_lower[name] for name in near)
+        return UnknownModel(f"no peer announces {model}; did you mean {meant}?")
+    there = ""
+    if known:
+        more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+        there = f" (announced are {', '.join(known[:_MOST_NAMES])}{more})"
     return UnknownModel(
-        f"no peer announces {model}; check the name, or serve it with `glasshive serve {model}`"
+        f"no peer announces {model}{there}; check the name, or serve it with "
+        f"`glasshive serve {model}`"
     )
 
 

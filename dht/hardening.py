@@ -34,7 +34,7 @@ _MAX_VALUE_BYTES: Final = 4096
 
 
 def patch_storage() -> None:
-    """hivemind's timed storages keep the newer value (1, 4) and are bounded (3). May be repeated."""
+    """hivemind's timed storages keep the newer value (1, 4), bounded (3). May be repeated."""
     from hivemind.dht.storage import DictionaryDHTValue
     from hivemind.utils.timed_storage import TimedStorage
 

@@ -39,6 +39,7 @@ from glasshive.dht.errors import (
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
 from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
@@ -261,8 +262,7 @@ class HivemindTransport:
                 reader, writer = await daemon_control.open_stream(self._p2p, peer.peer_id, protocol)
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
             raise PeerUnreachable(
-                f"{peer.peer_id} can't be reached for {protocol} ({_line(error)}); tried "
-                f"{', '.join(peer.addresses) or 'its open connection'}; try another peer"
+                f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(str(error))}"
             ) from None
         return self._adopt(reader, writer, peer.peer_id)
 
@@ -517,8 +517,9 @@ def check_loopback(address: str) -> None:
         loopback = False
     if not loopback:
         raise ListenRefused(
-            "until signed whitelists have landed this release listens on loopback only, so that "
-            f"no stranger can reach a host; got {address}, use /ip4/127.0.0.1/tcp/0"
+            f"can't listen at {address}: peers can't check yet who may run what on them (signed "
+            'whitelists, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
+            "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
 
 

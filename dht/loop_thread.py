@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, final
 
 from glasshive.dht.errors import DeadlineExceeded, TransportClosed
@@ -15,6 +16,7 @@ __all__ = ["LoopThread", "new_loop"]
 T = TypeVar("T")
 
 CLOSE_DEADLINE_SECONDS = 10.0
+TICK_SECONDS = 0.25
 
 
 @final
@@ -35,18 +37,29 @@ class LoopThread:
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
-    def run(self, coroutine: Coroutine[Any, Any, T], deadline_seconds: float) -> T:
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        deadline_seconds: float,
+        on_tick: Callable[[], None] | None = None,
+    ) -> T:
         """The coroutine's result, or its exception; cancels it after `deadline_seconds`.
 
-        Also cancels it when the calling thread is interrupted. Raises DeadlineExceeded, or
-        TransportClosed after `close`. Not to be called from the loop's own thread.
+        Also cancels it when the calling thread is interrupted. While it waits, the calling thread
+        calls `on_tick` four times a second. Raises DeadlineExceeded, or TransportClosed after
+        `close`. Not to be called from the loop's own thread.
         """
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("run() from the loop's own thread would wait for itself; await it")
         future = self.submit(coroutine)
+        ends_at = time.monotonic() + deadline_seconds
         try:
-            return future.result(deadline_seconds)
+            while on_tick is not None and time.monotonic() + TICK_SECONDS < ends_at:
+                on_tick()
+                if concurrent.futures.wait([future], TICK_SECONDS).done:
+                    break
+            return future.result(max(ends_at - time.monotonic(), 0.0))
         except concurrent.futures.CancelledError:
             raise TransportClosed("the loop was closed while the call ran") from None
         except TimeoutError:

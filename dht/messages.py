@@ -21,7 +21,12 @@ TRACE_PROTOCOL: Final = "glasshive/trace/1"
 EDGE_PROTOCOL: Final = "glasshive/edge/1"
 FILES_PROTOCOL: Final = "glasshive/files/1"
 
-SLICE_BYTES: Final = 1 << 20
+SLICE_BYTES: Final = 1 << 18
+ALIVE_SECONDS: Final = 2.0
+"""A peer says this often that it is there, for as long as a trace is."""
+SILENCE_SECONDS: Final = 12.0
+"""A peer from which nothing came for so long is lost: frozen, or cut off."""
+
 MAX_PEERS: Final = 256
 MAX_TEXT_CHARS: Final = 1000
 MAX_COUNT: Final = 1 << 48
@@ -199,6 +204,11 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """Peer to client, between any two frames: the peer is there, whether or not it has news."""
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """Peer to peer, first on an edge stream: whose values come here."""
 
@@ -252,6 +262,7 @@ _CODES: Final[dict[int, type[Any]]] = {
     8: Done,
     9: Failed,
     10: Cancel,
+    11: Alive,
     20: Opening,
     21: Value,
     22: More,

@@ -6,10 +6,22 @@ allocated; then it takes exactly as many bytes as the header says.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from glasshive.dht.errors import MalformedMessage
 from glasshive.dht.framing import Frame, Stream
 from glasshive.dht.messages import SLICE_BYTES, More, decode, encode
 from glasshive.graph.tensors import TensorSpec
+from glasshive.security.keys import PeerId
+
+
+class FrameSource(Protocol):
+    """A stream, as far as one reads from it."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    async def receive(self, deadline_seconds: float) -> Frame: ...
 
 
 async def send_tensor(
@@ -27,7 +39,7 @@ async def send_tensor(
 
 
 async def receive_bytes(
-    stream: Stream, first: Frame, size_bytes: int, deadline_seconds: float
+    stream: FrameSource, first: Frame, size_bytes: int, deadline_seconds: float
 ) -> bytearray:
     """The `size_bytes` that begin in the body of `first`.
 
@@ -53,7 +65,7 @@ async def receive_bytes(
 
 
 async def receive_tensor(
-    stream: Stream, first: Frame, spec: TensorSpec, deadline_seconds: float
+    stream: FrameSource, first: Frame, spec: TensorSpec, deadline_seconds: float
 ) -> bytearray:
     """The bytes of a tensor of `spec` that begin in the body of `first`."""
     return await receive_bytes(stream, first, spec.nbytes, deadline_seconds)

@@ -33,9 +33,10 @@ StreamHandler = Callable[[Stream], Awaitable[None]]
 MAX_ADDRESS_CHARACTERS: Final = 200
 _ADDRESS: Final = re.compile(
     r"/(?:ip4/[0-9.]{7,15}|ip6/[0-9A-Fa-f:.]{2,45}|dns[46]?/[A-Za-z0-9.-]{1,100})"
-    r"/(?:tcp|udp)/[0-9]{1,5}"
+    r"/(?:tcp|udp)/([0-9]{1,5})"
     r"(?:/[A-Za-z0-9-]{1,64}){0,8}"
 )
+_HOST: Final = re.compile(r"(?:[a-z]+://)?([A-Za-z0-9][A-Za-z0-9.-]{0,99})(?::([0-9]{1,5}))?/?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,22 @@ class PeerAddress:
 
 def check_address(address: str) -> None:
     """Returns if `address` reads as an IP or DNS multiaddr of fair length; raises BadAddress."""
-    if len(address) > MAX_ADDRESS_CHARACTERS or not _ADDRESS.fullmatch(address):
+    found = _ADDRESS.fullmatch(address) if len(address) <= MAX_ADDRESS_CHARACTERS else None
+    if found is None or int(found.group(1)) > 65535:
         raise BadAddress(
             f"got {address[:MAX_ADDRESS_CHARACTERS]!r}, wanted a multiaddr such as "
-            "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
+            f"{_meant(address)}/p2p/12D3KooW..."
         )
+
+
+def _meant(address: str) -> str:
+    """The multiaddr of what may be a host's name with a port."""
+    found = _HOST.fullmatch(address)
+    if found is None:
+        return "/ip4/192.0.2.7/tcp/31330"
+    host, port = found.groups()
+    kind = "ip4" if re.fullmatch(r"[0-9.]+", host) else "dns4"
+    return f"/{kind}/{host}/tcp/{port or 31330}"
 
 
 class Transport(Protocol):

@@ -1,4 +1,4 @@
-"""What a graph will cost, found before anything runs: bytes at the worst moment, and FLOPs.
+"""What a graph will cost, found before anything runs: bytes at the worst moment, FLOPs, seconds.
 
 A peer believes no shape that it is told. `admit` infers every value from what the model itself says
 of the sites, and charges each value its *logical* bytes, elements times item size, for as long as
@@ -8,6 +8,8 @@ it lives: an `expand` to 164 TB owns next to no memory, but the `clone` after it
   end. Whoever runs the graph must let values go as early.
 - What may share memory with its argument (`view` and `cast` ops, `pick`) keeps the argument alive.
 - Each op is charged the memory that its kernel may need besides arguments and result.
+- A matrix product does many times the FLOPs a second of what moves each number once, so a peer's
+  pace has two figures.
 - The bill is an upper bound; the graph runs whole or not at all.
 """
 
@@ -51,24 +53,36 @@ class Cost:
 
     flops: int
     workspace_bytes: int
+    is_dense: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a peer computes: FLOPs a second in matrix products (`dense`), and in all else."""
+
+    dense_flops_per_second: float = math.inf
+    other_flops_per_second: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a peer allows one graph."""
+    """What a peer allows one graph; seconds are those of its own pace."""
 
     peak_bytes: int
     flops: int
     saved_bytes: int
+    seconds: float = math.inf
+    pace: Pace = Pace()
 
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What a graph costs at most, and the specs of all its values."""
+    """What a graph costs at most, and the specs of all its values. `seconds` is an estimate."""
 
     peak_bytes: int
     flops: int
     saved_bytes: int
+    seconds: float
     specs: Mapping[NodeId, Specs]
 
 
@@ -129,6 +143,7 @@ class _Admission:
         self._live_bytes = 0
         self._peak_bytes = 0
         self._flops = 0
+        self._seconds = 0.0
         self._saved_bytes = 0
 
     def run(self, sequence: list[NodeId]) -> Bill:
@@ -147,10 +162,14 @@ class _Admission:
             if node_id in self._specs:
                 self._hold(node_id)
             self._flops += cost.flops
+            pace = self._budget.pace
+            self._seconds += cost.flops / (
+                pace.dense_flops_per_second if cost.is_dense else pace.other_flops_per_second
+            )
             self._charge(node_id, _in_words(node), cost.workspace_bytes)
             for dead in dying.get(position, ()):
                 self._live_bytes -= self._live.pop(dead, 0)
-        return Bill(self._peak_bytes, self._flops, self._saved_bytes, self._specs)
+        return Bill(self._peak_bytes, self._flops, self._saved_bytes, self._seconds, self._specs)
 
     def _dying(self, sequence: list[NodeId]) -> dict[int, list[NodeId]]:
         """The values that nothing needs any more after each position."""
@@ -192,6 +211,13 @@ class _Admission:
             raise OverBudget(
                 f"node {node_id} ({what}) brings the graph to {self._flops} FLOPs, but "
                 f"{self._budget.flops} are allowed; split the work over several traces",
+                node=node_id,
+            )
+        if self._seconds > self._budget.seconds:
+            raise OverBudget(
+                f"node {node_id} ({what}) brings the graph to about {self._seconds:.3g} s of this "
+                f"peer's time, but {self._budget.seconds:.3g} s are allowed; split the work over "
+                "several traces",
                 node=node_id,
             )
         if self._saved_bytes > self._budget.saved_bytes:
@@ -312,7 +338,8 @@ def cost_of(name: str, args: tuple[SpecArg, ...], specs: Specs) -> Cost:
         return Cost(1, 0)
     flops, elements = _RULES[rule](sizes)
     # A grain more, for scalars and flags that become tensors.
-    return Cost(max(1, flops), elements * sizes.item_bytes + _GRAIN_BYTES)
+    workspace_bytes = elements * sizes.item_bytes + _GRAIN_BYTES
+    return Cost(max(1, flops), workspace_bytes, is_dense=rule in _DENSE)
 
 
 def _tensors(args: tuple[SpecArg, ...]) -> Iterable[TensorSpec]:
@@ -407,6 +434,8 @@ def _fourier(sizes: _Sizes) -> tuple[int, int]:
     steps = sizes.taken + sizes.given
     return 8 * steps * steps.bit_length(), 2 * steps
 
+
+_DENSE: Final = frozenset({"matmul", "distances", "convolution", "attention"})
 
 _RULES: Final[Mapping[CostRule, Callable[[_Sizes], tuple[int, int]]]] = {
     "cast": _elementwise,

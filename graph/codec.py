@@ -43,6 +43,7 @@ from glasshive.graph.graph import (
     Write,
     is_effect,
 )
+from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.ops import INT_MAX, INT_MIN, OPS, OpSpec, check_args, find_op
 from glasshive.graph.tensors import MAX_RANK, check_spec
 
@@ -58,6 +59,7 @@ _LATER: Final[Mapping[object, str]] = {
 }
 _REF, _LIST, _DTYPE = range(3)
 _NODE_FIELDS: Final = 9  # of a write, which has the most
+_FRAME_DEPTH: Final = 5  # the message, its nodes, a node, its arguments, a ref in the last list
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ def decode_graph(data: bytes, limits: GraphLimits = DEFAULT_LIMITS) -> Graph:
 
 def _unpack(data: bytes, limits: GraphLimits) -> object:
     try:
+        scan(data, limits.nesting + _FRAME_DEPTH, len(data))
         return msgpack.unpackb(
             data,
             use_list=False,  # an empty tuple costs no memory, an empty list 56 bytes

@@ -15,6 +15,7 @@ import msgpack
 from glasshive.graph.codec import GraphLimits, decode_graph, encode_graph
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.graph import NodeId
+from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
@@ -25,6 +26,8 @@ MAX_ROWS: Final = 65_536
 MAX_TOKENS: Final = 1 << 24
 MAX_NAME_CHARS: Final = 16  # only names of dtypes are text here
 _FRAME_SLACK: Final = 4  # a part lists each node at most about four times besides the graph
+_NODE_ELEMENTS: Final = 16  # what these lists hold of a node, in all
+_DEPTH: Final = 5  # the part, its stages, a stage, its imports, a pair
 
 
 def encode_part(part: Part, passes: Passes) -> bytes:
@@ -59,14 +62,16 @@ def encode_part(part: Part, passes: Passes) -> bytes:
 
 
 def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Passes]:
-    """The part in `data` and the passes of its trace. Raises BadGraph or UnknownOp only."""
+    """The part in `data` and the passes of its trace. Raises BadGraph, UnknownOp or NotYet only."""
     if len(data) > _FRAME_SLACK * limits.graph_bytes:
         raise BadGraph(
             f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"
         )
     try:
+        scan(data, _DEPTH, _NODE_ELEMENTS * limits.nodes + 4 * MAX_ROWS)
         tree = msgpack.unpackb(
             data,
+            use_list=False,  # an empty tuple costs no memory, an empty list 56 bytes
             raw=False,
             strict_map_key=True,
             max_str_len=MAX_NAME_CHARS,
@@ -99,7 +104,7 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
 
 def _spec(tree: Any) -> tuple[NodeId, TensorSpec]:
     value, dtype, shape = _array(tree, 3, "a spec")
-    return _node(value), check_spec(dtype, tuple(_list(shape, MAX_RANK, "a shape")))
+    return _node(value), check_spec(dtype, _list(shape, MAX_RANK, "a shape"))
 
 
 def _stage(tree: Any, limits: GraphLimits) -> Stage:
@@ -155,13 +160,13 @@ def _integer(value: Any, low: int, high: int) -> int:
     return value
 
 
-def _list(value: Any, most: int, what: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) > most:
+def _list(value: Any, most: int, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, tuple) or len(value) > most:
         raise BadGraph(f"{what}: a list of at most {most} is wanted")
     return value
 
 
-def _array(value: Any, length: int, what: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) != length:
+def _array(value: Any, length: int, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, tuple) or len(value) != length:
         raise BadGraph(f"{what}: a list of {length} is wanted")
     return value

@@ -1,32 +1,39 @@
-"""Whether a part may run here: every shape inferred again, every byte and FLOP counted before."""
+"""Whether a part may run here: every shape inferred again, every byte and FLOP counted before.
+
+The seconds of a part, its passes through the model included, follow from the host's measured pace.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from dataclasses import replace
 
 from torch import nn
 
 from glasshive.graph.budget import Bill, Budget, admit
+from glasshive.graph.errors import OverBudget
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part
 from glasshive.graph.twin import Calls, surroundings
+from glasshive.peer.pace import HostPace
 
 _KEPT_VERDICTS = 256
 
 
 class Admission:
-    """Admits parts of traces of one model. `budget` is what one of them may take.
+    """Admits parts of traces of one model. `budget` is what one of them may take at `pace`.
 
     A bill is kept by the hash of the part's bytes, which hold the graph, the sizes of the passes
     and the shapes of what comes in; model, dtype and budget are the same for all.
     """
 
-    def __init__(self, outline: Outline, twin: nn.Module, budget: Budget) -> None:
+    def __init__(self, outline: Outline, twin: nn.Module, budget: Budget, pace: HostPace) -> None:
         self._outline = outline
         self._calls = Calls(twin, outline)
-        self._budget = budget
+        self._budget = replace(budget, pace=pace.graph)
+        self._pace = pace
         self._known: OrderedDict[bytes, Bill] = OrderedDict()
 
     def admit(self, part: Part, passes: Passes, data: bytes | bytearray) -> Bill:
@@ -44,11 +51,21 @@ class Admission:
         return bill
 
     def _count(self, part: Part, passes: Passes) -> Bill:
-        return admit(
+        forwards = [passes.passes[stage.pass_index] for stage in part.stages if stage.forward]
+        seconds = sum(self._pace.forward_seconds(one.batch, one.seq) for one in forwards)
+        if seconds > self._budget.seconds:
+            tokens = sum(one.batch * one.seq for one in forwards)
+            raise OverBudget(
+                f"{tokens} tokens in {len(forwards)} passes take about {seconds:.3g} s of this "
+                f"peer's time, but {self._budget.seconds:.3g} s are allowed; trace fewer "
+                "or shorter prompts at a time"
+            )
+        bill = admit(
             part.graph,
             surroundings(self._outline, self._calls, passes),
-            self._budget,
+            replace(self._budget, seconds=self._budget.seconds - seconds),
             imports=part.specs,
             order=[node for stage in part.stages for node in stage.nodes],
             keep={v for stage in part.stages for v, _ in stage.exports if v != HIDDEN},
         )
+        return replace(bill, seconds=bill.seconds + seconds)

@@ -230,7 +230,7 @@ def _check_loaded(info: dict[str, Any], where: str, start: int, end: int) -> Non
     if info["missing_keys"]:
         names = tuple(sorted(info["missing_keys"]))
         raise MissingTensor(
-            f"{len(names)} tensors of the span {start}..{end} are missing: {_some(names)}; "
+            f"{len(names)} tensors of the span {start}:{end} are missing: {_some(names)}; "
             f"looked in {where}; fetch the checkpoint again",
             names=names,
         )
@@ -320,7 +320,7 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         raise BadCheckpoint(
             f"{path} is missing; give a folder in the Hugging Face layout"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{path} holds no JSON object")

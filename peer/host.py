@@ -11,12 +11,14 @@ the trace held. Errors leave as a name, a node and one sentence; the full text s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from torch import Tensor
@@ -24,11 +26,13 @@ from torch import Tensor
 from glasshive.dht.errors import MalformedMessage, StreamClosed, SwarmError, TransportError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
+    ALIVE_SECONDS,
     EDGE_PROTOCOL,
     FILES_PROTOCOL,
     SLICE_BYTES,
     TRACE_PROTOCOL,
     Accepted,
+    Alive,
     AskFile,
     Cancel,
     Constant,
@@ -76,15 +80,26 @@ class HostLimits:
     graph: GraphLimits = field(default_factory=GraphLimits)
     traces: int = 16
     traces_per_client: int = 8
-    stage_seconds: float = 300.0  # the hard limit of one stage: after it the process is ended
     trace_seconds: float = 600.0
     prepare_seconds: float = 60.0
     batch_rows: int = 256
     context_tokens: int = 8192
     const_cache_bytes: int = 1 << 30
     budget: Budget = field(
-        default_factory=lambda: Budget(peak_bytes=4 << 30, flops=10**13, saved_bytes=2 << 30)
+        default_factory=lambda: Budget(
+            peak_bytes=4 << 30, flops=10**13, saved_bytes=2 << 30, seconds=300.0
+        )
     )
+
+    stage_least_seconds: float = 30.0
+    stage_factor: float = 3.0
+
+    def stage_seconds(self, estimated_seconds: float) -> float:
+        """After how long a stage of a part that was thought to take so long is a runaway.
+
+        The process is ended then, so the estimate is given the benefit of the doubt.
+        """
+        return self.stage_least_seconds + self.stage_factor * estimated_seconds
 
 
 class _ConstCache:
@@ -135,7 +150,7 @@ class Host:
         self._consts = _ConstCache(self._limits.const_cache_bytes)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
-        self._admission = Admission(served.outline, served.twin, self._limits.budget)
+        self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
 
     @property
     def load(self) -> float:
@@ -167,22 +182,10 @@ class Host:
             frame = await stream.receive(self._limits.prepare_seconds)
             prepare = decode(frame.header, Prepare)
             self._take_slot(prepare.trace_id, stream.peer_id)
-            trace: HostedTrace | None = None
             try:
-                trace, bill = await self._prepare(stream, prepare, frame.body)
-                # Before the client is told: other peers may push as soon as it has heard of all.
-                self._traces[trace.trace_id] = trace
-                await stream.send(encode(_accepted(bill)))
-                log.info(
-                    "trace_accepted",
-                    extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
-                )
-                await self._take_inputs(stream, trace)
-                await self._run(stream, trace)
+                async with _heard(stream):
+                    trace = await self._serve_trace(stream, prepare, frame.body)
             finally:
-                if trace is not None:
-                    trace.cancel()
-                self._traces.pop(prepare.trace_id, None)
                 del self._tenants[prepare.trace_id]
             log.info(
                 "trace_done",
@@ -200,6 +203,23 @@ class Host:
             # A bug of ours or of the model's code: the client is told that, and nothing more.
             log.exception("host_failed", extra={"client": stream.peer_id})
             await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
+
+    async def _serve_trace(self, stream: Stream, prepare: Prepare, body: bytearray) -> HostedTrace:
+        trace, bill = await self._prepare(stream, prepare, body)
+        # Before the client is told: other peers may push as soon as it has heard of all.
+        self._traces[trace.trace_id] = trace
+        try:
+            await stream.send(encode(_accepted(bill)))
+            log.info(
+                "trace_accepted",
+                extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
+            )
+            await self._take_inputs(stream, trace)
+            await self._run(stream, trace)
+        finally:
+            trace.cancel()
+            del self._traces[trace.trace_id]
+        return trace
 
     def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
         """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
@@ -240,7 +260,8 @@ class Host:
             outline=self._outline,
             consts=consts,
             transport=self._transport,
-            run_on_torch=self._run_on_torch,
+            # Not the client's own deadline: that is no reason to end the process.
+            run_on_torch=partial(self._torch.run, limit_seconds=limits.stage_seconds(bill.seconds)),
             ends_at=self._clock() + seconds,
             clock=self._clock,
         )
@@ -329,10 +350,6 @@ class Host:
             device = self._model.device
             trace.inputs[index] = PassInputs(**{k: v.to(device) for k, v in named.items()})
 
-    async def _run_on_torch(self, work: Callable[[], None]) -> None:
-        # The host's own limit: a client's short deadline is no reason to end the process.
-        await self._torch.run(work, self._limits.stage_seconds)
-
     async def _run(self, stream: Stream, trace: HostedTrace) -> None:
         run = asyncio.create_task(trace.run())
         watch = asyncio.create_task(stream.receive(trace.left_seconds + 1))
@@ -410,6 +427,33 @@ class Host:
             return None
         data = await asyncio.to_thread((self._folder / known.name).read_bytes)
         return data if hashlib.sha256(data).digest() == known.sha256 else None
+
+
+@contextlib.asynccontextmanager
+async def _heard(stream: Stream) -> AsyncIterator[None]:
+    """Inside it, the client hears every `ALIVE_SECONDS` that this host is there."""
+    ended = asyncio.Event()
+
+    async def tell() -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ALIVE_SECONDS):
+                    await ended.wait()
+                    return
+            await stream.send(encode(Alive()))
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        # It ends by itself: a frame that is cut short would end the stream, and lose what was sent.
+        ended.set()
+        try:
+            await asyncio.wait({telling})
+        finally:
+            telling.cancel()
+        if not telling.cancelled():
+            telling.exception()  # a client that left; whoever else uses the stream is told
 
 
 def _accepted(bill: Bill) -> Accepted:

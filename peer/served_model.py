@@ -14,6 +14,7 @@ from glasshive.graph.outline import Outline
 from glasshive.graph.plan import Span
 from glasshive.graph.twin import build_twin, scan
 from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
+from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.self_test import self_test
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.manifest import CLIENT_FILES, Manifest, ManifestFile
@@ -36,6 +37,7 @@ class ServedModel:
     twin: nn.Module
     outline: Outline
     attention: Attention
+    pace: HostPace
 
 
 def manifest_paths(folder: Path) -> list[Path]:
@@ -96,4 +98,5 @@ def load_served_model(
     )
     twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
     outline = scan(twin, checkpoint.config)
-    return ServedModel(name, folder, known, chosen, model, twin, outline, attention)
+    pace = measure_pace(model, outline.max_positions_tokens)
+    return ServedModel(name, folder, known, chosen, model, twin, outline, attention, pace)

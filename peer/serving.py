@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from dataclasses import replace
 
 import torch
@@ -15,10 +14,7 @@ from glasshive.dht.transport import Transport
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.peer.host import Host, HostLimits
 from glasshive.peer.served_model import ServedModel
-from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import Identity
-
-_MEASURED_TOKENS = 16
 
 
 class Serving:
@@ -76,7 +72,7 @@ def record_of(transport: Transport, served: ServedModel, lifetime_seconds: float
         dtype=from_torch_dtype(model.dtype).value,
         backend=backend_class(model.device),
         attention=served.attention,
-        throughput_tokens_per_second=measure_tokens_per_second(model),
+        throughput_tokens_per_second=served.pace.tokens_per_second,
         addresses=transport.addresses[:4],
         whitelist_version=0,
         load=0.0,
@@ -91,23 +87,3 @@ def backend_class(device: torch.device) -> str:
     version = ".".join(torch.__version__.split(".")[:2])
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{kind} torch-{version}"
-
-
-def measure_tokens_per_second(model: SpanModel) -> float:
-    """Tokens a second through the whole span, from the second of two short passes."""
-    ids = torch.zeros((1, _MEASURED_TOKENS), dtype=torch.int64, device=model.device)
-    hidden = torch.zeros(
-        (1, _MEASURED_TOKENS, model.hidden_size), dtype=model.dtype, device=model.device
-    )
-    seconds = 0.0
-    with torch.no_grad():
-        for _ in range(2):
-            began = time.perf_counter()
-            if model.is_first:
-                model.run(input_ids=ids, hidden=None)
-            else:
-                model.run(input_ids=None, hidden=hidden)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            seconds = time.perf_counter() - began
-    return _MEASURED_TOKENS / max(seconds, 1e-6)

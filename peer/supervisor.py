@@ -162,6 +162,8 @@ class Supervisor:
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(writing,),
                 start_new_session=True,
+                # Threads that spin while they wait take the cores from whatever else runs here.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
         except BaseException:
             os.close(reading)

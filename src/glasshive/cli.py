@@ -1,12 +1,15 @@
 """The command line. Exit codes: 0 done, 1 an error of ours (one line says which), 2 wrong usage,
-130 interrupted. Nothing heavy is imported before a command needs it."""
+130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM. Nothing heavy is imported before a command
+needs it."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.metadata
 import itertools
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -15,8 +18,16 @@ import typer
 
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
-from glasshive.settings import data_dir, load_settings
-from glasshive.terminal import LogFormat, byte_bar, console, print_error, set_up_logging
+from glasshive.settings import Settings, data_dir, load_settings
+from glasshive.terminal import (
+    Ended,
+    LogFormat,
+    byte_bar,
+    console,
+    ended_by_signals,
+    print_error,
+    set_up_logging,
+)
 
 app = typer.Typer(
     name="glasshive",
@@ -40,6 +51,10 @@ BootstrapOption = Annotated[
 KeyOption = Annotated[
     Path | None, typer.Option("--key", help="Key file; made at the first use, for you only.")
 ]
+HostKeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", help="Key file; made at the first use. Else the first that is free."),
+]
 LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", help="How to write logs.")]
 ReportOption = Annotated[int | None, typer.Option("--report-descriptor", hidden=True)]
 StdinOption = Annotated[bool, typer.Option("--until-stdin-ends", hidden=True)]
@@ -53,6 +68,8 @@ def main() -> NoReturn:
     except (GlasshiveError, ModelUnavailableError) as error:
         print_error(error)
         sys.exit(1)
+    except Ended as ended:
+        sys.exit(ended.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -94,7 +111,7 @@ def serve(
     listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = LOOPBACK,
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
-    key: KeyOption = None,
+    key: HostKeyOption = None,
     log_format: LogFormatOption = "pretty",
     report_descriptor: ReportOption = None,
     until_stdin_ends: StdinOption = False,
@@ -104,7 +121,7 @@ def serve(
     span = _blocks(blocks)
     settings = load_settings(config, bootstraps=bootstrap, host_key=key)
     if report_descriptor is None:
-        _supervise(settings.host_key_path, listen, until_stdin_ends)
+        _supervise(settings.host_key, data_dir() / "host.key", listen, settings, until_stdin_ends)
     from glasshive.host_process import Life, ServeOptions, run_host
 
     run_host(
@@ -118,7 +135,7 @@ def bootstrap(
     listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = BOOTSTRAP_LISTEN,
     others: BootstrapOption = None,
     config: ConfigOption = None,
-    key: KeyOption = None,
+    key: HostKeyOption = None,
     log_format: LogFormatOption = "pretty",
     report_descriptor: ReportOption = None,
     until_stdin_ends: StdinOption = False,
@@ -126,12 +143,12 @@ def bootstrap(
     """Be the peer through which others find the swarm. Prints its address; serves no model."""
     set_up_logging(log_format)
     settings = load_settings(config, bootstraps=others)
-    key = key or data_dir() / "bootstrap.key"
+    default = data_dir() / "bootstrap.key"
     if report_descriptor is None:
-        _supervise(key, listen, until_stdin_ends)
+        _supervise(key, default, listen, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
-    run_bootstrap(Life(settings, key, listen, log_format, report_descriptor))
+    run_bootstrap(Life(settings, key or default, listen, log_format, report_descriptor))
 
 
 @app.command()
@@ -142,10 +159,10 @@ def status(
     config: ConfigOption = None,
     key: KeyOption = None,
 ) -> None:
-    """Who serves what, and which blocks nobody serves; with --model, 1 if any is missing."""
+    """Who serves what, and what is missing; with --model, 1 if the model can't be traced whole."""
     set_up_logging("pretty")
     from glasshive.connection import open_swarm, with_bootstraps
-    from glasshive.status_report import model_tables, report_of
+    from glasshive.status_report import print_report, report_of
 
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
     with open_swarm(settings) as swarm:
@@ -155,10 +172,9 @@ def status(
     else:
         from rich.console import Console
 
-        out = Console()
-        for table in model_tables(report):
-            out.print(table)
-    if model is not None and any(one["missing_blocks"] for one in report["models"]):
+        where = [part for one in bootstrap or () for part in ("--bootstrap", one)]
+        print_report(report, Console(), [*where, *(("--config", str(config)) if config else ())])
+    if model is not None and not all(one["complete"] for one in report["models"]):
         raise typer.Exit(1)
 
 
@@ -214,7 +230,9 @@ def demo(
             f"got {cuts!r}, wanted ascending blocks between 0 and {end}, such as 10,20",
             param_hint="--cuts",
         )
-    raise typer.Exit(run_demo(out, spans=spans))
+    with ended_by_signals():
+        code = run_demo(out, spans=spans)
+    raise typer.Exit(code)
 
 
 def _blocks(text: str | None) -> tuple[int, int] | None:
@@ -228,42 +246,74 @@ def _blocks(text: str | None) -> tuple[int, int] | None:
     return int(first), int(end)
 
 
-def _supervise(key: Path, listen: str, until_stdin_ends: bool) -> NoReturn:
-    """Become the supervisor of a process with this very command line."""
-    from filelock import FileLock, Timeout
+def _supervise(
+    key: Path | None, default: Path, listen: str, settings: Settings, until_stdin_ends: bool
+) -> NoReturn:
+    """Become the supervisor of a process with this very command line.
 
-    from glasshive.dht.hivemind_transport import check_loopback
+    Without a key that the user named, the first free one from `default` on is taken.
+    """
+    from glasshive.dht.transport import PeerAddress
+    from glasshive.keyring import take_free_key, take_key
     from glasshive.peer.supervisor import Supervisor
     from glasshive.security.keys import Identity
 
-    check_loopback(listen)
+    _check_listen(listen)
+    for address in settings.bootstraps:
+        PeerAddress.parse(address)
+    if key is not None:
+        lock = take_key(key)
+    else:
+        key, lock = take_free_key(default)
+        if key != default:
+            console.print(f"{default.name} is in use; this process is the peer of {key}")
     Identity.load_or_create(key)
-    lock = FileLock(key.with_name(key.name + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise KeyInUse(
-            f"another process on this machine is the peer of the key {key}; "
-            "end it, or give this one a key of its own with --key"
-        ) from None
 
     def command(report_descriptor: int, listening_at: str | None) -> list[str]:
         again = ["--listen", listening_at] if listening_at else []
-        report = ["--report-descriptor", str(report_descriptor)]
+        report = ["--report-descriptor", str(report_descriptor), "--key", str(key)]
         return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *report]
 
     async def run() -> int:
         return await Supervisor(command).run(until_stdin_ends=until_stdin_ends)
 
-    with lock:
+    try:
         code = asyncio.run(run())
+    finally:
+        lock.release()
     if console.is_terminal:
         console.show_cursor()  # the process may have been ended in the middle of a progress bar
     sys.exit(code)
 
 
-class KeyInUse(GlasshiveError):
-    """Two processes of one machine would be the same peer."""
+def _check_listen(listen: str) -> None:
+    """Raises BadAddress or ListenRefused for an address that can't be listened at.
+
+    The network daemon would share a port that is in use, and each peer get half of the calls.
+    """
+    from glasshive.dht.errors import BadAddress, ListenRefused
+    from glasshive.dht.hivemind_transport import check_loopback
+
+    if not listen.startswith("/"):
+        raise BadAddress(
+            f"got --listen {listen!r}, wanted a multiaddr such as /ip4/127.0.0.1/tcp/31331"
+        )
+    check_loopback(listen)
+    _, kind, host, protocol, port, *_ = listen.split("/")
+    if protocol != "tcp":
+        return
+    family = socket.AF_INET6 if kind == "ip6" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, int(port)))
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            raise ListenRefused(
+                f"can't listen at {listen}: "
+                f"{'another process does' if in_use else error.strerror or error}; give another "
+                f"port with --listen, or let one be chosen: --listen /{kind}/{host}/tcp/0"
+            ) from None
 
 
 if __name__ == "__main__":

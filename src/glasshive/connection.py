@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 _START_SECONDS = 90.0
+# What is meant as an address, well formed or not: a multiaddr, a URL, a host with a port.
+_ADDRESS = re.compile(r"/(ip4|ip6|dns\w*)/|[a-z]+://|[\w.-]+:\d+$")
 
 
 def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swarm:
@@ -30,7 +33,7 @@ def settings_of(where: str | os.PathLike[str] | Sequence[str] | None) -> Setting
     """The settings that `connect(where)` uses, with at least one bootstrap. Raises ConfigError."""
     if where is None:
         return with_bootstraps(load_settings(), None)
-    if isinstance(where, str) and "/p2p/" in where and not os.path.exists(where):
+    if isinstance(where, str) and _ADDRESS.match(where) and not os.path.exists(where):
         where = (where,)
     if isinstance(where, str | os.PathLike):
         return with_bootstraps(load_settings(where), where)

@@ -7,6 +7,7 @@ machine, and says which peer did what.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from glasshive.models import FetchProgress, fetch_smollm2
+from glasshive.terminal import Bytes
 
 SPANS = ((0, 10), (10, 20), (20, 30))
 
@@ -37,20 +39,17 @@ def run_demo(out: Path, *, spans: Sequence[tuple[int, int]] = SPANS) -> int:
     from glasshive.demo_pictures import logit_lens_png, patching_png
     from glasshive.testing import LocalSwarm
 
-    with console.status("starting a bootstrap and three hosts as processes on this machine"):
-        swarm_process = LocalSwarm(folder, spans=list(spans))
-        swarm_process.__enter__()
-    try:
-        with glasshive.connect(swarm_process.config) as swarm:
-            _print_peers(console, swarm.records())
-            with console.status("fetching configuration and tokenizer from a peer"):
-                model = swarm.model(folder.name)
-            lens = _timed(console, "logit lens", lambda: demo_experiments.logit_lens(model))
-            steering = _timed(console, "steering", lambda: demo_experiments.steering(model))
-            patching = _run_patching(console, model)
-    finally:
-        with console.status("stopping the hosts"):
-            swarm_process.__exit__(None, None, None)
+    hosts = f"{len(spans)} {'host' if len(spans) == 1 else 'hosts'}"
+    with contextlib.ExitStack() as stack:
+        with console.status(f"starting a bootstrap and {hosts} as processes on this machine"):
+            hive = stack.enter_context(LocalSwarm(folder, spans=list(spans)))
+        swarm = stack.enter_context(glasshive.connect(hive.config))
+        _print_peers(console, swarm.records())
+        with console.status("fetching configuration and tokenizer from a peer"):
+            model = swarm.model(folder.name)
+        lens = _timed(console, "logit lens", lambda: demo_experiments.logit_lens(model))
+        steering = _timed(console, "steering", lambda: demo_experiments.steering(model))
+        patching = _run_patching(console, model)
 
     with console.status("running the same on plain Hugging Face, with torch hooks"):
         plain_model, tokenizer = demo_oracle.load(folder)
@@ -72,7 +71,9 @@ def run_demo(out: Path, *, spans: Sequence[tuple[int, int]] = SPANS) -> int:
     ]
     _print_checks(console, names, ran, differences)
     _print_traffic(console, names, ran)
-    console.print(f"pictures: {out / 'logit_lens.png'}, {out / 'activation_patching.png'}")
+    console.print(
+        f"pictures: {out / 'logit_lens.png'}, {out / 'activation_patching.png'}", soft_wrap=True
+    )
     console.print(f"done in {time.perf_counter() - began:.0f} s")
     if any(difference != 0.0 for difference in differences):
         console.print("[bold red]a result differs from plain Hugging Face on this machine")
@@ -84,10 +85,11 @@ def _fetch(console: Console) -> Path:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        Bytes(),
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         tasks: dict[str, Any] = {}
 
@@ -98,12 +100,12 @@ def _fetch(console: Console) -> Path:
             progress.update(tasks[now.stage], completed=now.done_bytes, total=total)
 
         folder = fetch_smollm2(show)
-    console.print(f"model: {folder.name} (30 blocks, fp32) in {folder}")
+    console.print(f"model: {folder.name} (30 blocks, fp32) in {folder}", soft_wrap=True)
     return folder
 
 
 def _timed(console: Console, name: str, run: Callable[[], Any]) -> Any:
-    with console.status(f"{name} over three peers"):
+    with console.status(f"{name} over the peers"):
         began = time.perf_counter()
         ran = run()
     console.print(f"{name}: {time.perf_counter() - began:.2f} s")
@@ -117,15 +119,19 @@ def _run_patching(console: Console, model: Any) -> Any:
     with Progress(
         TextColumn("activation patching"),
         BarColumn(),
-        TextColumn("pass {task.completed} of {task.total}"),
+        TextColumn("{task.fields[passes]}"),
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=None)
-        ran = demo_experiments.activation_patching(
-            model, on_pass=lambda done, total: progress.update(task, completed=done, total=total)
-        )
+        task = progress.add_task("", total=None, passes="")
+
+        def show(done: int, total: int) -> None:
+            passes = f"pass {done + 1} of {total}" if done < total else f"{total} passes"
+            progress.update(task, completed=done, total=total, passes=passes)
+
+        ran = demo_experiments.activation_patching(model, on_pass=show)
     seconds = time.perf_counter() - began
     console.print(
         f"activation patching: {seconds:.2f} s for {sum(ran.rows)} rows in {len(ran.rows)} passes"
@@ -218,12 +224,14 @@ def _print_traffic(console: Console, names: Sequence[str], ran: Sequence[Any]) -
         total = 0
         for place in range(len(one.traces[0].hops)):
             hops = [trace.hops[place] for trace in one.traces]
-            seconds, hidden, carried, saved = (sum(hop[i] for hop in hops) for i in (2, 3, 4, 5))
+            hidden = sum(hop.hidden_bytes for hop in hops)
+            carried = sum(hop.carried_bytes for hop in hops)
+            saved = sum(hop.saved_bytes for hop in hops)
             total += hidden + carried + saved
             table.add_row(
                 name if place == 0 else "",
-                hops[0][1],
-                f"{seconds:.2f}",
+                hops[0].blocks,
+                f"{sum(hop.compute_seconds for hop in hops):.2f}",
                 amount(hidden),
                 amount(carried),
                 amount(saved),
@@ -238,7 +246,7 @@ def _print_traffic(console: Console, names: Sequence[str], ran: Sequence[Any]) -
     )
 
 
-def _short(token: str, most: int = 10) -> str:
+def _short(token: str, most: int = 12) -> str:
     word = token.strip() or repr(token)
     return escape(word if len(word) <= most else word[: most - 1] + "…")
 
@@ -250,7 +258,7 @@ def petals_bytes(ran: Any) -> int:
     every block between which it wants to see or change them; each way is rows x tokens x width.
     """
     width_bytes = 576 * 4
-    ends = {int(span.split(":")[1]) for _, span, *_ in ran.traces[0].hops}
+    ends = {int(hop.blocks.split(":")[1]) for hop in ran.traces[0].hops}
     crossings = 2 * len(ends | {block + 1 for block in ran.touched_blocks})
     return sum(rows * ran.tokens * width_bytes * crossings for rows in ran.rows)
 

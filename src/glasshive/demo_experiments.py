@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glasshive.client.experiment import Provenance
+from glasshive.client.provenance import Provenance
 from glasshive.demo_oracle import (
     DEMO,
     LensResult,
@@ -78,6 +78,7 @@ def activation_patching(
     """How much of the clean answer each (layer, position) of the clean run brings back.
 
     One trace is one forward pass: the clean prompt, and corrupted ones with one patch each.
+    `on_pass(done, all)` is called before the first and after each.
     """
     clean = token_ids(model.tokenizer, spec.clean)
     corrupted = token_ids(model.tokenizer, spec.corrupted)
@@ -86,6 +87,7 @@ def activation_patching(
     passes = sweep_passes(len(layers), len(clean), spec.rows_per_pass)
     traces, answers = [], []
     clean_logits = torch.empty(0)
+    on_pass(0, len(passes))
     for number, cells in enumerate(passes):
         saved = []
         with model.trace(progress=False) as tracer:

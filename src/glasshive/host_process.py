@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import structlog
 
 from glasshive.dht.directory import serve_directory
-from glasshive.dht.errors import SwarmError
+from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, SwarmError
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.loop_thread import new_loop
+from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
+from glasshive.joining import join
 from glasshive.models import ModelUnavailableError, find_model
 from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended
 from glasshive.security.keys import Identity
@@ -84,20 +86,44 @@ class _Process:
             await asyncio.sleep(BEAT_SECONDS)
 
     @contextlib.asynccontextmanager
-    async def transport(self) -> AsyncIterator[HivemindTransport]:
+    async def transport(self, *, may_be_alone: bool = False) -> AsyncIterator[HivemindTransport]:
+        """The transport, once a bootstrap peer has answered. Raises BadAddress at once.
+
+        One that `may_be_alone` doesn't wait: two bootstraps that list each other would for ever,
+        and the one that starts later joins the earlier.
+        """
         life = self.life
         identity = Identity.load_or_create(life.key)
         own = f"/p2p/{identity.peer_id}"  # a config that all peers of a swarm share may list it
-        transport = await HivemindTransport.create(
-            identity,
-            listen=[life.listen],
-            bootstraps=[one for one in life.settings.bootstraps if not one.endswith(own)],
-            swarm=life.settings.swarm,
-        )
+        others = [one for one in life.settings.bootstraps if not one.endswith(own)]
+
+        def create(bootstraps: Sequence[str] = others) -> Awaitable[HivemindTransport]:
+            return HivemindTransport.create(
+                identity, listen=[life.listen], bootstraps=bootstraps, swarm=life.settings.swarm
+            )
+
+        peers = [PeerAddress.parse(one) for one in others]
+        if may_be_alone and peers:
+            try:
+                transport = await create()
+            except (PeerUnreachable, DeadlineExceeded):
+                log.warning("starting_alone", unreachable=others)
+                transport = await create(())
+        else:
+            transport = await join(create, peers, self._say_waiting)
         try:
             yield transport
         finally:
             await transport.close()
+
+    def _say_waiting(self, why: str, seconds: float) -> None:
+        if self.life.log_format == "json":
+            log.warning("waiting_for_bootstrap", why=why, again_in_seconds=seconds)
+        else:
+            console.print(
+                f"no bootstrap peer answers: {why}; next try in {seconds:g} s (Ctrl-C stops)",
+                markup=False,
+            )
 
     async def serve(
         self, transport: HivemindTransport, refresh: Callable[[bool], None] = lambda lost: None
@@ -178,7 +204,7 @@ async def _until_stopped(life: Life, work: Callable[[_Process], Awaitable[None]]
 
 
 async def _bootstrap(process: _Process) -> None:
-    async with process.transport() as transport:
+    async with process.transport(may_be_alone=True) as transport:
         await serve_directory(transport)
         address = transport.addresses[0]
         if process.life.log_format == "json":
@@ -195,6 +221,7 @@ async def _bootstrap(process: _Process) -> None:
 
 
 async def _host(process: _Process, options: ServeOptions) -> None:
+    _check(options)  # before anybody is waited for
     async with process.transport() as transport:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         served = await asyncio.get_running_loop().run_in_executor(
@@ -214,6 +241,18 @@ async def _host(process: _Process, options: ServeOptions) -> None:
             log.info("stopped")
 
 
+def _check(options: ServeOptions) -> None:
+    """Raises ModelNotFoundError or BadSpan for what can't be served."""
+    from glasshive.manifest_cache import model_name
+    from glasshive.peer.checkpoint import Checkpoint
+    from glasshive.peer.span_model import check_span
+
+    folder = find_model(options.model)
+    if options.blocks:
+        name = options.name or model_name(options.model, folder)
+        check_span(*options.blocks, Checkpoint(folder).n_blocks, name)
+
+
 def _load(options: ServeOptions, show: bool) -> ServedModel:
     import torch
 
@@ -221,9 +260,7 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
     from glasshive.graph.kernels import to_torch_dtype
     from glasshive.graph.plan import Span
     from glasshive.manifest_cache import known_manifest, model_name
-    from glasshive.peer.checkpoint import Checkpoint
     from glasshive.peer.served_model import load_served_model
-    from glasshive.peer.span_model import check_span
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
@@ -239,8 +276,6 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    if options.blocks:
-        check_span(*options.blocks, Checkpoint(folder).n_blocks, name)
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
         manifest = known_manifest(folder, name, on_hashing)
     with byte_bar(f"loading {name}", show=show) as on_loading:

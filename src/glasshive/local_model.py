@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,10 @@ from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
 from glasshive.models import cache_dir, find_model
 from glasshive.peer.checkpoint import Attention, Checkpoint
+from glasshive.peer.errors import BadSpan
 from glasshive.peer.host import HostLimits
 from glasshive.peer.served_model import ServedModel, load_served_model, make_manifest
 from glasshive.peer.serving import Serving
-from glasshive.peer.span_model import check_span
 from glasshive.security.keys import Identity
 
 _START_SECONDS = 120.0
@@ -47,9 +47,7 @@ def local(
     """
     folder = find_model(path)
     n_blocks = Checkpoint(folder).n_blocks
-    bounds = [0, *cuts, n_blocks]
-    for start, end in itertools.pairwise(bounds):
-        check_span(start, end, n_blocks, folder.name)
+    bounds = [0, *_checked(cuts, n_blocks, folder.name), n_blocks]
     manifest = make_manifest(folder, folder.name)
     served = [
         load_served_model(
@@ -71,6 +69,25 @@ def local(
     model = swarm.model(manifest.model_id)
     weakref.finalize(model, loop.close)
     return model
+
+
+def _checked(cuts: object, n_blocks: int, name: str) -> Sequence[int]:
+    """`cuts`, known to be ascending blocks inside the model. Raises BadSpan."""
+    if isinstance(cuts, str) or not isinstance(cuts, Iterable):
+        raise BadSpan(f"cuts={cuts!r:.40}, but a list is wanted: cuts=(10,) for one cut")
+    blocks = tuple(cuts)
+    if not all(type(one) is int for one in blocks):
+        raise BadSpan(f"cuts={blocks!r:.80}, but numbers of blocks are wanted, as in cuts=(10, 20)")
+    if any(not 0 < one < n_blocks for one in blocks):
+        raise BadSpan(
+            f"cuts={blocks!r:.80}, but {name} has {n_blocks} blocks, so a cut lies in "
+            f"1..{n_blocks - 1}: it is the first block of the next span"
+        )
+    if any(first >= second for first, second in itertools.pairwise(blocks)):
+        raise BadSpan(
+            f"cuts={blocks!r:.80} do not ascend; write cuts={tuple(sorted(set(blocks)))!r:.80}"
+        )
+    return blocks
 
 
 async def _serve_all(

@@ -24,6 +24,7 @@ Errors:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import io
@@ -178,12 +179,22 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
             f"the folder {text!r} holds no config.json; wanted a model folder as Hugging Face "
             "saves it (config.json, tokenizer files, *.safetensors)"
         )
-    known = ", ".join(cached_names()) or "none"
-    raise ModelNotFoundError(
-        f"no model {text!r} on this machine: it is not a folder, not in glasshive's cache "
-        f"({cache_dir() / 'models'}; there: {known}) and not in the Hugging Face hub's cache; "
-        f"give a folder, download it with `hf download {text}`, or use {SMOLLM2!r}, which "
-        "`glasshive demo` fetches"
+    raise ModelNotFoundError(_not_found(text))
+
+
+def _not_found(text: str) -> str:
+    """Where a model was looked for, and what may have been meant."""
+    if text.startswith(("/", "./", "../", "~")) or text.endswith("/"):
+        return f"there is no folder {text!r}; give a model folder, or the name of a fetched model"
+    names = cached_names()
+    near = difflib.get_close_matches(text.lower(), [one.lower() for one in names], n=1)
+    meant = next((f"; did you mean {one!r}?" for one in names if one.lower() in near), "")
+    fetch = f"download it with `hf download {text}`" if text.count("/") == 1 else "download it"
+    return (
+        f"no model {text!r} on this machine: there is no such folder here, no such name in "
+        f"glasshive's cache ({cache_dir() / 'models'}; there: {', '.join(names) or 'none'}), and "
+        f"no such repository in the Hugging Face hub's cache{meant or f'; give a folder, {fetch},'}"
+        f"{'' if meant else f' or use {SMOLLM2!r}, which `glasshive demo` fetches'}"
     )
 
 

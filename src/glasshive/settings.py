@@ -12,6 +12,7 @@ GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from pathlib import Path
@@ -32,6 +33,14 @@ from glasshive.security.envelope import PUBLIC_SWARM
 
 CONFIG_VARIABLE = "GLASSHIVE_CONFIG"
 MAX_CONFIG_BYTES = 1 << 20
+
+
+_WANTED = {
+    "swarm": 'the swarm\'s name in quotes, such as swarm = "lab"',
+    "bootstraps": 'a list of addresses, such as ["/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW..."]',
+    "key": 'a path in quotes, such as "client.key"',
+    "host_key": 'a path in quotes, such as "host.key"',
+}
 
 
 class ConfigError(GlasshiveError):
@@ -104,13 +113,20 @@ def load_settings(config: str | os.PathLike[str] | None = None, **flags: Any) ->
     try:
         return FromFile(**wanted)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "?"
-        known = ", ".join(Settings.model_fields)
-        raise ConfigError(
-            f"the setting {name!r} can't be used ({first['msg'].lower()}); known settings are "
-            f"{known}; they come from {place}, from GLASSHIVE_... variables and from flags"
-        ) from None
+        raise ConfigError(_wrong(str(error.errors()[0]["loc"][0]), place, found)) from None
+
+
+def _wrong(name: str, place: Path, found: dict[str, Any]) -> str:
+    """What is wrong with a setting, and where it was found."""
+    where = f"in {place}" if name in found else f"of GLASSHIVE_{name.upper()} or a flag"
+    wanted = _WANTED.get(name)
+    if wanted is not None:
+        got = f", got {found[name]!r:.60}" if name in found else ""
+        return f"the setting {name} {where}: wanted {wanted}{got}"
+    known = ", ".join(_WANTED)
+    near = difflib.get_close_matches(name, _WANTED, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no setting {name!r:.60} (it is {where}); the settings are {known}{meant}"
 
 
 def config_path(config: str | os.PathLike[str] | None = None) -> Path:

@@ -1,22 +1,28 @@
 """What `glasshive status` says of a swarm: its models, who serves which blocks, what is missing.
 
-`peers_per_block` and `missing_blocks` are of the kind (dtype, quantisation, attention) that covers
-the model best: a trace never mixes kinds.
+A trace runs over peers of one kind (dtype, quantisation, attention), so each kind is told for
+itself. A model's own `peers_per_block`, `missing_blocks` and `complete` are those of the kind that
+lacks least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
+from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
+from glasshive.client.coverage import Kind, by_kind, serve_command, spans_to_add
 from glasshive.dht.records import PeerRecord
+from glasshive.graph.plan import Span
 
+_COLUMNS = ("blocks", "tokens/s", "load", "hardware", "peer")
 _NUMBERS = ("tokens/s", "load")
 _BAR = " ▁▂▃▄▅▆▇█"
+_BAR_CHARACTERS = 64
 
 
 def report_of(swarm: str, records: Sequence[PeerRecord], now_seconds: float) -> dict[str, Any]:
@@ -31,58 +37,86 @@ def report_of(swarm: str, records: Sequence[PeerRecord], now_seconds: float) -> 
     }
 
 
-def model_tables(report: dict[str, Any]) -> Iterable[Table | Text]:
-    """The report for a terminal: a table for each model."""
+def print_report(report: dict[str, Any], console: Console, where: Sequence[str] = ()) -> None:
+    """The report for people: for each model its kinds, each with a table of its peers.
+
+    `where` are the arguments that say which swarm, for the commands that fill holes.
+    """
     if not report["models"]:
-        yield Text(
-            f"nobody serves a model in the swarm {report['swarm']}; "
-            "`glasshive serve MODEL --blocks A:B` starts"
+        command = " ".join(["glasshive serve MODEL --blocks A:B", *where])
+        console.print(
+            f"nobody serves a model in the swarm [bold]{escape(report['swarm'])}[/]; "
+            f"`{escape(command)}` starts",
+            soft_wrap=True,
         )
     for model in report["models"]:
-        missing = ", ".join(model["missing_blocks"])
-        coverage = f"blocks {missing} are missing" if missing else "every block is served"
-        table = Table(
-            title=f"{escape(model['name'])}  [dim]{model['id'][:16]}[/]",
-            caption=f"{coverage}  {coverage_bar(model['peers_per_block'])}",
-            caption_style="red" if missing else "green",
+        console.print(
+            f"[bold]{escape(model['name'])}[/]  {model['n_blocks']} blocks  "
+            f"[dim]{model['id'][:16]}[/]",
+            soft_wrap=True,
         )
-        for heading in ("blocks", "dtype", "attention", "hardware", "tokens/s", "load", "peer"):
-            justify: Literal["left", "right"] = "right" if heading in _NUMBERS else "left"
-            table.add_column(heading, justify=justify, no_wrap=True)
-        for peer in model["served_by"]:
+        for kind in model["kinds"]:
+            _print_kind(model, kind, console, where)
+
+
+def _print_kind(
+    model: dict[str, Any], kind: dict[str, Any], console: Console, where: Sequence[str]
+) -> None:
+    names = Kind(kind["dtype"], kind["quantisation"], kind["attention"])
+    missing = ", ".join(kind["missing_blocks"])
+    if kind["complete"]:
+        state = "[green]every block is served[/]"
+    elif missing:
+        state = f"[red]blocks {missing} are missing[/]"
+    else:
+        state = "[red]every block is served, but no spans fit end to start[/]"
+    console.print(f"\n{escape(str(names))}: {state}", soft_wrap=True)
+    console.print(coverage_bar(kind["peers_per_block"]), highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in _COLUMNS:
+        justify: Literal["left", "right"] = "right" if heading in _NUMBERS else "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for peer in model["served_by"]:
+        if (peer["dtype"], peer["quantisation"], peer["attention"]) == names:
             table.add_row(
                 f"{peer['start']}:{peer['end']}",
-                peer["dtype"],
-                peer["attention"],
-                escape(peer["backend"]),
                 f"{peer['tokens_per_second']:,.0f}",
                 f"{peer['load']:.0%}",
+                escape(peer["backend"]),
                 f"…{peer['peer_id'][-8:]}",
             )
-        yield table
+    console.print(table)
+    if kind["spans_to_add"]:
+        console.print("to complete it:")
+        for span in kind["spans_to_add"]:
+            first, _, end = span.partition(":")
+            command = serve_command(model["name"], Span(int(first), int(end)), names, where)
+            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+        console.print()
 
 
 def coverage_bar(peers_per_block: Sequence[int]) -> str:
-    """A character a block: taller, the more peers serve it; a dot where nobody does."""
-    return "".join(_BAR[min(count + 2, 8)] if count else "·" for count in peers_per_block)
+    """A character a block: taller, the more peers serve it; a dot where nobody does.
+
+    Of a model of many blocks a character is several neighbours, and shows the least served.
+    """
+    group = -(-len(peers_per_block) // _BAR_CHARACTERS) or 1
+    least = [min(peers_per_block[at : at + group]) for at in range(0, len(peers_per_block), group)]
+    return "".join(_BAR[min(count + 2, 8)] if count else "·" for count in least)
 
 
 def _model(records: Sequence[PeerRecord], now_seconds: float) -> dict[str, Any]:
     n_blocks = records[0].n_blocks
-    classes: dict[tuple[str, str, str], list[PeerRecord]] = {}
-    for one in records:
-        classes.setdefault((one.dtype, one.quantisation, one.attention), []).append(one)
-    # A trace runs over peers of one kind, so what counts is the kind that is served best.
-    counts = max(
-        (_peers_per_block(of_class, n_blocks) for of_class in classes.values()),
-        key=lambda counts: (sum(count > 0 for count in counts), sum(counts)),
-    )
+    kinds = [_kind(kind, mine, n_blocks) for kind, mine in by_kind(records).items()]
+    best = min(kinds, key=lambda one: (_blocks(one["spans_to_add"]), -sum(one["peers_per_block"])))
     return {
         "name": records[0].model_name,
         "id": records[0].model,
         "n_blocks": n_blocks,
-        "peers_per_block": counts,
-        "missing_blocks": missing_ranges(counts),
+        "complete": best["complete"],
+        "peers_per_block": best["peers_per_block"],
+        "missing_blocks": best["missing_blocks"],
+        "kinds": kinds,
         "served_by": [
             {
                 "peer_id": one.peer_id,
@@ -103,8 +137,21 @@ def _model(records: Sequence[PeerRecord], now_seconds: float) -> dict[str, Any]:
     }
 
 
-def _peers_per_block(records: Sequence[PeerRecord], n_blocks: int) -> list[int]:
-    return [sum(one.start <= block < one.end for one in records) for block in range(n_blocks)]
+def _kind(kind: Kind, records: Sequence[PeerRecord], n_blocks: int) -> dict[str, Any]:
+    counts = [sum(one.start <= block < one.end for one in records) for block in range(n_blocks)]
+    to_add = [str(span) for span in spans_to_add(records, n_blocks)]
+    return {
+        **kind._asdict(),
+        "complete": not to_add,
+        "peers_per_block": counts,
+        "missing_blocks": missing_ranges(counts),
+        "spans_to_add": to_add,
+    }
+
+
+def _blocks(spans: Sequence[str]) -> int:
+    bounds = [span.partition(":") for span in spans]
+    return sum(int(end) - int(first) for first, _, end in bounds)
 
 
 def missing_ranges(peers_per_block: Sequence[int]) -> list[str]:

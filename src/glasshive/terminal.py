@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Literal
 
 import structlog
@@ -15,9 +17,12 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 LogFormat = Literal["pretty", "json"]
 OnBytes = Callable[[int, int], None]
@@ -67,18 +72,56 @@ def print_error(error: BaseException) -> None:
     console.print(f"[bold red]error:[/] {_escape(' '.join(str(error).split()))}")
 
 
+class Bytes(ProgressColumn):
+    """How many bytes of how many; nothing while that isn't known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = DownloadColumn()
+
+    def render(self, task: Task) -> Text:
+        """See ProgressColumn."""
+        return self._known.render(task) if task.total else Text()
+
+
+class Ended(BaseException):
+    """This process was asked to end. Not an `Exception`: nothing but the end may catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In it SIGINT, SIGTERM and SIGHUP raise Ended once, so that everything is cleared away.
+
+    Further ones are passed over, so that nothing disturbs the clearing away.
+    For the main thread.
+    """
+    arrived: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if len(arrived) == 1:
+            raise Ended(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def byte_bar(title: str, *, show: bool) -> Iterator[OnBytes]:
     """A function of (done, total) bytes that moves a bar, on a terminal only; gone at the end."""
     if not (show and console.is_terminal):
         yield lambda done, total: None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), Bytes(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

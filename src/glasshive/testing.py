@@ -22,8 +22,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -263,19 +264,18 @@ class LocalSwarm:
     def close(self) -> None:
         """End every process, at once, and remove the keys and logs. May be called again."""
         peers = [*self.hosts, *([self.bootstrap] if hasattr(self, "bootstrap") else [])]
-        for peer in peers:
-            for pid in peer.pids():
-                _signal(pid, signal.SIGKILL)
-        for peer in peers:
-            peer.kill()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        with _signals_wait():
+            for peer in peers:
+                for pid in peer.pids():
+                    _signal(pid, signal.SIGKILL)
+            for peer in peers:
+                peer.kill()
+            if self._folder is not None:
+                self._folder.cleanup()
+                self._folder = None
 
     def _start(self, folder: Path) -> None:
         env = dict(os.environ)
-        # The hosts of a chain take turns; one that spins while it waits would slow the others.
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self._threads is not None:
             env["OMP_NUM_THREADS"] = str(self._threads)
         for variable in [one for one in env if one.startswith("GLASSHIVE_")]:
@@ -327,6 +327,27 @@ def _wait(condition: Callable[[], bool], deadline_seconds: float) -> bool:
             return False
         time.sleep(_POLL_SECONDS)
     return True
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What would interrupt the main thread in it (a second Ctrl-C) does so behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # A handler that was not set from Python is None and stays.
+    ours = {one: signal.getsignal(one) for one in numbers if signal.getsignal(one) is not None}
+    for one in ours:
+        signal.signal(one, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for one, handler in ours.items():
+            signal.signal(one, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

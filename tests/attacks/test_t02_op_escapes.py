@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from soak import count
 from torch import Tensor
 
 from glasshive.graph.codec import decode_graph
@@ -32,7 +33,7 @@ BANNED = (
     "unique bincount masked_select print eval exec compile import call"
 )
 READ = [0, 1, "m", "output", [], 0, 0]
-FUZZED_CALLS = int(os.environ.get("GLASSHIVE_FUZZED_CALLS", "12000"))
+FUZZED_CALLS = count(12_000, 2_000_000)
 
 
 def message(name: object, *args: object) -> bytes:
@@ -181,7 +182,7 @@ def test_no_argument_of_the_right_kind_ends_the_process() -> None:
     """Odd sizes, odd numbers and odd tensors for every op, in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-X", "faulthandler", __file__, str(FUZZED_CALLS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -239,13 +239,38 @@ def test_a_host_killed_without_a_replacement_is_named(
     assert equal(run(model), oracle(llama))
 
 
-def test_a_frozen_host_is_a_timeout(model: glasshive.Model, hive: LocalSwarm, llama: Path) -> None:
-    hive.hosts[2].freeze()
+def test_a_trace_leaves_a_frozen_host(model: glasshive.Model, hive: LocalSwarm) -> None:
+    before = {one.name: accepted(one) for one in hive.hosts}
+    trace = InThread(lambda: run_heavy(model))
+    victim = the_one_that_computes(hive, before, lambda: trace.error)
+    other = hive.hosts[1] if victim is hive.hosts[3] else hive.hosts[3]
+    victim.freeze()
     try:
-        with pytest.raises(TraceTimeout):
+        trace.join(90)
+        assert trace.error is None
+        assert trace.result.shape == ()
+        assert accepted(other) == before[other.name] + 1
+        # Until it announces itself anew, nobody asks the frozen one again.
+        again = accepted(victim)
+        run_heavy(model)
+        assert accepted(victim) == again
+        assert accepted(other) == before[other.name] + 2
+    finally:
+        victim.thaw()
+
+
+def test_a_frozen_host_without_a_replacement_is_named(
+    model: glasshive.Model, hive: LocalSwarm, llama: Path
+) -> None:
+    victim = hive.hosts[2]
+    victim.freeze()
+    try:
+        with pytest.raises(PeerLost, match=rf"{victim.peer_id} .* has been silent for 12 s"):
+            run(model, deadline=60)
+        with pytest.raises(TraceTimeout, match=f"still at work: .*{victim.peer_id}"):
             run(model, deadline=2)
     finally:
-        hive.hosts[2].thaw()
+        victim.thaw()
     assert equal(run(model), oracle(llama))
 
 

@@ -136,10 +136,47 @@ async def test_the_next_bootstrap_is_asked_when_one_is_dead_or_knows_nothing() -
     with pytest.raises(UnknownModel):
         await ask_directory(swarm.client, [dead], "tiny", 5)
     swarm.network.kill(EVE.peer_id)
-    with pytest.raises(DirectoryUnavailable, match=r"none of the 1 peers.*can't be reached"):
+    with pytest.raises(DirectoryUnavailable, match=r"gave no directory: /ip4/127.0.0.1/tcp/9: .*"):
         await ask_directory(swarm.client, [dead], "tiny", 5)
-    with pytest.raises(DirectoryUnavailable, match="none of the 0 peers"):
+    with pytest.raises(DirectoryUnavailable, match="no bootstrap peer is known"):
         await ask_directory(swarm.client, [], "tiny", 5)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("Tiny-2", "no peer announces Tiny-2; did you mean tiny-1?"),
+        ("gpt2", "no peer announces gpt2 (announced are tiny-1); check the name"),
+        (
+            "/models/tiny",
+            "'/models/tiny', which can't be a model's name in a swarm (it is no path)",
+        ),
+    ],
+)
+async def test_a_name_that_nobody_announces_is_told_with_what_may_be_meant(
+    asked: str, said: str
+) -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    await announce(swarm.alice, ALICE, swarm.record(model_name="tiny-1"))
+    with pytest.raises(UnknownModel) as caught:
+        await ask(swarm, asked)
+    assert said in str(caught.value)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_of_another_swarm_is_told_from_an_empty_one() -> None:
+    swarm = Swarm()
+    foreign = swarm.record().sign(ALICE, swarm="lab-2")
+    await lying(swarm, [1, True], encode_plain([foreign]))
+    for model in ("tiny", None):
+        with pytest.raises(DirectoryUnavailable) as caught:
+            await ask_directory(swarm.client, [PeerAddress(EVE.peer_id, ("/ip4/1/2",))], model, 5)
+        assert str(caught.value) == (
+            "the bootstrap peer gave no directory: /ip4/1/2: it belongs to another swarm than "
+            "'lab'; check `swarm` in hive.toml or GLASSHIVE_SWARM, and the address"
+        )
 
 
 async def lying(swarm: Swarm, header: Any, body: bytes) -> MemoryTransport:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,14 @@ from rich.console import Console
 
 from glasshive import cli
 from glasshive.dht.records import ModelId, PeerRecord
+from glasshive.keyring import KeyInUse, take_free_key, take_key
+from glasshive.peer.supervisor import Supervisor
 from glasshive.security.keys import Identity
-from glasshive.status_report import coverage_bar, missing_ranges, model_tables, report_of
+from glasshive.settings import data_dir
+from glasshive.status_report import coverage_bar, missing_ranges, print_report, report_of
 from glasshive.terminal import set_up_logging
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
 @pytest.fixture(autouse=True)
@@ -98,15 +104,30 @@ def test_wrong_usage_exits_with_2(
     [
         (("status",), "error: no bootstrap peer is known"),
         (("status", "--config", "/none/hive.toml"), "error: there is no config file"),
-        (("manifest", "/none/model"), "error: no model '/none/model' on this machine"),
+        (
+            ("manifest", "/none/model"),
+            "error: there is no folder '/none/model'; give a model folder",
+        ),
+        (("manifest", "no-model"), "error: no model 'no-model' on this machine: there is no such"),
+        (
+            ("serve", "m", "--bootstrap", "localhost:31330"),
+            "error: got 'localhost:31330', wanted a multiaddr such as /dns4/localhost/tcp/31330/",
+        ),
         (
             ("serve", "m", "--blocks", "0:1", "--listen", "/ip4/0.0.0.0/tcp/0"),
-            "error: until signed whitelists have landed this release listens on loopback only, "
-            "so that no stranger can reach a host; got /ip4/0.0.0.0/tcp/0, "
-            "use /ip4/127.0.0.1/tcp/0",
+            "error: can't listen at /ip4/0.0.0.0/tcp/0: peers can't check yet who may run what on "
+            'them (signed whitelists, "Trust" in docs/roadmap.md), so a host listens to this '
+            "machine only; use /ip4/127.0.0.1/tcp/0, and let other machines in by "
+            "`ssh -L PORT:127.0.0.1:PORT`",
         ),
-        (("bootstrap", "--listen", "/ip4/192.0.2.7/tcp/1"), "loopback only"),
-        (("bootstrap", "--listen", "nonsense"), "error: got 'nonsense', wanted a multiaddr"),
+        (
+            ("bootstrap", "--listen", "/ip4/192.0.2.7/tcp/1"),
+            "so a host listens to this machine only",
+        ),
+        (
+            ("bootstrap", "--listen", "nonsense"),
+            "error: got --listen 'nonsense', wanted a multiaddr",
+        ),
     ],
 )
 def test_our_errors_are_one_line_and_exit_with_1(
@@ -139,6 +160,53 @@ def test_a_key_serves_one_process_of_a_machine(
         code = run("serve", "m", "--blocks", "0:1", "--key", str(key), monkeypatch=monkeypatch)
     assert code == 1
     assert f"is the peer of the key {key}" in capfd.readouterr().err
+
+
+def test_a_free_key_is_taken_by_itself(tmp_path: Path) -> None:
+    first = tmp_path / "keys" / "host.key"
+    key, lock = take_free_key(first)
+    second, other = take_free_key(first)
+    assert (key, second) == (first, tmp_path / "keys" / "host-2.key")
+    with pytest.raises(KeyInUse, match=r"host-2\.key; end it, or leave out --key"):
+        take_key(second)
+    lock.release()
+    third, again = take_free_key(first)
+    assert third == first
+    other.release()
+    again.release()
+
+
+def test_which_key_was_taken_is_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    async def run_once(supervisor: Supervisor, *, until_stdin_ends: bool) -> int:
+        started.append(list(supervisor._command(3, None)))
+        return 0
+
+    monkeypatch.setattr(Supervisor, "run", run_once)
+    key, lock = take_free_key(data_dir() / "host.key")
+    assert run("serve", "m", "--listen", LOOPBACK, monkeypatch=monkeypatch) == 0
+    lock.release()
+    second = key.with_name("host-2.key")
+    said = capfd.readouterr().err
+    assert said == f"host.key is in use; this process is the peer of {second}\n"
+    assert started[0][-2:] == ["--key", str(second)]
+    assert second.stat().st_mode & 0o777 == 0o600
+    assert run("serve", "m", "--listen", LOOPBACK, monkeypatch=monkeypatch) == 0
+    assert started[1][-1] == str(key)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_port_that_is_in_use_is_not_shared(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        assert run("bootstrap", "--listen", listen, monkeypatch=monkeypatch) == 1
+    said = capfd.readouterr().err
+    assert f"error: can't listen at {listen}: another process does; give another port" in said
 
 
 def test_manifest_names_every_file_that_counts(
@@ -226,30 +294,75 @@ def test_kinds_that_no_trace_mixes_do_not_cover_for_each_other() -> None:
     assert len(model["served_by"]) == 2
 
 
-def test_the_tables_fit_a_terminal() -> None:
+WHERE = ["--bootstrap", "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW"]
+
+
+def shown(peers: list[PeerRecord]) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=80)
+    print_report(report_of("lab", peers, 1000.0), Console(file=out, width=80), WHERE)
+    return out.getvalue()
+
+
+def test_the_report_fits_a_terminal() -> None:
     peers = [record(0, 2), record(4, 6)]
-    for table in model_tables(report_of("lab", peers, 1000.0)):
-        console.print(table)
-    text = out.getvalue()
-    assert "blocks 2:4 are missing" in text
+    text = shown(peers)
+    assert "float32, sdpa attention: blocks 2:4 are missing\n▃▃··▃▃\n" in text
     assert all(one.peer_id[-8:] in text for one in peers)
     assert "1,234" in text
-    assert "…" not in text.replace("…" + peers[0].peer_id[-8:], "").replace(
-        "…" + peers[1].peer_id[-8:], ""
-    )
+    for peer in peers:
+        text = text.replace("…" + peer.peer_id[-8:], "")
+    assert "…" not in text
+    commands = [line for line in text.splitlines() if "glasshive serve" in line]
+    assert commands == [
+        "  glasshive serve tiny --blocks 2:4 --dtype float32 --attention sdpa " + " ".join(WHERE)
+    ]
+
+
+def test_each_kind_is_told_for_itself() -> None:
+    peers = [
+        record(0, 6, attention="eager"),
+        *(record(0, 4), record(3, 6)),
+        record(2, 6, dtype="bfloat16"),
+    ]
+    text = shown(peers)
+    assert "float32, eager attention: every block is served\n" in text
+    assert "float32, sdpa attention: every block is served, but no spans fit end to start" in text
+    assert "glasshive serve tiny --blocks 4:6 --dtype float32 --attention sdpa" in text
+    assert "bfloat16, sdpa attention: blocks 0:2 are missing" in text
+    assert "glasshive serve tiny --blocks 0:2 --dtype bfloat16 --attention sdpa" in text
+
+
+def test_what_scripts_read_stays() -> None:
+    (model,) = report_of("lab", [record(0, 4), record(3, 6)], 1000.0)["models"]
+    assert list(model) == [
+        *("name", "id", "n_blocks", "complete", "peers_per_block", "missing_blocks"),
+        *("kinds", "served_by"),
+    ]
+    assert model["kinds"] == [
+        {
+            "dtype": "float32",
+            "quantisation": "none",
+            "attention": "sdpa",
+            "complete": False,
+            "peers_per_block": [1, 1, 1, 2, 1, 1],
+            "missing_blocks": [],
+            "spans_to_add": ["4:6"],
+        }
+    ]
+    assert (model["complete"], model["missing_blocks"]) == (False, [])
 
 
 def test_an_empty_swarm_is_said_to_be_empty() -> None:
-    (text,) = model_tables(report_of("lab", [], 1000.0))
-    assert "nobody serves a model in the swarm lab" in str(text)
+    assert shown([]).startswith(
+        "nobody serves a model in the swarm lab; `glasshive serve MODEL --blocks A:B --bootstrap"
+    )
 
 
 def test_ranges_and_the_bar() -> None:
     assert missing_ranges([0, 1, 0, 0, 2, 0]) == ["0:1", "2:4", "5:6"]
     assert missing_ranges([1, 1]) == missing_ranges([]) == []
     assert coverage_bar([0, 1, 50]) == "·▃█"
+    assert coverage_bar([1] * 100 + [0] + [1] * 27) == "▃" * 50 + "·" + "▃" * 13
 
 
 def test_json_logs_are_an_object_a_line() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import glasshive
 from glasshive.connection import settings_of
+from glasshive.dht.errors import BadAddress
 from glasshive.settings import ConfigError
 
 ONE = "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -49,6 +50,9 @@ def test_no_bootstrap_says_where_to_write_one(tmp_path: Path) -> None:
 def test_a_bad_address_is_refused_before_anything_starts() -> None:
     with pytest.raises(glasshive.GlasshiveError, match="multiaddr"):
         glasshive.connect(["/ip4/127.0.0.1/tcp/1"])
+    for typed in ("localhost:31330", "http://localhost:31330", "/dns4/localhost"):
+        with pytest.raises(BadAddress, match=r"such as /\w+/[\w.]+/tcp/31330/p2p/12D3KooW"):
+            glasshive.connect(typed)
 
 
 def test_importing_is_light() -> None:

@@ -303,7 +303,7 @@ STREAMS = serving.StreamLimits()
         f"array of at most {records.MAX_ADDRESSES} multiaddrs",
         f"then every {records.MAX_LIFETIME_SECONDS / 3:.0f} s with an expiry",
         f"values of {serializer.MAX_VALUE_BYTES // KIB} KiB and {serializer.MAX_DEPTH} levels",
-        f"arrays and maps of {serializer.MAX_ELEMENTS:,} elements",
+        f"{serializer.MAX_ELEMENTS:,} elements at a level of extension",
         f"dictionaries of {serializer.MAX_DICTIONARY_BYTES // MIB} MiB and "
         f"{serializer.MAX_DICTIONARY_ENTRIES:,} entries",
         f"(str <= {serializer.MAX_SUBKEY_BYTES} bytes, bin <= {serializer.MAX_ENTRY_BYTES // KIB}",
@@ -315,7 +315,10 @@ STREAMS = serving.StreamLimits()
         f"has 1 to {manifest.MAX_NAME_CHARS} characters",
         f"a str of at most {messages.MAX_TEXT_CHARS:,} characters",
         f"an array of 1 to {messages.MAX_PEERS} pairs",
-        f"in slices of {messages.SLICE_BYTES // MIB} MiB",
+        f"in slices of {messages.SLICE_BYTES // KIB} KiB",
+        f"first slice, at most {messages.SLICE_BYTES // KIB} KiB",
+        f"`Alive` every {messages.ALIVE_SECONDS:g} s",
+        f"nothing came for {messages.SILENCE_SECONDS:g} s",
         f"dtypes: `{' '.join(dtype.value for dtype in dtypes.DType)}`",
         f"At most {tensors.MAX_RANK} axes and 2^{tensors.MAX_TENSOR_BYTES.bit_length() - 1} bytes",
         f"Caps: {LIMITS.graph_bytes // MIB} MiB; {LIMITS.nodes:,} nodes; {LIMITS.imports:,} "
@@ -330,7 +333,9 @@ STREAMS = serving.StreamLimits()
         f"at most {order.DEFAULT_PASS_ROWS} rows unless",
         f"| traces at a time | {HOST.traces} |",
         f"| traces at a time of one client | {HOST.traces_per_client} |",
-        f"| seconds of one stage, after which the process is ended | {HOST.stage_seconds:g} |",
+        f"by the host's own estimate, from its measured pace | {HOST.budget.seconds:g} |",
+        f"runs on for {HOST.stage_factor:g} times the estimate of its part and "
+        f"{HOST.stage_least_seconds:g} s more",
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",

@@ -76,9 +76,20 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
     ("text", "said"),
     [
         ("swarm = ", "can't be read as TOML"),
-        ("swarm = 3\n", "'swarm'.*known settings are swarm, bootstraps, key, host_key"),
-        ('bootstrap = ["/a"]\n', "'bootstrap'.*known settings"),
-        ("bootstraps = [1]\n", "'bootstraps.0'"),
+        (
+            "swarm = 3\n",
+            r"setting swarm in .*hive\.toml: wanted the swarm's name in quotes.* got 3$",
+        ),
+        (
+            'bootstrap = ["/a"]\n',
+            r"no setting 'bootstrap' \(it is in .*hive\.toml\); the settings are swarm, "
+            r"bootstraps, key, host_key; did you mean bootstraps\?",
+        ),
+        (
+            "bootstraps = [1]\n",
+            r"setting bootstraps in .*: wanted a list of addresses.* got \[1\]$",
+        ),
+        ("key = 3\n", "setting key in .*: wanted a path in quotes"),
         ('swarm = "\udcff"', "can't be read as TOML"),
     ],
 )

@@ -11,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
+    SILENCE_SECONDS,
     TRACE_PROTOCOL,
     Accepted,
+    Alive,
     Cancel,
     Failed,
     Need,
@@ -124,4 +126,23 @@ async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
     assert isinstance((await ask(bob, 6))[1], Accepted)
     host.close()
     for transport in (alice, bob, home):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_host_is_heard_while_it_has_nothing_to_say(served: ServedModel) -> None:
+    network = MemoryNetwork()
+    home = network.transport(Identity.generate())
+    client = network.transport(Identity.generate(), dht=False)
+    host = Host(home, served)
+    await host.start()
+    address = PeerAddress(home.peer_id, home.addresses)
+    stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
+    await stream.send(*prepare(served, 1))
+    decode((await stream.receive(5)).header, Need)
+    decode((await stream.receive(5)).header, Accepted)
+    for _ in range(2):  # it waits for the inputs
+        decode((await stream.receive(SILENCE_SECONDS)).header, Alive)
+    host.close()
+    for transport in (client, home):
         await transport.close()

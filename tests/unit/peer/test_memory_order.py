@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
+import msgpack
 import pytest
 import torch
+from hostile import attack, fuzzed, like
+from hypothesis import given
 from torch import Tensor
 
 from glasshive.dht.errors import MalformedMessage
+from glasshive.dht.messages import Value, decode
+from glasshive.dht.messages import spec_of as announced_spec
+from glasshive.graph.errors import BadTensor
 from glasshive.graph.kernels import spec_of, tensor_to_bytes
 from glasshive.peer.memory_order import copy_in_order, memory_order, tensor_in_order
+from glasshive.security.errors import MalformedData
+from glasshive.security.plain import decode_plain
 
 BASE = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
 
@@ -69,3 +78,35 @@ def test_what_is_no_order_is_refused(order: list[int]) -> None:
     tensor = torch.ones(2, 3, 4)
     with pytest.raises(MalformedMessage, match="is no order of 3 axes"):
         tensor_in_order(spec_of(tensor), order, tensor_to_bytes(tensor))
+
+
+VALUES: list[bytes] = [
+    msgpack.packb(["float32", [2, 3], [1, 0], bytes(range(24))]),
+    msgpack.packb(["bool", [1, 0, 2], [0, 2, 1], b""]),
+    msgpack.packb(["bool", [], [], b"\1"]),
+]
+
+
+def carried(data: bytes) -> None:
+    """What a peer does with a value's message and its bytes, which never end the process."""
+    try:
+        *header, elements = decode_plain(data, max_bytes=1000)
+        message = decode([21, 0, 0, *header], Value)
+    except (MalformedData, TypeError, ValueError):
+        raise MalformedMessage("no message") from None
+    spec = announced_spec(message.dtype, message.shape)
+    if spec.nbytes > 1 << 16 or type(elements) is not bytes:
+        raise MalformedMessage("not on the plan")
+    tensor = tensor_in_order(spec, message.order, elements)
+    assert spec_of(tensor) == spec
+
+
+def test_damaged_values_are_a_tensor_or_refused() -> None:
+    attack(carried, VALUES, (MalformedMessage, BadTensor))
+
+
+@fuzzed
+@given(like(*VALUES))
+def test_any_value_is_a_tensor_or_refused(data: bytes) -> None:
+    with contextlib.suppress(MalformedMessage, BadTensor):
+        carried(data)

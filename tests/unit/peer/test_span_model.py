@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
+from glasshive.graph.kernels_checks import GuardedOps
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.errors import WrongInput
 from glasshive.peer.span_model import SpanModel, StopForward
@@ -232,3 +239,75 @@ def test_module_names_and_class_stay_those_of_hugging_face(spans: list[SpanModel
     assert (span.is_first, span.is_last) == (False, False)
     assert (span.dtype, span.device) == (torch.float32, torch.device("cpu"))
     assert span.block_path(2) == "model.layers.2"
+
+
+# Indices on devices where a bad one ends the process ---------------------------------------------
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> SpanModel:
+    """A whole GPT-2 that knows 12 positions, guarded as on an accelerator."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=12)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = Checkpoint(tmp_path / "gpt2").load_span(0, 2)
+    assert not model.guarded  # the CPU looks by itself
+    model.guarded = True
+    return model
+
+
+def ids(tokens: int) -> Tensor:
+    return torch.arange(tokens)[None]
+
+
+def test_more_tokens_than_positions_are_refused_before_torch_sees_them(gpt2: SpanModel) -> None:
+    for tokens in (12, 5):
+        assert gpt2.run(input_ids=ids(tokens), hidden=None) is not None
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"index 12 is not in 0\.\.11"):
+            gpt2.run(input_ids=ids(13), hidden=None)
+    gpt2.guarded = False
+    with pytest.raises(IndexError, match="index out of range in self"):
+        gpt2.run(input_ids=ids(13), hidden=None)
+
+
+def test_a_length_is_looked_at_once(gpt2: SpanModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    class Counted(GuardedOps):
+        def __enter__(self) -> Any:
+            looked.append(1)
+            return super().__enter__()
+
+    monkeypatch.setattr("glasshive.peer.span_model.GuardedOps", Counted)
+    for tokens, times in ((6, 1), (6, 1), (4, 1), (7, 2)):
+        gpt2.run(input_ids=ids(tokens), hidden=None)
+        assert len(looked) == times
+    gpt2.run(input_ids=ids(3), hidden=None, is_edited=True)
+    assert len(looked) == 3
+
+
+@pytest.mark.parametrize("way", ["edited", "padded", "stopped"])
+def test_a_pass_that_proves_nothing_about_positions(gpt2: SpanModel, way: str) -> None:
+    """It never reached position 12, so the next of its length must be looked at."""
+    long = ids(13)
+    if way == "edited":
+        wpe = gpt2.module.get_submodule("transformer.wpe")
+        handle = wpe.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+        gpt2.run(input_ids=long, hidden=None, is_edited=True)
+    elif way == "padded":
+        mask = torch.ones_like(long)
+        gpt2.run(input_ids=long, hidden=None, attention_mask=mask, position_ids=long * 0)
+        handle = None
+    else:
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise StopForward
+
+        wte = gpt2.module.get_submodule("transformer.wte")
+        handle = wte.register_forward_hook(stop)
+        assert gpt2.run(input_ids=long, hidden=None) is None
+    if handle is not None:
+        handle.remove()
+    with pytest.raises(ValueError, match="index 12 is not in"):
+        gpt2.run(input_ids=long, hidden=None)

@@ -1,0 +1,221 @@
+"""Runs one model's experiments on a swarm: route, split, job; again elsewhere if a peer is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from glasshive.client.errors import NoRoute, PeerError, PeerFailed
+from glasshive.client.experiment import Experiment, TraceOptions
+from glasshive.client.job import Job
+from glasshive.client.progress import JobDisplay
+from glasshive.client.provenance import Hop, Provenance
+from glasshive.client.route import Route, choose_route
+from glasshive.client.saved import fill
+from glasshive.dht.records import PeerRecord
+from glasshive.graph.errors import GraphError
+from glasshive.graph.plan import HIDDEN, Plan
+from glasshive.graph.split import needed_blocks, split
+from glasshive.security.keys import PeerId
+
+if TYPE_CHECKING:
+    from glasshive.client.swarm import Swarm
+
+
+class ModelRunner:
+    """Implements `glasshive.client.model.Runner` for one model, in one dtype and attention."""
+
+    def __init__(
+        self, swarm: Swarm, model_id: str, dtype: str, attention: str, n_blocks: int
+    ) -> None:
+        self._swarm = swarm
+        self._model_id = model_id
+        self._dtype = dtype
+        self._attention = attention
+        self._n_blocks = n_blocks
+        self._lock = threading.Lock()
+        self._known: list[PeerRecord] = []
+        # Peers that were lost, with the expiry of the record that they had then: one that lives
+        # announces itself anew within a third of a record's life.
+        self._lost: dict[PeerId, float] = {}
+
+    def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
+        """Run it, fill what was saved, and say where it came from.
+
+        A trace is a pure function of its request, so after a lost peer all of it is run again on a
+        route without that peer, `retries` times at most and within the one deadline.
+        """
+        ends_at = time.monotonic() + options.deadline_seconds
+        avoid = set(options.avoid)
+        attempt = 0
+        while True:
+            route = self._route(experiment, avoid, fresh=attempt > 0)
+            left_seconds = max(ends_at - time.monotonic(), 0.0)
+            try:
+                return self._run_once(experiment, options, route, left_seconds, attempt)
+            except PeerFailed as error:
+                line = experiment.line_of(error.node)
+                error.args = (f"{f'{line}: ' if line else ''}{_told(error)}",)
+                raise
+            except PeerError as error:
+                avoid.add(error.peer)
+                self._remember_lost(error.peer, route)
+                if attempt == options.retries or time.monotonic() > ends_at:
+                    raise
+                try:
+                    self._route(experiment, avoid, fresh=True)
+                except NoRoute as none:
+                    raise error from none
+            attempt += 1
+
+    def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
+        """What it would take on the route that it would get now."""
+        route = self._route(experiment, set(options.avoid), fresh=False)
+        plan = self._plan(experiment, route)
+        return {
+            "route": [f"{one.start}:{one.end} {one.peer_id}" for one in route.records],
+            "hops": len(plan.parts),
+            "passes": len(plan.passes.passes),
+            "rows": sum(one.batch for one in plan.passes.passes),
+            "compute_seconds": _compute_seconds(plan, route),
+            "hop_bytes": sum(self._edge_bytes(experiment, plan)),
+            "saved_bytes": experiment.bill.saved_bytes,
+            "peak_bytes": experiment.bill.peak_bytes,
+            "flops": experiment.bill.flops,
+            "sent_bytes": sum(tensor.nbytes for tensor in experiment.consts.values()),
+        }
+
+    def describe(self) -> str:
+        """Who serves which blocks, a line each."""
+        records = sorted(self._records(fresh=False), key=lambda one: (one.start, one.end))
+        lines = [
+            f"  blocks {one.start}:{one.end} of {one.n_blocks}  {one.dtype}  {one.attention}  "
+            f"{one.peer_id}"
+            for one in records
+        ]
+        return "served by\n" + "\n".join(lines or ["  nobody"])
+
+    def _edge_bytes(self, experiment: Experiment, plan: Plan) -> list[int]:
+        sizes = []
+        for edge in plan.edges():
+            if edge.value == HIDDEN:
+                one = plan.passes.passes[edge.pass_index]
+                sizes.append(experiment.outline.hidden_spec(one.batch, one.seq).nbytes)
+            else:
+                sizes.append(experiment.specs[edge.value].nbytes)
+        return sizes
+
+    def _run_once(
+        self,
+        experiment: Experiment,
+        options: TraceOptions,
+        route: Route,
+        deadline_seconds: float,
+        attempt: int,
+    ) -> Provenance:
+        plan = self._plan(experiment, route)
+        job = Job(
+            transport=self._swarm.transport,
+            plan=plan,
+            peers=route.peers,
+            model_id=self._model_id,
+            dtype=self._dtype,
+            inputs=experiment.inputs,
+            consts=experiment.consts,
+            expected=experiment.saved_specs(),
+            trace_id=secrets.token_bytes(16),
+            deadline_seconds=deadline_seconds,
+        )
+        with JobDisplay(options.show_progress, route) as display:
+            self._swarm.run_job(job, lambda: display.update(job))
+        for name, tensor in experiment.saves.items():
+            fill(tensor, job.saves[name])
+        return Provenance(
+            model_id=self._model_id,
+            dtype=self._dtype,
+            attention=self._attention,
+            graph_digest=experiment.digest,
+            hops=tuple(
+                Hop(
+                    peer=hop.peer.peer_id,
+                    blocks=str(hop.part.span),
+                    backend=route.records[hop.part.index].backend,
+                    compute_seconds=hop.compute_seconds,
+                    hidden_bytes=hop.hidden_bytes,
+                    carried_bytes=hop.carried_bytes,
+                    saved_bytes=hop.saved_bytes,
+                )
+                for hop in job.hops
+            ),
+            seconds=job.clock() - job.began_at,
+            sent_bytes=job.sent_bytes,
+            received_bytes=job.received_bytes,
+            passes=len(plan.passes.passes),
+            retried=attempt,
+        )
+
+    def _plan(self, experiment: Experiment, route: Route) -> Plan:
+        outline, graph = experiment.outline, experiment.graph
+        try:
+            return split(graph, outline, experiment.passes, route.spans, experiment.specs)
+        except GraphError as error:
+            if (line := experiment.line_of(error.node)) is not None:
+                error.args = (f"{line}: {error}",)
+            raise
+
+    def _route(self, experiment: Experiment, avoid: Collection[PeerId], *, fresh: bool) -> Route:
+        """A route without the peers of `avoid`, and without lost ones if it can be had."""
+        needed = needed_blocks(experiment.graph, experiment.outline)
+        if not fresh:
+            with contextlib.suppress(NoRoute):  # what is known may be old
+                return self._choose(self._records(fresh=False), needed, avoid)
+        known = self._records(fresh=True)
+        with contextlib.suppress(NoRoute):
+            return self._choose(known, needed, avoid)
+        return choose_route(known, needed, self._n_blocks, avoid=frozenset(avoid))
+
+    def _choose(
+        self, known: list[PeerRecord], needed: Collection[int], avoid: Collection[PeerId]
+    ) -> Route:
+        lost = {
+            one.peer_id
+            for one in known
+            if one.expires_at_seconds <= self._lost.get(one.peer_id, 0.0)
+        }
+        return choose_route(known, needed, self._n_blocks, avoid=lost.union(avoid))
+
+    def _remember_lost(self, peer: PeerId, route: Route) -> None:
+        now = self._swarm.transport.now()
+        with self._lock:
+            self._lost = {one: until for one, until in self._lost.items() if until > now}
+            for one in route.records:
+                if one.peer_id == peer:
+                    self._lost[peer] = one.expires_at_seconds
+
+    def _records(self, *, fresh: bool) -> list[PeerRecord]:
+        """The peers of this model and dtype: as known, or asked again if any has expired."""
+        with self._lock:
+            now = self._swarm.transport.now()
+            if fresh or not self._known or any(one.expires_at_seconds < now for one in self._known):
+                records = self._swarm.records(self._model_id)
+                kind = (self._dtype, self._attention)
+                self._known = [one for one in records if (one.dtype, one.attention) == kind]
+            return list(self._known)
+
+
+def _compute_seconds(plan: Plan, route: Route) -> float:
+    """The peers' time for the forward passes, at the speeds that they announce."""
+    seconds = 0.0
+    for part in plan.parts:
+        passes = [plan.passes.passes[one.pass_index] for one in part.stages if one.forward]
+        tokens = sum(one.batch * one.seq for one in passes)
+        seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
+    return seconds
+
+
+def _told(error: PeerFailed) -> str:
+    return f"{error.code} at peer {error.peer} (blocks {error.span}): {error}"

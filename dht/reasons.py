@@ -1,0 +1,43 @@
+"""Why a peer did not answer, in a few words of ours.
+
+The network daemon speaks of dials, back-off and multistream; people need to know what to check.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["why_unreachable"]
+
+MOST_CHARACTERS: Final = 160
+
+_WORDS: Final = (
+    (r"peer id mi", "another peer answers there than the one of this id"),
+    (r"connection refused", "nothing listens there (connection refused)"),
+    (r"no such host|failed to resolve|no good addresses", "its address leads nowhere (host name?)"),
+    (r"no route to host|network is unreachable", "there is no way to that address from here"),
+    (
+        r"protocols? not supported|doesn't speak",
+        "a peer answers there, but not to this (another release?)",
+    ),
+    (r"dial backoff", "it did not answer some seconds ago; try again in a moment"),
+    (r"i/o timeout|deadline exceeded|took longer than", "no answer in time"),
+    (
+        r"security protocol|multistream|not multistream|\bEOF\b|reset by peer|connection reset",
+        "what listens there is no peer of a swarm",
+    ),
+)
+_OTHER_PEER: Final = re.compile(r"peer id mismatch: expected \S+, but remote key matches (\w+)")
+
+
+def why_unreachable(said: str) -> str:
+    """What `said`, the text of a failed connection, means; itself in short if it is not known."""
+    other = _OTHER_PEER.search(said)
+    if other:
+        return f"another peer answers there, {other.group(1)[:80]}"
+    for pattern, words in _WORDS:
+        if re.search(pattern, said, re.IGNORECASE):
+            return words
+    text = " ".join(said.split())
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."

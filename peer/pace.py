@@ -1,0 +1,107 @@
+"""How fast this host computes, measured once at its start.
+
+What a part may take is bounded in seconds of this host's own time: from the bound follow what
+admission refuses, and the moment from which a stage that still runs is a runaway.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from glasshive.graph.budget import Pace
+from glasshive.peer.span_model import SpanModel
+
+_LEAST_SECONDS: Final = 0.05  # what is shorter is mostly noise
+_ENOUGH_SECONDS: Final = 0.25
+_MOST_TOKENS: Final = 512
+_SIDE: Final = 512
+_NUMBERS: Final = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class HostPace:
+    """The pace of one span on one device. `graph` is that of everything but the model's pass."""
+
+    tokens_per_second: float
+    hidden_size: int
+    graph: Pace
+
+    def forward_seconds(self, batch: int, seq: int) -> float:
+        """About how long the span's forward takes on `[batch, seq]` tokens.
+
+        Attention grows with the length of a row: in a block of width d, a token costs about 24 d^2
+        FLOPs, and 4 d for each token that it looks at.
+        """
+        longer = 1 + seq / (6 * self.hidden_size)
+        return batch * seq * longer / self.tokens_per_second
+
+
+def measure_pace(model: SpanModel, most_tokens: int | None) -> HostPace:
+    """Some passes of growing length, and some kernels; a fraction of a second for a fast host.
+
+    `most_tokens` is the longest row that the model takes, None if it takes any.
+    """
+    dtypes = {model.dtype, torch.float32}
+    if model.device.type != "mps":  # which has none
+        dtypes.add(torch.float64)
+    with torch.no_grad():
+        return HostPace(
+            _tokens_per_second(model, min(most_tokens or _MOST_TOKENS, _MOST_TOKENS)),
+            model.hidden_size,
+            # The slowest number format counts: a graph may use any.
+            Pace(
+                min(_dense_flops_per_second(model.device, dtype) for dtype in dtypes),
+                min(_other_flops_per_second(model.device, dtype) for dtype in dtypes),
+            ),
+        )
+
+
+def _tokens_per_second(model: SpanModel, most_tokens: int) -> float:
+    tokens = min(16, most_tokens)
+    while True:
+        ids = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
+        hidden = torch.zeros((1, tokens, model.hidden_size), dtype=model.dtype, device=model.device)
+
+        def forward(ids: torch.Tensor = ids, hidden: torch.Tensor = hidden) -> None:
+            if model.is_first:
+                model.run(input_ids=ids, hidden=None)
+            else:
+                model.run(input_ids=None, hidden=hidden)
+
+        seconds = _best_seconds(forward, model.device)
+        if seconds >= _LEAST_SECONDS or tokens * 4 > most_tokens:
+            return tokens / seconds
+        tokens *= 4
+
+
+def _dense_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.ones((_SIDE, _SIDE), dtype=dtype, device=device)
+    return 2 * _SIDE**3 / _best_seconds(lambda: matrix @ matrix, device)
+
+
+def _other_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    # A FLOP for each number, and all of them through memory: the slowest FLOPs there are.
+    numbers = torch.ones(_NUMBERS, dtype=dtype, device=device)
+    return _NUMBERS / _best_seconds(numbers.neg, device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some runs after a first one that also sets things up.
+
+    Others use the machine too, and what they take away is not the host's pace.
+    """
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < _ENOUGH_SECONDS:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        times.append(time.perf_counter() - began)
+    return max(min(times[1:] or times), 1e-9)

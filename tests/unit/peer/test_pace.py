@@ -1,0 +1,109 @@
+"""Seconds of a host's own time: measured once, and what a part may take of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glasshive.graph.budget import Budget, Pace
+from glasshive.graph.errors import OverBudget
+from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.plan import Part, Span, Stage
+from glasshive.peer.admission import Admission
+from glasshive.peer.host import HostLimits
+from glasshive.peer.pace import HostPace, measure_pace
+from glasshive.peer.served_model import ServedModel, load_served_model
+
+SITE = Site("model.layers.0", "output")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        max_position_embeddings=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
+
+
+def part_of(served: ServedModel, batch: int, seq: int) -> tuple[Part, Passes]:
+    """Saves a sum of a product of block 0's output with itself, for one pass of that size."""
+    nodes = {
+        NodeId(0): Read(SITE, 0),
+        NodeId(1): Op("permute", (Ref(NodeId(0)), (0, 2, 1))),
+        NodeId(2): Op("bmm", (Ref(NodeId(1)), Ref(NodeId(0)))),
+        NodeId(3): Op("neg", (Ref(NodeId(2)),)),
+        NodeId(4): Save(Ref(NodeId(3)), "s"),
+    }
+    stop = served.outline.event(SITE)
+    stage = Stage(0, tuple(nodes), forward=True, stop_event=stop)
+    part = Part(0, Span(0, 2), Graph(nodes), (stage,), {})
+    return part, Passes((Pass((0,), seq, False, ((0, batch),)),))
+
+
+def admission(served: ServedModel, pace: HostPace, seconds: float) -> Admission:
+    budget = Budget(1 << 40, 1 << 60, 1 << 40, seconds=seconds)
+    return Admission(served.outline, served.twin, budget, pace)
+
+
+def test_a_host_measures_its_pace(served: ServedModel) -> None:
+    for pace in (served.pace, measure_pace(served.model, None)):
+        figures = (
+            pace.tokens_per_second,
+            pace.graph.dense_flops_per_second,
+            pace.graph.other_flops_per_second,
+        )
+        assert all(math.isfinite(one) and one > 0 for one in figures)
+
+
+def test_attention_makes_long_rows_dearer() -> None:
+    pace = HostPace(tokens_per_second=100.0, hidden_size=100, graph=Pace())
+    assert pace.forward_seconds(2, 600) == pytest.approx(2 * 600 * 2 / 100)
+    assert pace.forward_seconds(1200, 1) == pytest.approx(12, rel=0.01)
+
+
+def test_passes_that_take_too_long_are_refused_before_they_run(served: ServedModel) -> None:
+    slow = HostPace(tokens_per_second=10.0, hidden_size=32, graph=Pace())
+    part, passes = part_of(served, 20, 10)
+    bill = admission(served, slow, 60.0).admit(part, passes, b"")
+    assert bill.seconds == pytest.approx(20 * (1 + 10 / 192))
+    with pytest.raises(OverBudget) as caught:
+        admission(served, slow, 20.0).admit(part, passes, b"")
+    assert str(caught.value) == (
+        "200 tokens in 1 passes take about 21 s of this peer's time, but 20 s are allowed; trace "
+        "fewer or shorter prompts at a time"
+    )
+
+
+def test_matrix_products_and_other_ops_have_their_own_pace(served: ServedModel) -> None:
+    part, passes = part_of(served, 3, 10)
+    product = 2 * 3 * 32 * 32 * 10
+
+    def bill(dense: float, other: float) -> float:
+        pace = HostPace(math.inf, 32, Pace(dense, other))
+        return admission(served, pace, 1e9).admit(part, passes, b"").seconds
+
+    assert bill(product / 7, math.inf) == pytest.approx(7)
+    assert bill(math.inf, 3 * 32 * 32) == pytest.approx(1, rel=0.01)
+    pace = HostPace(math.inf, 32, Pace(product / 7, math.inf))
+    text = r"node 2 \(op bmm\) brings the graph to about 7 s of this peer.s time, but 5 s are al"
+    with pytest.raises(OverBudget, match=text):
+        admission(served, pace, 5.0).admit(part, passes, b"")
+
+
+def test_a_runaway_is_far_over_what_was_thought() -> None:
+    limits = HostLimits()
+    assert limits.stage_seconds(0.0) == 30.0
+    assert limits.stage_seconds(limits.budget.seconds) == 930.0
