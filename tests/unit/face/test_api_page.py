@@ -50,6 +50,7 @@ def said(code: str) -> inspect.Signature:
             (one, default, kinds.KEYWORD_ONLY)
             for one, default in zip(made.args.kwonlyargs, made.args.kw_defaults, strict=True)
         ),
+        *((one, None, kinds.VAR_KEYWORD) for one in [made.args.kwarg] if one is not None),
     ]
     return inspect.Signature(
         [

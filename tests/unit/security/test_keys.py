@@ -1,8 +1,9 @@
 """Identities: the peer id, the key file, signatures. The oracles are base58 and cryptography."""
 
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import base58
@@ -113,11 +114,13 @@ def test_a_folder_is_no_key_file(tmp_path: Path) -> None:
         Identity.load_or_create(tmp_path)
 
 
-def _load(path: str) -> str:
-    return Identity.load_or_create(path).peer_id
-
-
 def test_processes_that_start_at_once_share_the_identity(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        ids = pool.map(_load, [str(tmp_path / "key")] * 8, chunksize=1)
-    assert len(set(ids)) == 1
+    code = (
+        "import sys; from glasshive.security.keys import Identity; "
+        "print(Identity.load_or_create(sys.argv[1]).peer_id)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "key")]
+    several = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    ids = {one.communicate(timeout=60)[0] for one in several}
+    assert len(ids) == 1
+    assert [one.returncode for one in several] == [0] * 6
