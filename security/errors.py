@@ -6,6 +6,23 @@ SecurityError
 ├── BadSignature        the signature is not that peer's over those bytes
 ├── MalformedData       bytes that are not plain msgpack within the bounds
 ├── BadManifest         a manifest, or a file of one, that is not what its hash says
+├── NotAllowed          an op, module or model that this host's policy doesn't allow
+├── BadWhitelist        a whitelist, or its text, that is not complete and within its bounds
+├── BadPolicy           a host's own policy file that is no such file, or allows too much
+├── BadTrustStore       the kept root and whitelist can't be read, written or believed
+├── TrustRefused        a root or whitelist that can't be accepted here
+│   ├── BadTrustDocument  bytes that are no root or whitelist document of this swarm
+│   ├── UnderThreshold  too few of the keys that must sign it did
+│   ├── NotCurrent      expired, or issued in the future
+│   ├── WrongVersion    older than what is known, revoked, or with one left out
+│   └── WrongBody       the whitelist is not the one that was signed
+├── BadInvite           text that is no invite: cut off, mistyped, or not as its issuer signed it
+├── InviteRefused       an invite, or a request to join by it, that its issuer does not take
+├── BadInviteBook       the file of an issuer's invites and members can't be used
+├── NotAMember          no certificate, or none that holds here and now
+│   ├── MembershipRevoked  it held once, and was taken back
+│   └── RoleRefused     it holds, and its role doesn't permit what was asked
+├── StaleRevocations    a list of revocations below the highest version seen
 └── EnvelopeRefused     well signed or not, it can't be accepted here
     ├── BadEnvelope     not an envelope, or not the kind that was asked for
     ├── WrongSwarm      signed for another swarm
@@ -16,21 +33,38 @@ SecurityError
 
 from __future__ import annotations
 
-from glasshive.graph.errors import GlasshiveError
+from glasshive.graph.errors import GlasshiveError, GraphError
 
 __all__ = [
     "BadEnvelope",
+    "BadInvite",
+    "BadInviteBook",
     "BadManifest",
     "BadPeerId",
+    "BadPolicy",
     "BadSignature",
+    "BadTrustDocument",
+    "BadTrustStore",
+    "BadWhitelist",
     "EnvelopeExpired",
     "EnvelopeRefused",
+    "InviteRefused",
     "KeyFileError",
     "MalformedData",
+    "MembershipRevoked",
+    "NotAMember",
+    "NotAllowed",
+    "NotCurrent",
     "Replayed",
+    "RoleRefused",
     "SecurityError",
+    "StaleRevocations",
+    "TrustRefused",
+    "UnderThreshold",
+    "WrongBody",
     "WrongReceiver",
     "WrongSwarm",
+    "WrongVersion",
 ]
 
 
@@ -56,6 +90,74 @@ class MalformedData(SecurityError):
 
 class BadManifest(SecurityError):
     """A manifest, or a file of one, that is not what its hash says."""
+
+
+class NotAllowed(SecurityError, GraphError):
+    """An op, module or model that this host's policy does not allow; `node` is the one to blame."""
+
+
+class BadWhitelist(SecurityError):
+    """A whitelist, or the text of one, that is not complete and within its bounds."""
+
+
+class BadPolicy(SecurityError):
+    """A host's own policy file that can't be read, or that allows more than the whitelist does."""
+
+
+class BadTrustStore(SecurityError):
+    """The kept root and whitelist can't be read, written or believed."""
+
+
+class TrustRefused(SecurityError):
+    """A root or whitelist that can't be accepted here and now."""
+
+
+class BadTrustDocument(TrustRefused):
+    """Bytes that are no root or whitelist document of this swarm and release."""
+
+
+class UnderThreshold(TrustRefused):
+    """Fewer of the keys that must sign a document did than its root demands."""
+
+
+class NotCurrent(TrustRefused):
+    """Past its expiry by this machine's clock, or issued in its future."""
+
+
+class WrongVersion(TrustRefused):
+    """Older than what is known, revoked, or a root with another left out before it."""
+
+
+class WrongBody(TrustRefused):
+    """A whitelist that is not the one that was signed."""
+
+
+class BadInvite(SecurityError):
+    """Text that is no invite, or one that its issuer didn't sign as it is."""
+
+
+class InviteRefused(SecurityError):
+    """An invite that is used up, expired, revoked or unknown, or is not proved."""
+
+
+class BadInviteBook(SecurityError):
+    """The file of an issuer's invites and members can't be read, written or grown."""
+
+
+class NotAMember(SecurityError):
+    """A peer without a certificate of this swarm that holds here and now."""
+
+
+class MembershipRevoked(NotAMember):
+    """A certificate, its member, its issuer or its invite was taken back."""
+
+
+class RoleRefused(NotAMember):
+    """A member whose role doesn't permit what it asks."""
+
+
+class StaleRevocations(SecurityError):
+    """A list of revocations that would undo what a newer one says."""
 
 
 class EnvelopeRefused(SecurityError):

@@ -1,0 +1,63 @@
+"""Small files that a crash leaves either as they were or as they were to become.
+
+What is kept here decides who is let in, so it is for its owner's eyes only (0600), read within a
+bound, and on the disk before `write_durable` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+__all__ = ["read_durable", "write_durable"]
+
+
+def read_durable(place: Path, max_bytes: int) -> bytes:
+    """The bytes of the file, empty if there is none.
+
+    Raises OSError, and ValueError whose text says what is wrong and what to do for a file that
+    other users may read, that is no regular file, or that is longer than `max_bytes`.
+    """
+    try:
+        with open(place, "rb") as file:
+            status = os.fstat(file.fileno())
+            mode = stat.S_IMODE(status.st_mode)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{place} is not a regular file; give the path of one")
+            if os.name == "posix" and mode & 0o077:
+                raise ValueError(
+                    f"{place} is open to other users (mode {mode:04o}), wanted 0600; "
+                    f"run `chmod 600 {place}`"
+                )
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        return b""
+    if len(data) > max_bytes:
+        raise ValueError(
+            f"{place} has more than {max_bytes} bytes; restore it from a copy of your own"
+        )
+    return data
+
+
+def write_durable(place: Path, data: bytes) -> None:
+    """Replaces the file, or makes it and its folder; raises OSError and then changed nothing."""
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, place)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name, too, has to outlive a loss of power
+        folder = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

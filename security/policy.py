@@ -1,0 +1,482 @@
+"""What one host really runs: whitelist, the host's own file and this release, intersected.
+
+Rules:
+
+1. Nothing is allowed that one of the three doesn't allow. No field means "the rest".
+2. A host's own file can only narrow: what is wider in it is an error that names it.
+3. A whitelist that is expired, or that was issued more than 10 minutes in the clock's future, or
+   that wants a newer protocol, allows only what the floor allows too: ten pure ops, reads, small
+   limits. Revoked stays revoked.
+4. Who is revoked by one side is revoked.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Final, Literal, TypeVar
+
+from glasshive.graph.codec import DEFAULT_LIMITS
+from glasshive.graph.errors import OverBudget
+from glasshive.graph.graph import (
+    Call,
+    Const,
+    Graph,
+    Node,
+    NodeId,
+    Op,
+    Param,
+    Read,
+    Save,
+    Skip,
+    Write,
+)
+from glasshive.graph.ops import OPS
+from glasshive.graph.tensors import TensorSpec
+from glasshive.security.errors import BadPolicy, NotAllowed
+from glasshive.security.keys import PeerId
+from glasshive.security.manifest import ModelId
+from glasshive.security.module_patterns import common, covered_by, matches, nearest_patterns
+from glasshive.security.whitelist import (
+    FUTURE_SECONDS,
+    LIMIT_NAMES,
+    MAX_LIMIT,
+    MAX_MODELS,
+    MAX_OPS,
+    Limits,
+    Whitelist,
+    limits_by_name,
+    named_fields,
+    patterns,
+    peer_ids,
+    read_toml,
+    texts,
+    whole,
+)
+
+__all__ = ["PROTOCOL", "HostRules", "Policy", "diff_whitelists"]
+
+PROTOCOL: Final = 1
+"""The protocol that this release speaks: the number at the end of its streams' names."""
+
+_RELEASE_LIMITS: Final = Limits(
+    graph_bytes=DEFAULT_LIMITS.graph_bytes,
+    nodes=DEFAULT_LIMITS.nodes,
+    const_bytes=MAX_LIMIT,
+    peak_bytes=MAX_LIMIT,
+    flops=MAX_LIMIT,
+    seconds=MAX_LIMIT,
+    saved_bytes=MAX_LIMIT,
+    steps=DEFAULT_LIMITS.steps,
+    batch_rows=MAX_LIMIT,
+    context_tokens=MAX_LIMIT,
+    traces_per_client=MAX_LIMIT,
+    generations_per_client=MAX_LIMIT,
+)
+_FLOOR_OPS: Final = frozenset(
+    ("add", "mean", "mul", "reshape", "select", "slice", "softmax", "sub", "sum", "to")
+)
+_FLOOR_LIMITS: Final = Limits(
+    graph_bytes=64 * 1024,
+    nodes=256,
+    const_bytes=1 << 20,
+    peak_bytes=256 << 20,
+    flops=10**10,
+    seconds=10,
+    saved_bytes=16 << 20,
+    steps=1,
+    batch_rows=4,
+    context_tokens=512,
+    traces_per_client=1,
+    generations_per_client=0,
+)
+_K = TypeVar("_K", bound=str)
+_EVERY_MODULE: Final = ("**",)
+
+
+@dataclass(frozen=True, slots=True)
+class HostRules:
+    """A host's own file: None where it says nothing, and the whitelist alone counts."""
+
+    ops: frozenset[str] | None = None
+    readable: tuple[str, ...] | None = None
+    writable: tuple[str, ...] | None = None
+    models: frozenset[ModelId] | None = None
+    refused_peers: frozenset[PeerId] = frozenset()
+    refused_clients: frozenset[PeerId] = frozenset()
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_text(cls, text: str) -> HostRules:
+        """The rules that a TOML text says. Raises BadPolicy, which names the field."""
+        names = ("ops", "read", "write", "models", "refuse_peers", "refuse_clients", "limits")
+        tree = named_fields(read_toml(text, BadPolicy), "", names, BadPolicy, optional=True)
+        limits = named_fields(
+            tree.get("limits", {}), "limits.", LIMIT_NAMES, BadPolicy, optional=True
+        )
+        ops, models = tree.get("ops"), tree.get("models")
+        read, write = tree.get("read"), tree.get("write")
+        return cls(
+            ops=None if ops is None else frozenset(texts(ops, "ops", MAX_OPS, BadPolicy)),
+            readable=None if read is None else patterns(read, "read", BadPolicy),
+            writable=None if write is None else patterns(write, "write", BadPolicy),
+            models=(
+                None
+                if models is None
+                else frozenset(map(ModelId, texts(models, "models", MAX_MODELS, BadPolicy)))
+            ),
+            refused_peers=peer_ids(tree.get("refuse_peers", []), "refuse_peers", BadPolicy),
+            refused_clients=peer_ids(tree.get("refuse_clients", []), "refuse_clients", BadPolicy),
+            limits=MappingProxyType(
+                {
+                    name: whole(value, f"limits.{name}", 0, MAX_LIMIT, BadPolicy)
+                    for name, value in limits.items()
+                }
+            ),
+        )
+
+    def check_narrows(self, policy: Policy) -> None:
+        """Return if nothing here is wider than `policy`. Raises BadPolicy, which names it."""
+        wider = next(self._wider(policy), None)
+        if wider is not None:
+            raise BadPolicy(
+                f"the host's own file allows {wider} {policy.source} does not; it can only narrow, "
+                "so take that out of the file"
+            )
+
+    def _wider(self, policy: Policy) -> Iterator[str]:
+        for op in sorted((self.ops or frozenset()) - policy.ops):
+            yield f"the op {op[:64]!r}, which"
+        for pattern in self.readable or ():
+            if not covered_by(pattern, policy.readable):
+                yield f"reading {pattern!r}, which"
+        for pattern in self.writable or ():
+            if not covered_by(pattern, policy.writable):
+                yield f"writing {pattern!r}, which"
+        for model in sorted(self.models or frozenset()):
+            if not policy.allows_model(model):
+                yield f"the model {model[:64]!r}, which"
+        allowed = limits_by_name(policy.limits)
+        for name, value in self.limits.items():
+            if value > allowed[name]:
+                yield f"limits.{name} = {value}, more than {allowed[name]}, which"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What this host runs for others. Made by `effective` or `floor`.
+
+    `models` gives names by manifest id; None allows each model that the host serves. `source` says
+    in words whose policy it is, `floor_reason` why only the floor is allowed, or is empty.
+    `ends_seconds` is when it must be made anew: the whitelist expires then.
+    """
+
+    source: str
+    signers: tuple[str, ...]
+    version: int
+    floor_reason: str
+    ends_seconds: int | None
+    ops: frozenset[str]
+    readable: tuple[str, ...]
+    writable: tuple[str, ...]
+    models: Mapping[ModelId, str] | None
+    limits: Limits
+    revoked_peers: frozenset[PeerId]
+    revoked_clients: frozenset[PeerId]
+    revoked_versions: frozenset[int]
+
+    @classmethod
+    def floor(cls, reason: str = "there is no whitelist") -> Policy:
+        """What a host runs at most when no whitelist is in force: reads and ten pure ops."""
+        return cls(
+            source="the floor",
+            signers=(),
+            version=0,
+            floor_reason=reason,
+            ends_seconds=None,
+            ops=_FLOOR_OPS & OPS.keys(),
+            readable=_EVERY_MODULE,
+            writable=(),
+            models=None,
+            limits=_FLOOR_LIMITS,
+            revoked_peers=frozenset(),
+            revoked_clients=frozenset(),
+            revoked_versions=frozenset(),
+        )
+
+    @classmethod
+    def effective(
+        cls,
+        whitelist: Whitelist | None,
+        now_seconds: float,
+        *,
+        host: HostRules | None = None,
+        signers: Iterable[str] = (),
+        strict: bool = True,
+    ) -> Policy:
+        """What `whitelist`, the host's own rules and this release allow together.
+
+        `signers` are the ids of the keys whose signatures were verified. With `strict`, rules of
+        the host that are wider than the whitelist raise BadPolicy; without, for a whitelist that
+        came while the host runs, what is wider is left out, as all that one side doesn't allow.
+        """
+        policy = cls.floor() if whitelist is None else cls._of_whitelist(whitelist, tuple(signers))
+        if host is not None:
+            if strict:
+                host.check_narrows(policy)
+            policy = policy._narrowed_by(host)
+        reason = "" if whitelist is None else _why_floor(whitelist, now_seconds)
+        return policy._at_the_floor(reason) if reason else policy
+
+    @classmethod
+    def _of_whitelist(cls, whitelist: Whitelist, signers: tuple[str, ...]) -> Policy:
+        return cls(
+            source=f"whitelist {whitelist.version} of swarm {whitelist.swarm!r}",
+            signers=signers,
+            version=whitelist.version,
+            floor_reason="",
+            ends_seconds=whitelist.expires_seconds,
+            ops=frozenset(
+                name
+                for name, version in whitelist.ops.items()
+                if name in OPS and OPS[name].version == version
+            ),
+            readable=whitelist.readable,
+            writable=whitelist.writable,
+            models=whitelist.models,
+            limits=whitelist.limits.narrowed(_RELEASE_LIMITS),
+            revoked_peers=whitelist.revoked_peers,
+            revoked_clients=whitelist.revoked_clients,
+            revoked_versions=whitelist.revoked_versions,
+        )
+
+    def _narrowed_by(self, host: HostRules) -> Policy:
+        models = self.models
+        if host.models is not None:
+            named = {one: one[:16] for one in host.models} if models is None else models
+            models = {one: name for one, name in named.items() if one in host.models}
+        numbers = {
+            name: min(value, host.limits.get(name, value))
+            for name, value in limits_by_name(self.limits).items()
+        }
+        return replace(
+            self,
+            ops=self.ops if host.ops is None else self.ops & host.ops,
+            readable=_both(self.readable, host.readable),
+            writable=_both(self.writable, host.writable),
+            models=models,
+            limits=Limits(**numbers),
+            revoked_peers=self.revoked_peers | host.refused_peers,
+            revoked_clients=self.revoked_clients | host.refused_clients,
+        )
+
+    def _at_the_floor(self, reason: str) -> Policy:
+        """What this policy and the floor both allow."""
+        floor = Policy.floor(reason)
+        return replace(
+            self,
+            floor_reason=reason,
+            ends_seconds=None,
+            ops=self.ops & floor.ops,
+            readable=common(self.readable, floor.readable),
+            writable=common(self.writable, floor.writable),
+            limits=self.limits.narrowed(floor.limits),
+        )
+
+    # What is asked of it
+
+    def check_graph(self, graph: Graph) -> None:
+        """Return if every node of `graph` is allowed here.
+
+        Looks at ops, modules, nodes, steps and the bytes of constants; the other limits need the
+        model's shapes or the bytes and are for admission. Raises NotAllowed or OverBudget, with the
+        node where there is one.
+        """
+        limits = self.limits
+        if len(graph) > limits.nodes:
+            raise OverBudget(f"{len(graph)} nodes, but {limits.nodes} are allowed by {self.source}")
+        allowed: set[tuple[bool, str]] = set()
+        constants: dict[bytes, int] = {}
+        for node_id, node in graph.nodes.items():
+            self._check_node(node_id, node, allowed)
+            if isinstance(node, Const):
+                constants[node.digest] = TensorSpec(node.dtype, node.shape).nbytes
+        if sum(constants.values()) > limits.const_bytes:
+            raise OverBudget(
+                f"constants of {sum(constants.values())} bytes, but {limits.const_bytes} are "
+                f"allowed by {self.source}"
+            )
+
+    def _check_node(self, node_id: NodeId, node: Node, allowed: set[tuple[bool, str]]) -> None:
+        if isinstance(node, Op):
+            if node.name not in self.ops:
+                raise NotAllowed(self._op_refused(node_id, node.name), node=node_id)
+            return
+        if isinstance(node, Const | Save):
+            return
+        writes = isinstance(node, Write | Skip)
+        module = node.site.module if isinstance(node, Read | Write) else node.module
+        if (writes, module) not in allowed:
+            granted = self.writable if writes else self.readable
+            if not any(matches(pattern, module) for pattern in granted):
+                raise NotAllowed(self._module_refused(node_id, node, module), node=node_id)
+            allowed.add((writes, module))
+        if isinstance(node, Call | Param):
+            return
+        step = node.step if isinstance(node, Skip) else node.site.step
+        if step >= self.limits.steps:
+            raise OverBudget(
+                f"node {node_id}: step {step} of a generation, but {self.limits.steps} steps are "
+                f"allowed by {self.source}",
+                node=node_id,
+            )
+
+    def _op_refused(self, node_id: NodeId, name: str) -> str:
+        near = difflib.get_close_matches(name[:64], self.ops, n=3, cutoff=0.0)
+        hint = f"the nearest allowed: {', '.join(near)}" if near else "no op is allowed"
+        return f"node {node_id}: the op {name[:64]!r} is not allowed here by {self._who}; {hint}"
+
+    def _module_refused(self, node_id: NodeId, node: Node, module: str) -> str:
+        writes = isinstance(node, Write | Skip)
+        done = {
+            Read: "reading", Write: "writing", Skip: "skipping", Call: "calling",
+            Param: "reading a weight of",
+        }[type(node)]  # fmt: skip
+        granted = self.writable if writes else self.readable
+        near = nearest_patterns(module, granted)
+        what = "written" if writes else "read"
+        hint = (
+            f"the nearest that may be {what}: {', '.join(near)}"
+            if near
+            else f"no module may be {what}"
+        )
+        name = repr(module[:128]) if module else "the model itself"
+        return f"node {node_id}: {done} {name} is not allowed here by {self._who}; {hint}"
+
+    @property
+    def _who(self) -> str:
+        return f"{self.source} ({self.floor_reason})" if self.floor_reason else self.source
+
+    def allows_model(self, model_id: str) -> bool:
+        """Whether the model of this manifest id may be served here."""
+        return self.models is None or model_id in self.models
+
+    def check_model(self, model_id: ModelId, name: str) -> None:
+        """Return if the model may be served. Raises NotAllowed, which names what may be."""
+        if not self.allows_model(model_id):
+            names = ", ".join(sorted((self.models or {}).values())[:5]) or "none"
+            raise NotAllowed(
+                f"the model {name!r} with manifest {model_id[:16]}... is not allowed by "
+                f"{self.source}; allowed: {names}"
+            )
+
+    def is_revoked(self, key: str, role: Literal["peer", "client"]) -> bool:
+        """Whether the key of this peer id may not be a host ("peer") or a client any more."""
+        return key in (self.revoked_peers if role == "peer" else self.revoked_clients)
+
+    def is_revoked_version(self, version: int) -> bool:
+        """Whether a peer that announces this version of the whitelist is not to be used."""
+        return version in self.revoked_versions
+
+    def describe(self) -> list[str]:
+        """Lines for the host: exactly what others can and cannot run here, and who signed that."""
+        signed = ", ".join(signer[:16] for signer in self.signers) or "nobody"
+        until = f", until {_moment(self.ends_seconds)}" if self.ends_seconds is not None else ""
+        lines = [f"Policy: {self.source}, signed by {signed}{until}."]
+        if self.floor_reason:
+            lines.append(f"Only the floor is allowed: {self.floor_reason}.")
+        refused = sorted(OPS.keys() - self.ops)
+        numbers = limits_by_name(self.limits)
+        lines += [
+            f"Others can run {len(self.ops)} ops: {', '.join(sorted(self.ops)) or 'none'}.",
+            f"Others can't run {len(refused)} ops of this release: {', '.join(refused) or 'none'}; "
+            "nor any other code.",
+            f"Others can read {_words(self.readable)}.",
+            f"Others can write {_words(self.writable)}.",
+            f"Models: {_models_in_words(self.models)}.",
+            "Limits: " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()) + ".",
+            f"Revoked: {len(self.revoked_peers)} hosts, {len(self.revoked_clients)} clients, "
+            f"{len(self.revoked_versions)} versions.",
+        ]
+        return lines
+
+
+def diff_whitelists(old: Whitelist, new: Whitelist) -> list[str]:
+    """Lines that say what `new` takes (-), gives (+) and changes (~); none if it is equal."""
+    lines: list[str] = []
+    for name, before, after in (
+        ("swarm", old.swarm, new.swarm),
+        ("version", old.version, new.version),
+        ("issued", _moment(old.issued_seconds), _moment(new.issued_seconds)),
+        ("expires", _moment(old.expires_seconds), _moment(new.expires_seconds)),
+        ("min_protocol", old.min_protocol, new.min_protocol),
+    ):
+        if before != after:
+            lines.append(f"~ {name}: {before} -> {after}")
+    lines += _diff_of_maps("op", old.ops, new.ops)
+    lines += _diff_of_sets("read", old.readable, new.readable)
+    lines += _diff_of_sets("write", old.writable, new.writable)
+    if (old.models is None) != (new.models is None):
+        lines.append("+ models: every one" if new.models is None else "- models: every other")
+    lines += _diff_of_maps("model", old.models or {}, new.models or {})
+    lines += _diff_of_sets("revoked peer", old.revoked_peers, new.revoked_peers)
+    lines += _diff_of_sets("revoked client", old.revoked_clients, new.revoked_clients)
+    lines += _diff_of_sets(
+        "revoked version", map(str, old.revoked_versions), map(str, new.revoked_versions)
+    )
+    return lines + _diff_of_maps("limit", limits_by_name(old.limits), limits_by_name(new.limits))
+
+
+def _diff_of_sets(name: str, old: Iterable[str], new: Iterable[str]) -> list[str]:
+    before, after = set(old), set(new)
+    return [f"- {name} {one}" for one in sorted(before - after)] + [
+        f"+ {name} {one}" for one in sorted(after - before)
+    ]
+
+
+def _diff_of_maps(name: str, old: Mapping[_K, object], new: Mapping[_K, object]) -> list[str]:
+    lines = _diff_of_sets(name, old, new)
+    for one in sorted(old.keys() & new.keys()):
+        if old[one] != new[one]:
+            lines.append(f"~ {name} {one}: {old[one]} -> {new[one]}")
+    return lines
+
+
+def _why_floor(whitelist: Whitelist, now_seconds: float) -> str:
+    """Why only the floor counts now; empty if the whitelist is in force."""
+    if now_seconds >= whitelist.expires_seconds:
+        return f"the whitelist expired at {_moment(whitelist.expires_seconds)}"
+    if now_seconds < whitelist.issued_seconds - FUTURE_SECONDS:
+        return (
+            f"the whitelist was issued at {_moment(whitelist.issued_seconds)}, which is in the "
+            "future by this machine's clock"
+        )
+    if whitelist.min_protocol > PROTOCOL:
+        return (
+            f"the whitelist wants protocol {whitelist.min_protocol} and this release speaks "
+            f"{PROTOCOL}; update glasshive"
+        )
+    return ""
+
+
+def _both(mine: tuple[str, ...], theirs: tuple[str, ...] | None) -> tuple[str, ...]:
+    return mine if theirs is None else common(mine, theirs)
+
+
+def _words(granted: tuple[str, ...]) -> str:
+    if granted == _EVERY_MODULE:
+        return "every module"
+    return ", ".join(granted) or "no module"
+
+
+def _models_in_words(models: Mapping[ModelId, str] | None) -> str:
+    if models is None:
+        return "every one that this host serves"
+    return ", ".join(f"{name} ({one[:16]}...)" for one, name in sorted(models.items())) or "none"
+
+
+def _moment(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
