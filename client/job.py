@@ -253,6 +253,7 @@ class Job:
 
 
 _ALIVE: Final = encode(Alive())
+_STOOD_STILL_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +269,15 @@ class _PeerStream:
 
     async def receive(self, deadline_seconds: float | None = None) -> Frame:
         """The next frame that is news; raises DeadlineExceeded if nothing at all came for long."""
+        patience_seconds = deadline_seconds or self.silence_seconds
         while True:
-            frame = await self.stream.receive(deadline_seconds or self.silence_seconds)
+            began = time.monotonic()
+            try:
+                frame = await self.stream.receive(patience_seconds)
+            except DeadlineExceeded:
+                if time.monotonic() - began > patience_seconds + _STOOD_STILL_SECONDS:
+                    continue  # it was this process that stood still; what came meanwhile is there
+                raise
             if frame.header != _ALIVE:
                 return frame
 

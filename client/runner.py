@@ -16,6 +16,7 @@ from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.route import Route, choose_route
 from glasshive.client.saved import fill
+from glasshive.dht.errors import SwarmError
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import HIDDEN, Plan
@@ -51,9 +52,9 @@ class ModelRunner:
         """
         ends_at = time.monotonic() + options.deadline_seconds
         avoid = set(options.avoid)
+        route = self._route(experiment, avoid, fresh=False)
         attempt = 0
         while True:
-            route = self._route(experiment, avoid, fresh=attempt > 0)
             left_seconds = max(ends_at - time.monotonic(), 0.0)
             try:
                 return self._run_once(experiment, options, route, left_seconds, attempt)
@@ -67,9 +68,11 @@ class ModelRunner:
                 if attempt == options.retries or time.monotonic() > ends_at:
                     raise
                 try:
-                    self._route(experiment, avoid, fresh=True)
-                except NoRoute as none:
+                    route = self._route(experiment, avoid, fresh=True)
+                except (NoRoute, SwarmError) as none:
                     raise error from none
+                if time.monotonic() > ends_at:
+                    raise
             attempt += 1
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ _FUNCTIONS: Final = frozenset(
         _LINALG.cond,
         _LINALG.matrix_rank,
         torch.norm,
+        torch.nuclear_norm,
         torch.Tensor.norm,
     }
 )

@@ -59,6 +59,7 @@ CONTROL_DEADLINE_SECONDS: Final = 10.0
 SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
+REOPEN_SECONDS: Final = 2.0
 
 
 @final
@@ -93,7 +94,7 @@ class HivemindTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[Stream] = set()
         self._leftovers: set[asyncio.Future[Any]] = set()
-        self._connected: set[PeerId] = set()
+        self._connected: dict[PeerId, tuple[str, ...]] = {}  # and at which addresses
         self._p2p: Any = None
         self._node: Any = None
         self._watcher: asyncio.Task[None] | None = None
@@ -151,10 +152,15 @@ class HivemindTransport:
         except BaseException as error:
             await self._stop()
             if isinstance(error, (P2PDaemonError, RuntimeError, OSError)):
+                if "address already in use" in str(error) or "failed to listen" in str(error):
+                    raise ListenRefused(
+                        f"can't listen at {', '.join(self._listen)}: {_line(error)}; end what "
+                        "listens there, or choose another port (0 takes a free one)"
+                    ) from None
                 tried = ", ".join(one.addresses[0] for one in self.bootstraps) or "none given"
                 raise PeerUnreachable(
                     f"the swarm could not be joined ({_line(error)}); bootstrap peers: {tried}; "
-                    "check that one of them runs, and that the listening port is free"
+                    "check that one of them runs"
                 ) from None
             raise
 
@@ -248,13 +254,18 @@ class HivemindTransport:
 
         for address in peer.addresses:
             check_address(address)
-        connected = peer.peer_id in self._connected
+        connected = self._connected.get(peer.peer_id) == peer.addresses
         try:
             if peer.addresses and not connected:
                 await self._connect(peer)
             try:
-                reader, writer = await daemon_control.open_stream(self._p2p, peer.peer_id, protocol)
-            except P2PDaemonError:
+                # Without a connection the daemon searches its own routing for the peer, for long
+                # if one of those that it asks is frozen.
+                async with asyncio.timeout(REOPEN_SECONDS if connected else None):
+                    reader, writer = await daemon_control.open_stream(
+                        self._p2p, peer.peer_id, protocol
+                    )
+            except (P2PDaemonError, TimeoutError):
                 if not peer.addresses or not connected:
                     raise
                 # The connection that we remember may have ended since: make it again, once.
@@ -267,14 +278,14 @@ class HivemindTransport:
         return self._adopt(reader, writer, peer.peer_id)
 
     async def _connect(self, peer: PeerAddress) -> None:
-        self._connected.discard(peer.peer_id)
+        self._connected.pop(peer.peer_id, None)
         await daemon_control.connect(self._p2p, peer.peer_id, peer.addresses)
-        self._remember_connected(peer.peer_id)
+        self._remember_connected(peer)
 
-    def _remember_connected(self, peer_id: PeerId) -> None:
+    def _remember_connected(self, peer: PeerAddress) -> None:
         if len(self._connected) >= 4096:
             self._connected.clear()  # costs one connect call each
-        self._connected.add(peer_id)
+        self._connected[peer.peer_id] = peer.addresses
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """See Transport."""

@@ -435,7 +435,7 @@ def _fourier(sizes: _Sizes) -> tuple[int, int]:
     return 8 * steps * steps.bit_length(), 2 * steps
 
 
-_DENSE: Final = frozenset({"matmul", "distances", "convolution", "attention"})
+_DENSE: Final = frozenset({"matmul", "distances", "convolution", "attention", "cubic"})
 
 _RULES: Final[Mapping[CostRule, Callable[[_Sizes], tuple[int, int]]]] = {
     "cast": _elementwise,

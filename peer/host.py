@@ -17,9 +17,10 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from torch import Tensor
 
@@ -70,6 +71,8 @@ from glasshive.security.manifest import CLIENT_FILES, MANIFEST
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_FAILURE_CHARS: Final = 500
 
 
@@ -91,7 +94,7 @@ class HostLimits:
         )
     )
 
-    stage_least_seconds: float = 30.0
+    stage_least_seconds: float = 300.0
     stage_factor: float = 3.0
 
     def stage_seconds(self, estimated_seconds: float) -> float:
@@ -147,6 +150,8 @@ class Host:
         self._limits = limits or HostLimits()
         self._clock = clock
         self._torch = TorchThread()
+        # What a client sends is checked beside the loop, which answers everybody.
+        self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
         self._consts = _ConstCache(self._limits.const_cache_bytes)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
@@ -173,6 +178,17 @@ class Host:
         for trace in self._traces.values():
             trace.cancel()
         self._torch.close()
+        self._checks.shutdown(wait=False, cancel_futures=True)
+
+    async def _check(self, work: Callable[[], T]) -> T:
+        try:
+            async with asyncio.timeout(self._limits.prepare_seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._checks, work)
+        except TimeoutError:
+            raise Busy(
+                f"checking took longer than {self._limits.prepare_seconds:g} s here; try another "
+                "peer, or send a smaller graph"
+            ) from None
 
     # A client's trace -----------------------------------------------------------------------
 
@@ -244,10 +260,8 @@ class Host:
         ours = from_torch_dtype(self._model.dtype).value
         if prepare.dtype != ours:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
-        part, passes = decode_part(body, limits.graph)
         peers = _peers(prepare)
-        self._check(part, passes, peers)
-        bill = self._admission.admit(part, passes, body)
+        part, passes, bill = await self._check(lambda: self._admitted(body, peers))
         consts = await self._take_consts(stream, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
         trace = HostedTrace(
@@ -267,8 +281,11 @@ class Host:
         )
         return trace, bill
 
-    def _check(self, part: Part, passes: Passes, peers: tuple[PeerAddress, ...]) -> None:
+    def _admitted(
+        self, body: bytearray, peers: tuple[PeerAddress, ...]
+    ) -> tuple[Part, Passes, Bill]:
         model, limits = self._model, self._limits
+        part, passes = decode_part(body, limits.graph)
         if (part.span.start, part.span.end) != (model.start, model.end):
             raise BadGraph(
                 f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
@@ -282,6 +299,7 @@ class Host:
         check_peers(part, peers)
         check_part(part, passes, self._outline)
         slots(part.graph, self._outline, passes)
+        return part, passes, self._admission.admit(part, passes, body)
 
     async def _take_consts(self, stream: Stream, part: Part) -> Mapping[bytes, Tensor]:
         wanted: dict[bytes, TensorSpec] = {
@@ -303,7 +321,7 @@ class Host:
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
             data = await receive_tensor(stream, frame, spec, self._limits.prepare_seconds)
-            if digest(spec, data) != name:
+            if await self._check(partial(digest, spec, data)) != name:
                 raise BadGraph("a constant whose bytes do not have the announced hash")
             tensor = tensor_from_bytes(spec, data)
             # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
@@ -314,9 +332,8 @@ class Host:
     async def _take_inputs(self, stream: Stream, trace: HostedTrace) -> None:
         taken: dict[int, dict[str, Tensor]] = {}
         while True:
-            # A client that was accepted and then says nothing gives its slot back soon.
-            patience_seconds = min(trace.left_seconds, self._limits.prepare_seconds)
-            frame = await stream.receive(patience_seconds)
+            # The client waits meanwhile for the other peers, to whom it may have much to send.
+            frame = await stream.receive(trace.left_seconds)
             message = decode(frame.header, Input, Run, Cancel)
             if isinstance(message, Cancel):
                 raise TraceEnded("the client cancelled the trace")

@@ -16,7 +16,6 @@ import torch
 from glasshive.graph.budget import Pace
 from glasshive.peer.span_model import SpanModel
 
-_LEAST_SECONDS: Final = 0.05  # what is shorter is mostly noise
 _ENOUGH_SECONDS: Final = 0.25
 _MOST_TOKENS: Final = 512
 _SIDE: Final = 512
@@ -74,7 +73,7 @@ def _tokens_per_second(model: SpanModel, most_tokens: int) -> float:
                 model.run(input_ids=None, hidden=hidden)
 
         seconds = _best_seconds(forward, model.device)
-        if seconds >= _LEAST_SECONDS or tokens * 4 > most_tokens:
+        if seconds >= _ENOUGH_SECONDS or tokens * 4 > most_tokens:
             return tokens / seconds
         tokens *= 4
 

@@ -73,6 +73,6 @@ async def _why_silent(bootstrap: PeerAddress) -> str:
         said = "no such host name"
     except ConnectionRefusedError:
         said = "nothing listens there"
-    except OSError as error:
-        said = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
     return f"{address}: {said}"

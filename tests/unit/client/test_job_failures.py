@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -145,3 +146,19 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 
     with pytest.raises(TraceTimeout, match=r"still at work: 12D3KooW\w+ \(blocks 0:2, running\)"):
         await ran(endless, silence_seconds=5, deadline_seconds=0.3)
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_stood_still_blames_nobody() -> None:
+    async def heard(stream: Stream) -> None:
+        await prepared(stream)
+        # The client's own process is stopped, and the peer's words pile up meanwhile.
+        asyncio.get_running_loop().call_later(0.05, time.sleep, 1.5)
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            await stream.send(encode(Alive()))
+        await stream.send(encode(Done(1.0, [])))
+        await asyncio.Event().wait()
+
+    job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)
+    assert job.state == "done"
