@@ -138,7 +138,7 @@ class Job:
                 if hop.state != "done"
             )
             raise TraceTimeout(
-                f"the trace was not done within its deadline, {self.deadline_seconds:.3g} s more; "
+                f"the trace was not done in the {self.deadline_seconds:.3g} s that it had; "
                 f"still at work: {slow or 'nobody'}; allow more with deadline=, or leave out a "
                 "slow peer with avoid="
             ) from None

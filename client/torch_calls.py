@@ -19,6 +19,12 @@ from glasshive.client.source_lines import here
 from glasshive.client.traced import TracedTensor
 from glasshive.client.values_only import is_values_only, values_only
 
+# What a body catches of torch's own, it catches here: `except IndexError` around an index works.
+_MISFITS: dict[type[Exception], type[Misfit]] = {
+    kind: type("Misfit", (Misfit, kind), {"__doc__": Misfit.__doc__})
+    for kind in (IndexError, TypeError, ValueError, RuntimeError)
+}
+
 
 class TorchCalls(TorchFunctionMode):
     """Watches every call of torch while a trace is recorded; it changes none."""
@@ -40,7 +46,8 @@ class TorchCalls(TorchFunctionMode):
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or not _traced((*args, *named.values())):
                 raise
-            raise _refusal(func, args, named, error) from error
+            kind = next(one for one in _MISFITS if isinstance(error, one))
+            raise _MISFITS[kind](_refusal(func, args, named, error), line=here()) from error
 
 
 def _traced(args: Sequence[Any]) -> list[TracedTensor]:
@@ -53,50 +60,46 @@ def _traced(args: Sequence[Any]) -> list[TracedTensor]:
     return found
 
 
-def _refusal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> Misfit:
+def _refusal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> str:
     if func is torch.Tensor.__getitem__ and isinstance(args[0], TracedTensor):
         return _misindexed(args[0], args[1], error)
     if func is torch.Tensor.__setitem__ and isinstance(args[0], TracedTensor):
         return _misassigned(args[0], args[1], args[2], error)
     name = getattr(func, "__name__", str(func)).strip("_")
     given = ", ".join(str(tensor._alias) for tensor in _traced((*args, *kwargs.values())))
-    return Misfit(f"{name} of {given}: {first_line(error)}", line=here())
+    return f"{name} of {given}: {first_line(error)}"
 
 
-def _misindexed(tensor: TracedTensor, index: object, error: Exception) -> Misfit:
+def _misindexed(tensor: TracedTensor, index: object, error: Exception) -> str:
     """Why `tensor[index]` has no meaning: torch's own reason, what was indexed, what to do."""
     what = tensor._alias
     if isinstance(error, ValueError):
-        return Misfit(f"{first_line(error)}, in {what}; turn it round with .flip(dim)", line=here())
+        return f"{first_line(error)}, in {what}; turn it round with .flip(dim)"
     if isinstance(error, IndexError) and "are valid ind" not in str(error):
-        return Misfit(
+        return (
             f"{first_line(error)}, in {what}; indices count from 0 at the start of an axis, or "
-            "from -1 at its end",
-            line=here(),
+            "from -1 at its end"
         )
     kinds = [type(one).__name__ for one in (index if isinstance(index, tuple) else (index,))]
-    return Misfit(
+    return (
         f"{what} is indexed by {' and '.join(kinds)} ({first_line(error)}); integers, slices of "
-        "integers, ..., None, and tensors or lists of integers or bools can stand there",
-        line=here(),
+        "integers, ..., None, and tensors or lists of integers or bools can stand there"
     )
 
 
-def _misassigned(tensor: TracedTensor, index: object, value: object, error: Exception) -> Misfit:
+def _misassigned(tensor: TracedTensor, index: object, value: object, error: Exception) -> str:
     """Why `tensor[index] = value` has no meaning."""
     if isinstance(value, torch.Tensor):
         if isinstance(error, RuntimeError) and "size" in str(error):
             given = value._alias if isinstance(value, TracedTensor) else layout_of(value)
-            return Misfit(
+            return (
                 f"{given} does not fit the part of {tensor._alias} that it is assigned to: "
                 f"{first_line(error)}; print(h[...].shape) of that part, and give what broadcasts "
-                "to it",
-                line=here(),
+                "to it"
             )
     elif isinstance(error, TypeError) and "assign" in str(error):
-        return Misfit(
+        return (
             f"a {type(value).__name__} is assigned to a part of {tensor._alias}; a tensor or a "
-            "number is wanted, such as torch.tensor(value)",
-            line=here(),
+            "number is wanted, such as torch.tensor(value)"
         )
     return _misindexed(tensor, index, error)

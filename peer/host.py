@@ -74,6 +74,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_FAILURE_CHARS: Final = 500
+CLOSE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +386,7 @@ class Host:
             trace.cancel()
             run.cancel()
             watch.cancel()
-            await asyncio.wait({run, watch}, timeout=5)
+            await asyncio.wait({run, watch}, timeout=CLOSE_SECONDS)
 
     async def _fail(self, stream: Stream, error: GlasshiveError) -> None:
         said = repr(error)[:MAX_FAILURE_CHARS]
@@ -466,10 +467,10 @@ async def _heard(stream: Stream) -> AsyncIterator[None]:
         # It ends by itself: a frame that is cut short would end the stream, and lose what was sent.
         ended.set()
         try:
-            await asyncio.wait({telling})
+            await asyncio.wait({telling}, timeout=CLOSE_SECONDS)
         finally:
             telling.cancel()
-        if not telling.cancelled():
+        if telling.done() and not telling.cancelled():
             telling.exception()  # a client that left; whoever else uses the stream is told
 
 

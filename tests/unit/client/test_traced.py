@@ -258,6 +258,25 @@ def test_arguments_that_torch_refuses(name: str, traced: TracedTensor) -> None:
     assert isinstance(caught.value, ShapeMismatch)
 
 
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (IndexError, lambda h: h[:, 9]),
+        (ValueError, lambda h: h[::-1]),
+        (RuntimeError, lambda h: torch.einsum("ij,kl", h)),
+    ],
+    ids=["index", "step", "einsum"],
+)
+def test_a_body_catches_what_it_catches_of_torch(
+    kind: type[Exception], call: Callable[[Any], Any], traced: TracedTensor
+) -> None:
+    with pytest.raises(kind):  # the oracle
+        call(torch.zeros(traced.shape))
+    with pytest.raises(kind) as caught:
+        call(traced)
+    assert isinstance(caught.value, Misfit)
+
+
 ABSENT: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
     "max_pool1d": (lambda h: nn.functional.max_pool1d(h, 2), "max_pool2d_with_indices"),
     "lstsq": (lambda h: torch.linalg.lstsq(h, h), "not in the table of ops that peers run"),
