@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -371,6 +372,14 @@ async def test_only_loopback_is_listened_on(address: str) -> None:
         await HivemindTransport.create(
             Identity.generate(), listen=["/ip4/127.0.0.1/tcp/0", address]
         )
+
+
+@pytest.mark.asyncio
+async def test_a_taken_port_is_no_missing_bootstrap() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        with pytest.raises(ListenRefused, match=rf"can't listen at {address}: .*another port"):
+            await HivemindTransport.create(Identity.generate(), listen=[address])
 
 
 @pytest.mark.asyncio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -143,6 +144,36 @@ async def test_a_host_is_heard_while_it_has_nothing_to_say(served: ServedModel) 
     decode((await stream.receive(5)).header, Accepted)
     for _ in range(2):  # it waits for the inputs
         decode((await stream.receive(SILENCE_SECONDS)).header, Alive)
+    host.close()
+    for transport in (client, home):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_slow_check_keeps_nobody_waiting(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = MemoryNetwork()
+    home = network.transport(Identity.generate())
+    client = network.transport(Identity.generate(), dht=False)
+    host = Host(home, served)
+    await host.start()
+    checking, go_on = threading.Event(), threading.Event()
+    admit = host._admission.admit
+
+    def slow(*args: Any) -> Any:
+        checking.set()
+        assert go_on.wait(30)
+        return admit(*args)
+
+    monkeypatch.setattr(host._admission, "admit", slow)
+    stream = await client.open_stream(PeerAddress(home.peer_id, home.addresses), TRACE_PROTOCOL, 5)
+    await stream.send(*prepare(served, 1))
+    assert await asyncio.to_thread(checking.wait, 30)
+    decode((await stream.receive(SILENCE_SECONDS)).header, Alive)  # the loop is free meanwhile
+    go_on.set()
+    decode((await stream.receive(5)).header, Need)
+    decode((await stream.receive(5)).header, Accepted)
     host.close()
     for transport in (client, home):
         await transport.close()
