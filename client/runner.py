@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import threading
 import time
@@ -52,7 +53,7 @@ class ModelRunner:
         """
         ends_at = time.monotonic() + options.deadline_seconds
         avoid = set(options.avoid)
-        route = self._route(experiment, avoid, fresh=False)
+        route = self._route(experiment, avoid, fresh=False, ends_at=ends_at)
         attempt = 0
         while True:
             left_seconds = max(ends_at - time.monotonic(), 0.0)
@@ -68,7 +69,7 @@ class ModelRunner:
                 if attempt == options.retries or time.monotonic() > ends_at:
                     raise
                 try:
-                    route = self._route(experiment, avoid, fresh=True)
+                    route = self._route(experiment, avoid, fresh=True, ends_at=ends_at)
                 except (NoRoute, SwarmError) as none:
                     raise error from none
                 if time.monotonic() > ends_at:
@@ -170,13 +171,23 @@ class ModelRunner:
                 error.args = (f"{line}: {error}",)
             raise
 
-    def _route(self, experiment: Experiment, avoid: Collection[PeerId], *, fresh: bool) -> Route:
-        """A route without the peers of `avoid`, and without lost ones if it can be had."""
+    def _route(
+        self,
+        experiment: Experiment,
+        avoid: Collection[PeerId],
+        *,
+        fresh: bool,
+        ends_at: float = math.inf,
+    ) -> Route:
+        """A route without the peers of `avoid`, and without lost ones if it can be had.
+
+        `ends_at`, on the monotonic clock, is until when the directory may be asked.
+        """
         needed = needed_blocks(experiment.graph, experiment.outline)
         if not fresh:
             with contextlib.suppress(NoRoute):  # what is known may be old
-                return self._choose(self._records(fresh=False), needed, avoid)
-        known = self._records(fresh=True)
+                return self._choose(self._records(fresh=False, ends_at=ends_at), needed, avoid)
+        known = self._records(fresh=True, ends_at=ends_at)
         with contextlib.suppress(NoRoute):
             return self._choose(known, needed, avoid)
         return choose_route(known, needed, self._n_blocks, avoid=frozenset(avoid))
@@ -199,12 +210,13 @@ class ModelRunner:
                 if one.peer_id == peer:
                     self._lost[peer] = one.expires_at_seconds
 
-    def _records(self, *, fresh: bool) -> list[PeerRecord]:
+    def _records(self, *, fresh: bool, ends_at: float = math.inf) -> list[PeerRecord]:
         """The peers of this model and dtype: as known, or asked again if any has expired."""
         with self._lock:
             now = self._swarm.transport.now()
             if fresh or not self._known or any(one.expires_at_seconds < now for one in self._known):
-                records = self._swarm.records(self._model_id)
+                left_seconds = max(ends_at - time.monotonic(), 0.0)
+                records = self._swarm.records(self._model_id, left_seconds)
                 kind = (self._dtype, self._attention)
                 self._known = [one for one in records if (one.dtype, one.attention) == kind]
             return list(self._known)

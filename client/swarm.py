@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
@@ -21,8 +21,8 @@ from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, scan
 
-_DIRECTORY_SECONDS = 20.0
-_FILES_SECONDS = 120.0
+_DIRECTORY_SECONDS: Final = 20.0
+_FILES_SECONDS: Final = 120.0
 
 
 class Swarm:
@@ -63,14 +63,19 @@ class Swarm:
         self._loop.run(self._transport.close(), 15.0)
         self._loop.close()
 
-    def records(self, model: str | None = None) -> list[PeerRecord]:
+    def records(
+        self, model: str | None = None, within_seconds: float = _DIRECTORY_SECONDS
+    ) -> list[PeerRecord]:
         """Who serves a model (a name, or a manifest's hash; None: every model), checked.
 
-        Raises what `ask_directory` raises: UnknownModel, AmbiguousModel, DirectoryUnavailable.
+        Waits for the directory as long as `within_seconds`, and never longer than 20 s.
+        Raises what `ask_directory` raises: UnknownModel, AmbiguousModel, DirectoryUnavailable,
+        DeadlineExceeded.
         """
         self._check_open()
-        asking = ask_directory(self._transport, self._bootstraps, model, _DIRECTORY_SECONDS)
-        return self._loop.run(asking, _DIRECTORY_SECONDS + 5)
+        seconds = min(within_seconds, _DIRECTORY_SECONDS)
+        asking = ask_directory(self._transport, self._bootstraps, model, seconds)
+        return self._loop.run(asking, seconds + 5)
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.

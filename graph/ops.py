@@ -24,6 +24,7 @@ from typing import Final, Literal, TypeAlias, get_args
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import UnknownOp
 from glasshive.graph.graph import Arg, Ref
+from glasshive.graph.tensors import MAX_RANK
 
 Kind: TypeAlias = Literal[
     "value",  # a Ref
@@ -32,7 +33,7 @@ Kind: TypeAlias = Literal[
     "optional_values",  # a tuple of Refs and None, at least one Ref
     "scalar",  # int, float or bool
     "int",  # signed, 64 bits
-    "ints",  # a tuple of ints
+    "ints",  # a tuple of at most MAX_INTS ints
     "float",
     "bool",
     "dtype",
@@ -60,6 +61,9 @@ CostRule: TypeAlias = Literal[
 
 INT_MIN: Final = -(2**63)
 INT_MAX: Final = 2**63 - 1
+# Sizes, axes or shifts, one for each axis, or two where an axis is padded on both sides. Some ops
+# make a copy of their argument for each, so a longer list would be work that no bill knows of.
+MAX_INTS: Final = 2 * MAX_RANK
 
 
 class _Required:
@@ -108,7 +112,7 @@ class Parameter:
         if type(arg) is not tuple:
             return False
         if kind == "ints":
-            return all(map(_is_int, arg))
+            return len(arg) <= MAX_INTS and all(map(_is_int, arg))
         if kind == "values":
             return bool(arg) and all(type(item) is Ref for item in arg)
         return any(type(item) is Ref for item in arg) and all(
@@ -172,7 +176,7 @@ _IN_WORDS: Mapping[Kind, str] = {
     "optional_values": "a list of values of the graph and nulls, at least one value",
     "scalar": "an int, float or bool",
     "int": "an int of 64 bits",
-    "ints": "a list of ints of 64 bits",
+    "ints": f"a list of at most {MAX_INTS} ints of 64 bits",
     "float": "a float",
     "bool": "a bool",
     "dtype": "a dtype",

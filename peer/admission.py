@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +17,7 @@ from glasshive.graph.errors import OverBudget
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part
+from glasshive.graph.tensors import SpecArg, Specs
 from glasshive.graph.twin import Calls, surroundings
 from glasshive.peer.pace import HostPace
 
@@ -36,21 +38,28 @@ class Admission:
         self._pace = pace
         self._known: OrderedDict[bytes, Bill] = OrderedDict()
 
-    def admit(self, part: Part, passes: Passes, data: bytes | bytearray) -> Bill:
+    def admit(
+        self,
+        part: Part,
+        passes: Passes,
+        data: bytes | bytearray,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Bill:
         """The bill of a part that was decoded from `data`; nothing is run.
 
-        Raises OverBudget or ShapeMismatch with the node.
+        Raises OverBudget or ShapeMismatch with the node, and what `go_on` raises: it is called
+        before each op, so that a check which nobody waits for any more can be ended.
         """
         key = hashlib.sha256(data).digest()
         bill = self._known.get(key)
         if bill is None:
-            bill = self._known[key] = self._count(part, passes)
+            bill = self._known[key] = self._count(part, passes, go_on)
             if len(self._known) > _KEPT_VERDICTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return bill
 
-    def _count(self, part: Part, passes: Passes) -> Bill:
+    def _count(self, part: Part, passes: Passes, go_on: Callable[[], None]) -> Bill:
         forwards = [passes.passes[stage.pass_index] for stage in part.stages if stage.forward]
         seconds = sum(self._pace.forward_seconds(one.batch, one.seq) for one in forwards)
         if seconds > self._budget.seconds:
@@ -60,9 +69,15 @@ class Admission:
                 f"peer's time, but {self._budget.seconds:.3g} s are allowed; trace fewer "
                 "or shorter prompts at a time"
             )
+        model = surroundings(self._outline, self._calls, passes)
+
+        def infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
+            go_on()
+            return model.infer(name, args)
+
         bill = admit(
             part.graph,
-            surroundings(self._outline, self._calls, passes),
+            replace(model, infer=infer),
             replace(self._budget, seconds=self._budget.seconds - seconds),
             imports=part.specs,
             order=[node for stage in part.stages for node in stage.nodes],

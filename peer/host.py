@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -132,6 +133,11 @@ class _ConstCache:
             self._held_bytes -= old.nbytes
 
 
+def _digest(spec: TensorSpec, data: bytearray, go_on: Callable[[], None]) -> bytes:
+    go_on()
+    return digest(spec, data)
+
+
 class Host:
     """One span of one model, served over a transport."""
 
@@ -181,15 +187,27 @@ class Host:
         self._torch.close()
         self._checks.shutdown(wait=False, cancel_futures=True)
 
-    async def _check(self, work: Callable[[], T]) -> T:
+    async def _check(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """What `work` gives, on the thread for checks. Raises Busy if that takes too long.
+
+        `work` is given what to call now and then: it ends a check that nobody waits for.
+        """
+        unwanted = threading.Event()
+
+        def go_on() -> None:
+            if unwanted.is_set():
+                raise TraceEnded("nobody waits for this check any more")
+
         try:
             async with asyncio.timeout(self._limits.prepare_seconds):
-                return await asyncio.get_running_loop().run_in_executor(self._checks, work)
+                return await asyncio.get_running_loop().run_in_executor(self._checks, work, go_on)
         except TimeoutError:
             raise Busy(
                 f"checking took longer than {self._limits.prepare_seconds:g} s here; try another "
                 "peer, or send a smaller graph"
             ) from None
+        finally:
+            unwanted.set()
 
     # A client's trace -----------------------------------------------------------------------
 
@@ -262,7 +280,7 @@ class Host:
         if prepare.dtype != ours:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
         peers = _peers(prepare)
-        part, passes, bill = await self._check(lambda: self._admitted(body, peers))
+        part, passes, bill = await self._check(partial(self._admitted, body, peers))
         consts = await self._take_consts(stream, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
         trace = HostedTrace(
@@ -283,7 +301,7 @@ class Host:
         return trace, bill
 
     def _admitted(
-        self, body: bytearray, peers: tuple[PeerAddress, ...]
+        self, body: bytearray, peers: tuple[PeerAddress, ...], go_on: Callable[[], None]
     ) -> tuple[Part, Passes, Bill]:
         model, limits = self._model, self._limits
         part, passes = decode_part(body, limits.graph)
@@ -300,7 +318,7 @@ class Host:
         check_peers(part, peers)
         check_part(part, passes, self._outline)
         slots(part.graph, self._outline, passes)
-        return part, passes, self._admission.admit(part, passes, body)
+        return part, passes, self._admission.admit(part, passes, body, go_on)
 
     async def _take_consts(self, stream: Stream, part: Part) -> Mapping[bytes, Tensor]:
         wanted: dict[bytes, TensorSpec] = {
@@ -322,7 +340,7 @@ class Host:
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
             data = await receive_tensor(stream, frame, spec, self._limits.prepare_seconds)
-            if await self._check(partial(digest, spec, data)) != name:
+            if await self._check(partial(_digest, spec, data)) != name:
                 raise BadGraph("a constant whose bytes do not have the announced hash")
             tensor = tensor_from_bytes(spec, data)
             # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.

@@ -154,6 +154,20 @@ def test_is_refused_before_anything_runs(name: str) -> None:
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("roll", (H, (1,) * 33, (0,) * 33)),  # a move for each
+        ("flip", (H, (0,) * 33)),
+        ("sum", (H, (0,) * 33, False, None)),
+        ("reshape", (H, (1,) * 33)),
+    ],
+)
+def test_more_axes_than_tensors_have_are_refused(name: str, args: tuple[Arg, ...]) -> None:
+    with pytest.raises(GraphError, match="a list of at most 32 ints of 64 bits"):
+        decode_graph(encode_graph(graph_of(READ, Op(name, args))))
+
+
 def test_there_are_at_least_25_kinds() -> None:
     assert len(BOMBS) >= 25
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,6 +175,44 @@ async def test_a_slow_check_keeps_nobody_waiting(
     go_on.set()
     decode((await stream.receive(5)).header, Need)
     decode((await stream.receive(5)).header, Accepted)
+    host.close()
+    for transport in (client, home):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_check_that_takes_too_long_is_ended(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = MemoryNetwork()
+    home = network.transport(Identity.generate())
+    client = network.transport(Identity.generate(), dht=False)
+    host = Host(home, served, limits=HostLimits(prepare_seconds=0.5))
+    await host.start()
+    address = PeerAddress(home.peer_id, home.addresses)
+    ended = threading.Event()
+
+    def admit(part: Part, passes: Passes, data: bytes, go_on: Callable[[], None]) -> Any:
+        try:
+            while not ended.wait(0.001):
+                go_on()
+        finally:
+            ended.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host._admission, "admit", admit)
+        stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
+        await stream.send(*prepare(served, 1))
+        answer = decode((await stream.receive(30)).header, Failed)
+        assert (answer.code, answer.text) == (
+            "Busy",
+            "checking took longer than 0.5 s here; try another peer, or send a smaller graph",
+        )
+        assert await asyncio.to_thread(ended.wait, 30)
+    # The one thread for checks is free again.
+    stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
+    await stream.send(*prepare(served, 2))
+    decode((await stream.receive(5)).header, Need)
     host.close()
     for transport in (client, home):
         await transport.close()

@@ -14,6 +14,7 @@ from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.peer.admission import Admission
+from glasshive.peer.errors import TraceEnded
 from glasshive.peer.host import HostLimits
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.served_model import ServedModel, load_served_model
@@ -107,3 +108,19 @@ def test_a_runaway_is_far_over_what_was_thought() -> None:
     limits = HostLimits()
     assert limits.stage_seconds(0.0) == 300.0
     assert limits.stage_seconds(limits.budget.seconds) == 1200.0
+
+
+def test_a_check_that_nobody_waits_for_ends_at_the_next_op(served: ServedModel) -> None:
+    part, passes = part_of(served, 2, 3)
+    ops = 3
+    calls: list[None] = []
+
+    def go_on() -> None:
+        calls.append(None)
+        if len(calls) == ops:
+            raise TraceEnded("nobody waits for this check any more")
+
+    fast = HostPace(tokens_per_second=1e9, hidden_size=32, graph=Pace())
+    with pytest.raises(TraceEnded):
+        admission(served, fast, 60.0).admit(part, passes, b"", go_on)
+    assert len(calls) == ops
