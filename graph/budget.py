@@ -8,8 +8,8 @@ it lives: an `expand` to 164 TB owns next to no memory, but the `clone` after it
   end. Whoever runs the graph must let values go as early.
 - What may share memory with its argument (`view` and `cast` ops, `pick`) keeps the argument alive.
 - Each op is charged the memory that its kernel may need besides arguments and result.
-- A matrix product does many times the FLOPs a second of what moves each number once, so a peer's
-  pace has two figures.
+- A matrix product does many times the FLOPs a second of what moves each number once, and not in
+  every number format; random numbers are drawn on the CPU. So a peer's pace has several figures.
 - The bill is an upper bound; the graph runs whole or not at all.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from glasshive.graph.dtypes import DType
@@ -49,19 +49,38 @@ _GRAIN_BYTES: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one node takes besides the bytes of its arguments and its result."""
+    """What one node takes besides the bytes of its arguments and its result.
+
+    `dense_flops` are those of matrix products of numbers of `dtype`, `flops` those of all else, and
+    `drawn_numbers` come from a random generator.
+    """
 
     flops: int
     workspace_bytes: int
-    is_dense: bool = False
+    dense_flops: int = 0
+    dtype: DType = DType.FLOAT32
+    drawn_numbers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a peer computes: FLOPs a second in matrix products (`dense`), and in all else."""
+    """How fast a peer computes: of each kind of work in a Cost, so much a second."""
 
-    dense_flops_per_second: float = math.inf
-    other_flops_per_second: float = math.inf
+    dense_flops_per_second: Mapping[DType, float] = field(default_factory=dict)
+    flops_per_second: float = math.inf
+    drawn_numbers_per_second: float = math.inf
+
+    def seconds(self, cost: Cost) -> float:
+        """About how long a node of that cost takes.
+
+        A number format that was not measured has the pace of the slowest that was.
+        """
+        seconds = cost.flops / self.flops_per_second
+        if cost.dense_flops:
+            paces = self.dense_flops_per_second
+            slowest = min(paces.values(), default=math.inf)
+            seconds += cost.dense_flops / paces.get(cost.dtype, slowest)
+        return seconds + cost.drawn_numbers / self.drawn_numbers_per_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +91,7 @@ class Budget:
     flops: int
     saved_bytes: int
     seconds: float = math.inf
-    pace: Pace = Pace()
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +180,8 @@ class _Admission:
                 raise
             if node_id in self._specs:
                 self._hold(node_id)
-            self._flops += cost.flops
-            pace = self._budget.pace
-            self._seconds += cost.flops / (
-                pace.dense_flops_per_second if cost.is_dense else pace.other_flops_per_second
-            )
+            self._flops += cost.flops + cost.dense_flops
+            self._seconds += self._budget.pace.seconds(cost)
             self._charge(node_id, _in_words(node), cost.workspace_bytes)
             for dead in dying.get(position, ()):
                 self._live_bytes -= self._live.pop(dead, 0)
@@ -306,6 +322,7 @@ class _Sizes:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    args: tuple[SpecArg, ...]
 
     @property
     def taken(self) -> int:
@@ -332,14 +349,18 @@ class _Sizes:
 
 def cost_of(name: str, args: tuple[SpecArg, ...], specs: Specs) -> Cost:
     """What op `name` takes at most, by its rule in the table."""
-    sizes = _Sizes(tuple(_tensors(args)), _parts(specs))
-    rule = OPS[name].cost
-    if rule == "view":
+    spec = OPS[name]
+    sizes = _Sizes(tuple(_tensors(args)), _parts(specs), args)
+    if spec.cost == "view":
         return Cost(1, 0)
-    flops, elements = _RULES[rule](sizes)
+    flops, elements = _RULES[spec.cost](sizes)
     # A grain more, for scalars and flags that become tensors.
     workspace_bytes = elements * sizes.item_bytes + _GRAIN_BYTES
-    return Cost(max(1, flops), workspace_bytes, is_dense=rule in _DENSE)
+    moved = sizes.taken + sizes.given
+    drawn = moved if spec.random else 0
+    if spec.cost in _DENSE:
+        return Cost(max(1, moved), workspace_bytes, flops, sizes.inputs[0].dtype, drawn)
+    return Cost(max(1, flops), workspace_bytes, drawn_numbers=drawn)
 
 
 def _tensors(args: tuple[SpecArg, ...]) -> Iterable[TensorSpec]:
@@ -365,6 +386,19 @@ def _elementwise(sizes: _Sizes) -> tuple[int, int]:
 
 def _move(sizes: _Sizes) -> tuple[int, int]:
     return sizes.given, sizes.taken + sizes.given
+
+
+def _roll(sizes: _Sizes) -> tuple[int, int]:
+    shifts = sizes.args[1]
+    return sizes.given * max(1, len(shifts) if isinstance(shifts, tuple) else 1), 2 * sizes.given
+
+
+def _pick(sizes: _Sizes) -> tuple[int, int]:
+    return 8 * sizes.given, sizes.taken + sizes.given
+
+
+def _divide(sizes: _Sizes) -> tuple[int, int]:
+    return 1024 * sizes.given, 2 * sizes.taken + sizes.given
 
 
 def _special(sizes: _Sizes) -> tuple[int, int]:
@@ -403,7 +437,9 @@ def _matmul(sizes: _Sizes) -> tuple[int, int]:
 
 def _distances(sizes: _Sizes) -> tuple[int, int]:
     inner = sizes.inputs[0].shape[-1] if sizes.inputs[0].shape else 1
-    return 3 * sizes.given * inner, 2 * (sizes.taken + sizes.given)
+    # Only Euclid's may be found by a matrix product; a power is a transcendental function.
+    steps = 3 if sizes.args[2] in (0.0, 1.0, 2.0, math.inf) else 16
+    return steps * sizes.given * inner, 2 * (sizes.taken + sizes.given)
 
 
 def _convolution(sizes: _Sizes) -> tuple[int, int]:
@@ -435,12 +471,15 @@ def _fourier(sizes: _Sizes) -> tuple[int, int]:
     return 8 * steps * steps.bit_length(), 2 * steps
 
 
-_DENSE: Final = frozenset({"matmul", "distances", "convolution", "attention", "cubic"})
+_DENSE: Final = frozenset({"matmul", "convolution", "attention", "cubic"})
 
 _RULES: Final[Mapping[CostRule, Callable[[_Sizes], tuple[int, int]]]] = {
     "cast": _elementwise,
     "elementwise": _elementwise,
     "move": _move,
+    "roll": _roll,
+    "pick": _pick,
+    "divide": _divide,
     "special": _special,
     "reduce": _reduce,
     "normalise": _normalise,

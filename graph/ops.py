@@ -45,6 +45,9 @@ CostRule: TypeAlias = Literal[
     "cast",  # one step an output element; the result may share the input's memory
     "elementwise",  # one step an output element
     "move",  # one step an output element, perhaps by way of a copy
+    "roll",  # a move for each shift
+    "pick",  # 8 steps an output element: memory is read in no order
+    "divide",  # 1,024 steps an output element: as many divisions as two ints may need
     "special",  # 16 steps an output element: a transcendental function
     "reduce",  # one step an input element
     "normalise",  # 8 steps an input element
@@ -52,7 +55,7 @@ CostRule: TypeAlias = Literal[
     "sort",  # 4 log2(n) steps an input element
     "pairs",  # every element of one input against every element of another
     "matmul",
-    "distances",
+    "distances",  # 3 steps for each two elements compared, or 16 if the difference is powered
     "convolution",
     "attention",
     "cubic",  # a decomposition of square or rectangular matrices
@@ -304,7 +307,8 @@ _op("pick", "group:value index:int", "view")
 
 # Shapes and views ----------------------------------------------------------------------------
 
-_op("reshape expand", "a:value shape:ints", "view")
+_op("reshape", "a:value shape:ints", "cast")
+_op("expand", "a:value shape:ints", "view")
 _op("permute", "a:value dims:ints", "view")
 _op("slice", "a:value dim:int start:int stop:int step:int=1", "view")
 _op("select", "a:value dim:int index:int", "view")
@@ -322,7 +326,7 @@ _op("diagonal_scatter", "a:value src:value offset:int=0 dim1:int=0 dim2:int=1", 
 _op("cat stack", "tensors:values dim:int=0", "move")
 _op("repeat", "a:value repeats:ints", "move")
 _op("flip", "a:value dims:ints", "move")
-_op("roll", "a:value shifts:ints dims:ints=()", "move")
+_op("roll", "a:value shifts:ints dims:ints=()", "roll")
 _op("tril triu", "a:value diagonal:int=0", "move")
 _op("diag_embed", "a:value offset:int=0 dim1:int=-2 dim2:int=-1", "move")
 _op("constant_pad_nd", "a:value pad:ints value:scalar=0", "move")
@@ -392,7 +396,7 @@ _op("copysign", "a:value b:operand", "elementwise")
 _op("maximum minimum fmax fmin", "a:value b:value", "elementwise")
 _op("atan2 hypot logaddexp logaddexp2", "a:value b:value", "special")
 _op("heaviside", "a:value b:value", "elementwise", differentiable=False)
-_op("gcd lcm", "a:value b:value", "special", differentiable=False)
+_op("gcd lcm", "a:value b:value", "divide", differentiable=False)
 _op("eq ne lt le gt ge", "a:value b:operand", "elementwise", differentiable=False)
 _op("logical_and logical_or logical_xor", "a:value b:value", "elementwise", differentiable=False)
 _op("bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift",
@@ -439,22 +443,22 @@ _op("renorm", "a:value p:scalar dim:int maxnorm:scalar", "normalise")
 
 # Picking and placing by index ----------------------------------------------------------------
 
-_op("index", "a:value indices:optional_values", "move", guarded=True)
+_op("index", "a:value indices:optional_values", "pick", guarded=True)
 _op("index_put", "a:value indices:optional_values src:value accumulate:bool=False", "scan",
     guarded=True)
-_op("index_select", "a:value dim:int index:value", "move", guarded=True)
+_op("index_select", "a:value dim:int index:value", "pick", guarded=True)
 _op("index_add", "a:value dim:int index:value src:value alpha:scalar=1", "scan", guarded=True)
 _op("index_copy", "a:value dim:int index:value src:value", "scan", guarded=True)
 _op("index_fill", "a:value dim:int index:value value:operand", "scan", guarded=True)
-_op("gather", "a:value dim:int index:value", "move", guarded=True)
+_op("gather", "a:value dim:int index:value", "pick", guarded=True)
 _op("scatter", "a:value dim:int index:value src:operand", "scan", guarded=True)
 _op("scatter_add", "a:value dim:int index:value src:value", "scan", guarded=True)
 _op("scatter_reduce",
     "a:value dim:int index:value src:value reduce:sum|prod|mean|amax|amin "
     "include_self:bool=True", "scan", guarded=True)
-_op("take", "a:value index:value", "move", guarded=True)
+_op("take", "a:value index:value", "pick", guarded=True)
 _op("put", "a:value index:value src:value accumulate:bool=False", "scan", guarded=True)
-_op("embedding", "weight:value indices:value", "move", guarded=True)
+_op("embedding", "weight:value indices:value", "pick", guarded=True)
 _op("isin", "a:value test:operand invert:bool=False", "pairs", differentiable=False)
 _op("searchsorted", "sorted:value a:operand right:bool=False", "sort", differentiable=False)
 _op("bucketize", "a:operand boundaries:value right:bool=False", "sort", differentiable=False)
@@ -465,7 +469,7 @@ _op("mm bmm mv dot", "a:value b:value", "matmul")
 _op("addmm addmv baddbmm", "c:value a:value b:value beta:scalar=1 alpha:scalar=1", "matmul")
 _op("addr", "c:value a:value b:value beta:scalar=1 alpha:scalar=1", "elementwise")
 _op("cdist", "a:value b:value p:float=2.0", "distances")
-_op("linalg_cross", "a:value b:value dim:int=-1", "elementwise")
+_op("linalg_cross", "a:value b:value dim:int=-1", "normalise")
 _op("linalg_inv linalg_det", "a:value", "cubic")
 _op("linalg_pinv", "a:value atol:float? rtol:float? hermitian:bool=False", "cubic")
 _op("linalg_solve", "a:value b:value left:bool=True", "cubic")

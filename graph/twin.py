@@ -495,7 +495,8 @@ def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings
             raise BadGraph(f"{node.module}(...) takes tensors only")
         spec = calls.spec(node.module, tensors)
         copies_bytes = sum(tensor.nbytes for tensor in tensors)
-        return spec, Cost(calls.flops(node.module, spec), spec.nbytes + copies_bytes, is_dense=True)
+        workspace_bytes = spec.nbytes + copies_bytes
+        return spec, Cost(0, workspace_bytes, calls.flops(node.module, spec), spec.dtype)
 
     def param(node: Param) -> TensorSpec:
         return outline.param(node.module, node.name)

@@ -7,6 +7,8 @@
   the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
 - Weights are never written: an in-place edit of memory that belongs to the model is refused.
 - What the model may take for an index is looked at before an accelerator sees it.
+- A stage that is cancelled or takes too long ends at the next node or block: a kernel can't be
+  interrupted.
 - Everything here runs on the one torch thread of a peer, and knows no network.
 """
 
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -21,7 +25,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from glasshive.graph.errors import GraphError, NotASite, ShapeMismatch
+from glasshive.graph.errors import GraphError, NotASite, OverBudget, ShapeMismatch
 from glasshive.graph.graph import (
     Call,
     Const,
@@ -103,7 +107,10 @@ class _Bypass:
 
 
 class Executor:
-    """One trace on one peer. `consts` are the user's tensors by digest."""
+    """One trace on one peer. `consts` are the user's tensors by digest.
+
+    No node is begun later than `stage_seconds` by `clock` after its stage was.
+    """
 
     def __init__(
         self,
@@ -113,6 +120,9 @@ class Executor:
         passes: Passes,
         consts: Mapping[bytes, Tensor],
         outbox: Outbox,
+        *,
+        stage_seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._outline = outline
@@ -120,6 +130,9 @@ class Executor:
         self._passes = passes
         self._consts = consts
         self._outbox = outbox
+        self._stage_seconds = stage_seconds
+        self._clock = clock
+        self._ends_at = math.inf
         self._values = Interpreter(
             part.graph,
             functools.partial(run_op, device=model.device, guarded=model.guarded),
@@ -149,10 +162,10 @@ class Executor:
     def run(self, stage: Stage, inputs: PassInputs, hidden: Tensor | None) -> None:
         """Run one stage. `hidden` is `[batch, seq, hidden]` where the stage imports it.
 
-        Raises GraphError naming the node that failed.
+        Raises GraphError naming the node that failed, or before which the stage had to end.
         """
-        if self._cancelled:
-            raise TraceEnded("the trace was cancelled")
+        self._ends_at = self._clock() + self._stage_seconds
+        self._go_on()
         with torch.no_grad():
             for value, invoke in stage.from_hidden:
                 if hidden is None:
@@ -217,7 +230,7 @@ class Executor:
                 yield module.register_forward_hook(after, prepend=True)
         for index in range(self._model.start, self._model.end):
             block = self._model.module.get_submodule(self._model.block_path(index))
-            yield block.register_forward_pre_hook(self._check_cancelled)
+            yield block.register_forward_pre_hook(lambda module, args: self._go_on())
         yield from self._skip_modules(stage)  # last, so that they come before the others
 
     def _reaches_indices(self, node_id: NodeId) -> bool:
@@ -233,9 +246,15 @@ class Executor:
             return True
         return not to_torch_dtype(self._leaf(node).dtype).is_floating_point
 
-    def _check_cancelled(self, module: nn.Module, args: Any) -> None:
+    def _go_on(self) -> None:
+        """Return if the stage may go on."""
         if self._cancelled:
             raise TraceEnded("the trace was cancelled")
+        if self._clock() > self._ends_at:
+            raise OverBudget(
+                f"the part was ended before this was done: it has taken {self._stage_seconds:.3g} "
+                "s, far more than this peer had reckoned with; split the work over several traces"
+            )
 
     def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""
@@ -297,8 +316,6 @@ class Executor:
         return hook
 
     def _at_event(self, stage: Stage, event: int, bucket: Bucket, tree: Any) -> Any:
-        if self._cancelled:
-            raise TraceEnded("the trace was cancelled")
         tree = self._run_bucket(bucket, tree)
         self._export(stage, {event: bucket}, event)
         if event == stage.stop_event:
@@ -321,10 +338,9 @@ class Executor:
         replaced: dict[tuple[object, ...], Tensor] = {}
         borrowed, settled = self._borrowed(bucket)
         for node_id in bucket:
-            if self._cancelled:
-                raise TraceEnded("the trace was cancelled")
             node = self._part.graph.nodes[node_id]
             try:
+                self._go_on()
                 if isinstance(node, Op):
                     value = self._values.run(node_id, node)
                     if node_id in settled:

@@ -96,15 +96,20 @@ class HostLimits:
         )
     )
 
-    stage_least_seconds: float = 300.0
+    stage_least_seconds: float = 60.0
     stage_factor: float = 3.0
+    node_seconds: float = 240.0
 
     def stage_seconds(self, estimated_seconds: float) -> float:
-        """After how long a stage of a part that was thought to take so long is a runaway.
+        """How long a stage may take of a part that was thought to take so long.
 
-        The process is ended then, so the estimate is given the benefit of the doubt.
+        It is ended then at its next node, so the estimate is given the benefit of the doubt.
         """
         return self.stage_least_seconds + self.stage_factor * estimated_seconds
+
+    def runaway_seconds(self, estimated_seconds: float) -> float:
+        """After how long a node that still runs is a runaway: the process is ended."""
+        return self.stage_seconds(estimated_seconds) + self.node_seconds
 
 
 class _ConstCache:
@@ -294,7 +299,10 @@ class Host:
             consts=consts,
             transport=self._transport,
             # Not the client's own deadline: that is no reason to end the process.
-            run_on_torch=partial(self._torch.run, limit_seconds=limits.stage_seconds(bill.seconds)),
+            run_on_torch=partial(
+                self._torch.run, limit_seconds=limits.runaway_seconds(bill.seconds)
+            ),
+            stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=self._clock() + seconds,
             clock=self._clock,
         )

@@ -81,6 +81,7 @@ class HostedTrace:
     consts: Mapping[bytes, Tensor]
     transport: Transport
     run_on_torch: RunOnTorch
+    stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
     compute_seconds: float = 0.0
@@ -103,7 +104,9 @@ class HostedTrace:
         }
         self._traffic = {to: _Traffic() for to in receivers}
         self._executor = Executor(
-            self.model, self.outline, self.part, self.passes, self.consts, self
+            *(self.model, self.outline, self.part, self.passes, self.consts, self),
+            stage_seconds=self.stage_seconds,
+            clock=self.clock,
         )
 
     @property

@@ -9,17 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
 
 from glasshive.graph.budget import Pace
+from glasshive.graph.dtypes import DType
+from glasshive.graph.kernels import run_op, to_torch_dtype
 from glasshive.peer.span_model import SpanModel
 
 _ENOUGH_SECONDS: Final = 0.25
 _MOST_TOKENS: Final = 512
-_SIDE: Final = 512
+_SIDE: Final = 256
 _NUMBERS: Final = 1 << 21
+_DRAWN: Final = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +49,31 @@ def measure_pace(model: SpanModel, most_tokens: int | None) -> HostPace:
 
     `most_tokens` is the longest row that the model takes, None if it takes any.
     """
-    dtypes = {model.dtype, torch.float32}
-    if model.device.type != "mps":  # which has none
-        dtypes.add(torch.float64)
     with torch.no_grad():
         return HostPace(
             _tokens_per_second(model, min(most_tokens or _MOST_TOKENS, _MOST_TOKENS)),
             model.hidden_size,
-            # The slowest number format counts: a graph may use any.
-            Pace(
-                min(_dense_flops_per_second(model.device, dtype) for dtype in dtypes),
-                min(_other_flops_per_second(model.device, dtype) for dtype in dtypes),
-            ),
+            measure_graph_pace(model.device),
         )
+
+
+def measure_graph_pace(device: torch.device) -> Pace:
+    """The pace of the ops of a graph on `device`."""
+    dense: dict[DType, float] = {}
+    others: list[float] = []
+    for dtype in DType:
+        try:
+            numbers = torch.ones(_NUMBERS, dtype=to_torch_dtype(dtype), device=device)
+            if dtype.itemsize > 2:
+                # A FLOP for each number, all of them through memory: the slowest FLOPs there are.
+                others.append(_NUMBERS / _best_seconds(partial(torch.mul, numbers, 3), device))
+            matrix = numbers[: _SIDE**2].view(_SIDE, _SIDE)
+            dense[dtype] = 2 * _SIDE**3 / _best_seconds(partial(torch.mm, matrix, matrix), device)
+        except (RuntimeError, TypeError):  # no such numbers on this device, or no products of them
+            continue
+    numbers = torch.ones(_DRAWN, device=device)
+    draw = partial(run_op, "randn_like", (numbers, None, 1), device)
+    return Pace(dense, min(others), _DRAWN / _best_seconds(draw, device))
 
 
 def _tokens_per_second(model: SpanModel, most_tokens: int) -> float:
@@ -76,17 +92,6 @@ def _tokens_per_second(model: SpanModel, most_tokens: int) -> float:
         if seconds >= _ENOUGH_SECONDS or tokens * 4 > most_tokens:
             return tokens / seconds
         tokens *= 4
-
-
-def _dense_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    matrix = torch.ones((_SIDE, _SIDE), dtype=dtype, device=device)
-    return 2 * _SIDE**3 / _best_seconds(lambda: matrix @ matrix, device)
-
-
-def _other_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    # A FLOP for each number, and all of them through memory: the slowest FLOPs there are.
-    numbers = torch.ones(_NUMBERS, dtype=dtype, device=device)
-    return _NUMBERS / _best_seconds(numbers.neg, device)
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -192,8 +192,8 @@ def test_flops_are_at_least_those_of_the_textbook(name: str, args: Any, wanted: 
         else arg
         for param, arg in zip(OPS[name].params, args, strict=True)
     )
-    flops = cost_of(name, specs, infer(name, specs)).flops
-    assert wanted <= flops <= 4 * wanted
+    cost = cost_of(name, specs, infer(name, specs))
+    assert wanted <= cost.flops + cost.dense_flops <= 4 * wanted
 
 
 # What is refused -------------------------------------------------------------------------------

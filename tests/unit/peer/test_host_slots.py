@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
@@ -19,18 +18,23 @@ from glasshive.dht.messages import (
     Alive,
     Cancel,
     Failed,
+    Input,
     Need,
     Prepare,
+    Run,
+    Saved,
     decode,
     encode,
 )
+from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress, Stream
 from glasshive.graph.graph import Graph, NodeId, Read, Ref, Save, Site
+from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
 from glasshive.peer.host import Host, HostLimits, _ConstCache
-from glasshive.peer.served_model import ServedModel, load_served_model
+from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 
 ALICE = Identity.generate().peer_id
@@ -59,22 +63,6 @@ def test_the_cache_counts_what_it_holds() -> None:
 
 
 # Slots, over a real host on the memory transport ---------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
 
 
 def prepare(served: ServedModel, number: int) -> tuple[Any, bytes]:
@@ -216,3 +204,53 @@ async def test_a_check_that_takes_too_long_is_ended(
     host.close()
     for transport in (client, home):
         await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
+    served: ServedModel,
+) -> None:
+    network = MemoryNetwork()
+    home = network.transport(Identity.generate())
+    client = network.transport(Identity.generate(), dht=False)
+    slow = Clock()
+    host = Host(home, served, clock=slow)
+    await host.start()
+    address = PeerAddress(home.peer_id, home.addresses)
+
+    async def run(number: int) -> Any:
+        stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
+        await stream.send(*prepare(served, number))
+        decode((await stream.receive(5)).header, Need)
+        decode((await stream.receive(5)).header, Accepted)
+        ids = torch.zeros((1, 3), dtype=torch.int64)
+        await send_tensor(stream, Input(0, "input_ids", "int64", [1, 3]), tensor_to_bytes(ids), 5)
+        await stream.send(encode(Run()))
+        frame = await stream.receive(30)
+        return decode(frame.header, Saved, Failed)
+
+    slow.step_seconds = 25.0  # at the stage's begin, block 0, and then the graph's first node
+    failed = await run(1)
+    assert (failed.code, failed.node) == ("OverBudget", 0)
+    assert failed.text == (
+        "the part was ended before this was done: it has taken 60 s, far more than this peer had "
+        "reckoned with; split the work over several traces"
+    )
+    slow.step_seconds = 0.0
+    assert (await run(2)).name == "s"
+    host.close()
+    for transport in (client, home):
+        await transport.close()
+
+
+class Clock:
+    """Leaps by `step_seconds` at each look that the torch thread takes at it."""
+
+    def __init__(self) -> None:
+        self.step_seconds = 0.0
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        if threading.current_thread().name.startswith("torch"):
+            self._now += self.step_seconds
+        return self._now

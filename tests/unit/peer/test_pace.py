@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from glasshive.graph.budget import Budget, Pace
+from glasshive.graph.budget import Budget, Cost, Pace
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import OverBudget
 from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.order import Pass, Passes
@@ -17,26 +16,9 @@ from glasshive.peer.admission import Admission
 from glasshive.peer.errors import TraceEnded
 from glasshive.peer.host import HostLimits
 from glasshive.peer.pace import HostPace, measure_pace
-from glasshive.peer.served_model import ServedModel, load_served_model
+from glasshive.peer.served_model import ServedModel
 
 SITE = Site("model.layers.0", "output")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=64,
-        max_position_embeddings=24,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
 
 
 def part_of(served: ServedModel, batch: int, seq: int) -> tuple[Part, Passes]:
@@ -61,10 +43,13 @@ def admission(served: ServedModel, pace: HostPace, seconds: float) -> Admission:
 
 def test_a_host_measures_its_pace(served: ServedModel) -> None:
     for pace in (served.pace, measure_pace(served.model, None)):
+        dense = pace.graph.dense_flops_per_second
+        assert {DType.FLOAT32, DType.BFLOAT16, DType.INT64} <= dense.keys()
         figures = (
             pace.tokens_per_second,
-            pace.graph.dense_flops_per_second,
-            pace.graph.other_flops_per_second,
+            pace.graph.flops_per_second,
+            pace.graph.drawn_numbers_per_second,
+            *dense.values(),
         )
         assert all(math.isfinite(one) and one > 0 for one in figures)
 
@@ -88,26 +73,39 @@ def test_passes_that_take_too_long_are_refused_before_they_run(served: ServedMod
     )
 
 
-def test_matrix_products_and_other_ops_have_their_own_pace(served: ServedModel) -> None:
+def test_each_kind_of_work_has_its_own_pace(served: ServedModel) -> None:
     part, passes = part_of(served, 3, 10)
     product = 2 * 3 * 32 * 32 * 10
+    moved = 2 * 3 * 32 * 10 + 3 * 32 * 32  # by the product itself
+    negated = 3 * 32 * 32
 
     def bill(dense: float, other: float) -> float:
-        pace = HostPace(math.inf, 32, Pace(dense, other))
+        pace = HostPace(math.inf, 32, Pace({DType.FLOAT32: dense}, other))
         return admission(served, pace, 1e9).admit(part, passes, b"").seconds
 
     assert bill(product / 7, math.inf) == pytest.approx(7)
-    assert bill(math.inf, 3 * 32 * 32) == pytest.approx(1, rel=0.01)
-    pace = HostPace(math.inf, 32, Pace(product / 7, math.inf))
+    assert bill(math.inf, moved + negated) == pytest.approx(1, rel=0.01)
+    pace = HostPace(math.inf, 32, Pace({DType.FLOAT32: product / 7}, math.inf))
     text = r"node 2 \(op bmm\) brings the graph to about 7 s of this peer.s time, but 5 s are al"
     with pytest.raises(OverBudget, match=text):
         admission(served, pace, 5.0).admit(part, passes, b"")
 
 
+def test_number_formats_and_random_numbers_have_their_own_pace() -> None:
+    pace = Pace({DType.FLOAT32: 100.0, DType.INT64: 2.0}, 10.0, 5.0)
+    assert pace.seconds(Cost(20, 0)) == 2
+    assert pace.seconds(Cost(0, 0, 200, DType.FLOAT32)) == 2
+    assert pace.seconds(Cost(0, 0, 200, DType.INT64)) == 100
+    assert pace.seconds(Cost(0, 0, 200, DType.FLOAT16)) == 100  # not measured: as the slowest
+    assert pace.seconds(Cost(10, 0, drawn_numbers=10)) == 3
+    assert Pace().seconds(Cost(10, 0, 10, drawn_numbers=10)) == 0
+
+
 def test_a_runaway_is_far_over_what_was_thought() -> None:
     limits = HostLimits()
-    assert limits.stage_seconds(0.0) == 300.0
-    assert limits.stage_seconds(limits.budget.seconds) == 1200.0
+    assert limits.stage_seconds(0.0) == 60.0
+    assert limits.runaway_seconds(0.0) == 300.0
+    assert limits.runaway_seconds(limits.budget.seconds) == 1200.0
 
 
 def test_a_check_that_nobody_waits_for_ends_at_the_next_op(served: ServedModel) -> None:
