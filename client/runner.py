@@ -10,14 +10,14 @@ import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from glasshive.client.errors import NoRoute, PeerError, PeerFailed
+from glasshive.client.errors import NoRoute, PeerError, PeerFailed, TraceTimeout
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.route import Route, choose_route
 from glasshive.client.saved import fill
-from glasshive.dht.errors import SwarmError
+from glasshive.dht.errors import DeadlineExceeded, SwarmError
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import HIDDEN, Plan
@@ -53,7 +53,15 @@ class ModelRunner:
         """
         ends_at = time.monotonic() + options.deadline_seconds
         avoid = set(options.avoid)
-        route = self._route(experiment, avoid, fresh=False, ends_at=ends_at)
+        try:
+            route = self._route(experiment, avoid, fresh=False, ends_at=ends_at)
+        except DeadlineExceeded:
+            if time.monotonic() < ends_at:
+                raise
+            raise TraceTimeout(
+                f"the trace was not done in the {options.deadline_seconds:.3g} s that it had; the "
+                "directory had not said yet who serves the model; allow more time with deadline="
+            ) from None
         attempt = 0
         while True:
             left_seconds = max(ends_at - time.monotonic(), 0.0)

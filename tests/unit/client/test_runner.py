@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from glasshive.client import runner
-from glasshive.client.errors import PeerLost
+from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
+from glasshive.dht.errors import DeadlineExceeded
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
@@ -80,3 +81,24 @@ def test_the_directory_is_asked_within_the_deadline_of_the_trace(
     assert len(swarm.given_seconds) == 3
     assert swarm.given_seconds[0] <= 7.0
     assert swarm.given_seconds == sorted(swarm.given_seconds, reverse=True)
+
+
+def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    swarm = Swarm()
+    model: Any = ModelRunner(swarm, "ab" * 32, "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+
+    def late(*args: object) -> list[PeerRecord]:
+        raise DeadlineExceeded("the directory did not answer")
+
+    monkeypatch.setattr(swarm, "records", late)
+    with pytest.raises(TraceTimeout) as caught:
+        model.run(Experiment(), TraceOptions(deadline_seconds=1e-6))
+    assert str(caught.value) == (
+        "the trace was not done in the 1e-06 s that it had; the directory had not said yet who serves "
+        "the model; allow more time with deadline="
+    )
+    with pytest.raises(DeadlineExceeded):  # a directory that is slow by itself
+        model.run(Experiment(), TraceOptions(deadline_seconds=60.0))

@@ -334,8 +334,9 @@ STREAMS = serving.StreamLimits()
         f"| traces at a time | {HOST.traces} |",
         f"| traces at a time of one client | {HOST.traces_per_client} |",
         f"by the host's own estimate, from its measured pace | {HOST.budget.seconds:g} |",
-        f"runs on for {HOST.stage_factor:g} times the estimate of its part and "
+        f"may take {HOST.stage_factor:g} times the estimate of its part and "
         f"{HOST.stage_least_seconds:g} s more",
+        f"runs on for {HOST.node_seconds:g} s after that",
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
