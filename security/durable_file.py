@@ -11,34 +11,39 @@ import secrets
 import stat
 from pathlib import Path
 
-__all__ = ["read_durable", "write_durable"]
+__all__ = ["read_durable", "read_private", "write_durable"]
 
 
-def read_durable(place: Path, max_bytes: int) -> bytes:
-    """The bytes of the file, empty if there is none.
+def read_private(place: Path, max_bytes: int) -> bytes:
+    """The bytes of a file that is its owner's alone.
 
     Raises OSError, and ValueError whose text says what is wrong and what to do for a file that
     other users may read, that is no regular file, or that is longer than `max_bytes`.
     """
-    try:
-        with open(place, "rb") as file:
-            status = os.fstat(file.fileno())
-            mode = stat.S_IMODE(status.st_mode)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{place} is not a regular file; give the path of one")
-            if os.name == "posix" and mode & 0o077:
-                raise ValueError(
-                    f"{place} is open to other users (mode {mode:04o}), wanted 0600; "
-                    f"run `chmod 600 {place}`"
-                )
-            data = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        return b""
+    with open(place, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        mode = stat.S_IMODE(status.st_mode)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{place} is not a regular file; give the path of one")
+        if os.name == "posix" and mode & 0o077:
+            raise ValueError(
+                f"{place} is open to other users (mode {mode:04o}), wanted 0600; "
+                f"run `chmod 600 {place}`"
+            )
+        data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(
             f"{place} has more than {max_bytes} bytes; restore it from a copy of your own"
         )
     return data
+
+
+def read_durable(place: Path, max_bytes: int) -> bytes:
+    """As `read_private`, but empty if there is no such file."""
+    try:
+        return read_private(place, max_bytes)
+    except FileNotFoundError:
+        return b""
 
 
 def write_durable(place: Path, data: bytes) -> None:
@@ -61,3 +66,8 @@ def write_durable(place: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # Opening a pipe would otherwise wait for whoever writes to it.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

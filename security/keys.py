@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, NewType, final
@@ -21,6 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from glasshive.security.durable_file import read_private
 from glasshive.security.errors import BadPeerId, BadSignature, KeyFileError
 
 __all__ = ["Identity", "PeerId", "peer_id_of", "public_key_of", "verify"]
@@ -140,17 +140,10 @@ def _create_key_file(place: Path) -> None:
 
 def _read_key_file(place: Path) -> bytes:
     """The 32 private bytes; raises KeyFileError, or OSError from the file system."""
-    with open(place, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyFileError(f"{place} is not a regular file; give the path of a key file")
-        mode = stat.S_IMODE(status.st_mode)
-        if os.name == "posix" and mode & 0o077:
-            raise KeyFileError(
-                f"the key file {place} is open to other users (mode {mode:04o}), wanted 0600; "
-                f"run `chmod 600 {place}`, or delete it to get a new identity"
-            )
-        data = file.read(_KEY_FILE_BYTES + 1)
+    try:
+        data = read_private(place, _KEY_FILE_BYTES)
+    except ValueError as error:
+        raise KeyFileError(f"{error}, or delete it to get a new identity") from None
     if len(data) != _KEY_FILE_BYTES or not data.startswith(_PRIVATE_PREFIX):
         raise KeyFileError(
             f"{place} is not a libp2p Ed25519 key file ({_KEY_FILE_BYTES} bytes that begin with "

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import secrets
-import stat
 from pathlib import Path
 from typing import Final, final
 
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from glasshive.security.durable_file import read_private
 from glasshive.security.errors import KeyFileError
 
 __all__ = ["SigningKey"]
@@ -60,7 +60,9 @@ class SigningKey:
         """The key kept at `path`. Raises KeyFileError."""
         place = Path(path)
         try:
-            data = _read(place)
+            data = read_private(place, _MAX_FILE_BYTES)
+        except ValueError as error:
+            raise KeyFileError(str(error)) from None
         except OSError as error:
             raise _unusable(place, error) from None
         header = _HEADER.match(data)
@@ -128,20 +130,6 @@ def _stretched(passphrase: str, salt: bytes) -> bytes:
         passphrase.encode("utf-8", "surrogatepass"), salt=salt, n=2**15, r=8, p=1, maxmem=2**26
     )
     return secret.hex().encode()
-
-
-def _read(place: Path) -> bytes:
-    with open(place, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyFileError(f"{place} is not a regular file; give the path of a key file")
-        mode = stat.S_IMODE(status.st_mode)
-        if os.name == "posix" and mode & 0o077:
-            raise KeyFileError(
-                f"the key file {place} is open to other users (mode {mode:04o}), wanted 0600; "
-                f"run `chmod 600 {place}`"
-            )
-        return file.read(_MAX_FILE_BYTES)
 
 
 def _unusable(place: Path, error: OSError) -> KeyFileError:

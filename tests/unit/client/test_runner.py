@@ -97,8 +97,8 @@ def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
     with pytest.raises(TraceTimeout) as caught:
         model.run(Experiment(), TraceOptions(deadline_seconds=1e-6))
     assert str(caught.value) == (
-        "the trace was not done in the 1e-06 s that it had; the directory had not said yet who serves "
-        "the model; allow more time with deadline="
+        "the trace was not done in the 1e-06 s that it had; the directory had not said yet who "
+        "serves the model; allow more time with deadline="
     )
     with pytest.raises(DeadlineExceeded):  # a directory that is slow by itself
         model.run(Experiment(), TraceOptions(deadline_seconds=60.0))

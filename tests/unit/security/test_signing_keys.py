@@ -65,6 +65,10 @@ def test_files_that_are_no_keys_are_refused(place: Path, tmp_path: Path) -> None
         SigningKey.load(tmp_path / "none", PASSPHRASE)
     with pytest.raises(KeyFileError, match="not a regular file"):
         SigningKey.load("/dev/null", PASSPHRASE)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # to which nobody will ever write
+    with pytest.raises(KeyFileError, match="not a regular file"):
+        SigningKey.load(pipe, PASSPHRASE)
     data = place.read_bytes()
     for bad, text in ((data[1:], "not the file of a signing key"), (data[:-60], "is damaged")):
         place.write_bytes(bad)
