@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import CUTS, Setting, load_plain, save_tiny
+from tiny_models import CUTS, DEVICE, Setting, load_plain, save_tiny
 from torch import nn
 
 import glasshive
@@ -41,7 +41,7 @@ def get_setting(tiny_folder: Callable[[str], Path]) -> GetSetting:
             folder = tiny_folder(kind)
             if (kind, attention) not in plain:
                 plain[kind, attention] = load_plain(folder, attention)
-            model = glasshive.local(folder, cuts=cuts, attention=attention)
+            model = glasshive.local(folder, cuts=cuts, attention=attention, device=DEVICE)
             made[key] = Setting(kind, cuts, plain[kind, attention], model)
         return made[key]
 

@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 InputOrOutput: TypeAlias = Literal["input", "output"]
 Leaf: TypeAlias = "int | str | tuple[int | str, ...] | None"
@@ -78,8 +80,9 @@ def run_hooked(
         sites.setdefault((read.path, read.io), _Site(results)).reads.append(read)
     if attention_mask is not None and position_ids is None:
         position_ids = positions_of(attention_mask)
+    device = next(model.parameters()).device
     busy = _Busy()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), _On(device):
         for (path, io), site in sites.items():
             module = model.get_submodule(path)
             handle = (
@@ -89,15 +92,17 @@ def run_hooked(
             )
             stack.callback(handle.remove)
         output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=input_ids.to(device),
+            attention_mask=None if attention_mask is None else attention_mask.to(device),
+            position_ids=None if position_ids is None else position_ids.to(device),
             use_cache=False,
         )
     missed = [key for key, site in sites.items() if not site.reached]
     if missed:
         raise LookupError(f"the forward pass never reached {missed}")
     results[LOGITS] = output.logits
+    if device.type != "cpu":
+        results.update({key: value.cpu() for key, value in results.items()})
     return results
 
 
@@ -112,6 +117,23 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor,
     ids = torch.tensor([[pad_id] * (length - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+class _On(TorchFunctionMode):
+    """Lets hooks written for the CPU run beside a model on another device: tensors join it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if len({one.device.type for one in tensors} - {"meta"}) > 1:
+            args, kwargs = tree_map_only(Tensor, lambda one: one.to(self.device), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 class _Busy:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from oracle import LOGITS, Edit, Read, left_padded, positions_of, run_hooked
 from soak import SOAK
-from tiny_models import CUTS, IDS, Setting, load_plain, refused, save_tiny
+from tiny_models import CUTS, DEVICE, IDS, Setting, load_plain, refused, save_tiny
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def get_padded(tmp_path_factory: pytest.TempPathFactory) -> GetPadded:
                 save_tiny(kind, folders[kind])
             plain[kind] = load_plain(folders[kind])
         if (kind, cuts) not in made:
-            model = glasshive.local(folders[kind], cuts=cuts)
+            model = glasshive.local(folders[kind], cuts=cuts, device=DEVICE)
             names = "gpt2" if kind == "gpt2" else "llama"
             made[kind, cuts] = Setting(names, cuts, plain[kind], model)
         return made[kind, cuts]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import LOGITS, Edit, left_padded, run_hooked
-from tiny_models import CUTS, IDS, VOCABULARY, Setting
+from tiny_models import CUTS, DEVICE, IDS, VOCABULARY, Setting
 
 import glasshive
 from glasshive.client.errors import PeerFailed
@@ -32,7 +32,10 @@ def guarded_models(tiny_folder: Callable[[str], Path]) -> dict[str, Any]:
     """Models whose peers take the CPU for an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glasshive.peer.span_model.ends_process", lambda device: True)
-        return {k: glasshive.local(tiny_folder(k), cuts=CUTS[1]) for k in ("llama", "gpt2")}
+        return {
+            k: glasshive.local(tiny_folder(k), cuts=CUTS[1], device=DEVICE)
+            for k in ("llama", "gpt2")
+        }
 
 
 @pytest.fixture(params=["cpu", "guarded"])

@@ -9,7 +9,7 @@ import architectures
 import pytest
 import torch
 from oracle import LOGITS, Edit, Read
-from tiny_models import BLOCKS, CUTS, IDS, OTHER, Setting, load_plain
+from tiny_models import BLOCKS, CUTS, DEVICE, IDS, OTHER, Setting, load_plain
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -76,7 +76,10 @@ def experts_folder(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Pat
 @pytest.mark.parametrize("cuts", CUTS, ids=lambda cuts: f"{len(cuts) + 1}-spans")
 def test_experts(experts_folder: Path, cuts: tuple[int, ...]) -> None:
     setting = Setting(
-        "llama", cuts, load_plain(experts_folder), glasshive.local(experts_folder, cuts=cuts)
+        "llama",
+        cuts,
+        load_plain(experts_folder),
+        glasshive.local(experts_folder, cuts=cuts, device=DEVICE),
     )
     layers = setting.model.model.layers
     with setting.model.trace([IDS, OTHER]):
@@ -98,7 +101,7 @@ def test_experts(experts_folder: Path, cuts: tuple[int, ...]) -> None:
 
 def test_tokens_in_a_row_are_no_site(experts_folder: Path) -> None:
     """Inside, all tokens of all rows are one axis, so no invoke's own can be told apart."""
-    model = glasshive.local(experts_folder)
+    model = glasshive.local(experts_folder, device=DEVICE)
 
     def trace() -> None:
         with model.trace(IDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# Where peers and oracle compute: `GLASSHIVE_TEST_DEVICE=cuda` compares them on a GPU.
+DEVICE = os.environ.get("GLASSHIVE_TEST_DEVICE", "cpu")
 BLOCKS = 6
 VOCABULARY = 64
 HIDDEN = 32
@@ -173,4 +176,4 @@ def load_plain(folder: Path, attention: str = "sdpa") -> nn.Module:
         folder, dtype=torch.float32, local_files_only=True, attn_implementation=attention
     )
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.to(DEVICE).eval()  # type: ignore[no-any-return]
