@@ -17,6 +17,7 @@ from glasshive.client.sites import Sites
 from glasshive.client.source_lines import Mark, SourceLine, here, resolve
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.budget import Bill, Budget, admit
+from glasshive.graph.calls import Calls, surroundings
 from glasshive.graph.codec import graph_digest
 from glasshive.graph.errors import GraphError, NoRoots, UnseenWrite
 from glasshive.graph.graph import Graph, Node, NodeId, Ref, Save, Write
@@ -24,7 +25,6 @@ from glasshive.graph.order import DEFAULT_PASS_ROWS, Passes, assign_passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.simplify import simplify
 from glasshive.graph.tensors import TensorSpec
-from glasshive.graph.twin import Calls, surroundings
 from glasshive.security.keys import PeerId
 
 _UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)

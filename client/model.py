@@ -13,8 +13,8 @@ from glasshive.client.modules import Module
 from glasshive.client.prompts import Prompt, Tokens, tokenize
 from glasshive.client.provenance import Provenance
 from glasshive.client.tracer import Tracer, refuse_options
+from glasshive.graph.calls import Calls
 from glasshive.graph.outline import Outline
-from glasshive.graph.twin import Calls
 from glasshive.security.keys import PeerId
 
 

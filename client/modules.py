@@ -17,7 +17,7 @@ from glasshive.client.errors import NotInATrace, TraceError
 from glasshive.client.functional import Cell
 from glasshive.client.source_lines import at_line, here
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import NotASite, NotYet
+from glasshive.graph.errors import GraphError, NotASite, NotYet
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
 from glasshive.graph.outline import Leaf, ModuleInfo
 from glasshive.graph.tensors import TensorSpec
@@ -142,14 +142,19 @@ class Module:
         """
         tracer = self._tracer()
         if kwargs or not args or not all(isinstance(arg, Tensor) for arg in args):
+            kinds = [type(arg).__name__ for arg in args] + [f"{name}=" for name in kwargs]
             raise TraceError(
-                f"{self.path}(...) takes tensors by position in a trace; call a part of it, or "
-                "write the rest with torch",
+                f"{self.path}({', '.join(kinds)}): in a trace a module takes tensors by position, "
+                "one at least; call a part of it, or write the rest with torch",
                 line=here(),
             )
         recorder = tracer.sites.recorder
         specs = tuple(TensorSpec(_dtype(arg), tuple(arg.shape)) for arg in args)
-        result = self._model.calls.spec(self.path, specs)
+        try:
+            result = self._model.calls.spec(self.path, specs)
+        except GraphError as error:
+            error.args = (f"{at_line()}{error}",)
+            raise
         node = recorder.add(Call(self.path, tuple(Ref(recorder.value(arg)) for arg in args)))
         return recorder.traced(node, result)
 
