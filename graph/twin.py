@@ -104,6 +104,7 @@ def scan(twin: nn.Module, config: Any) -> Outline:
                 for key, tensor in source(recurse=False)
             },
             output_parts=first.parts.get(name, 0),
+            output_names=first.names.get(name, ()),
         )
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -212,6 +213,7 @@ class _Scan:
         self.events: dict[str, tuple[int, int]] = {}
         self.tensors: dict[tuple[str, IO], _Tensors] = {}
         self.parts: dict[str, int] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
         self.bypasses: set[_Source] = set()
         self._beside: dict[int, torch.Tensor] = {}  # by storage, which lives as long as its tensor
         self._open: dict[str, int] = {}
@@ -276,6 +278,8 @@ class _Scan:
             self.tensors[name, "output"] = dict(tensor_leaves(output))
             if type(output) is tuple:
                 self.parts[name] = len(output)
+            elif isinstance(output, dict):
+                self.names[name] = tuple(map(str, output))
             index = self._block_index(name)
             if index is not None:
                 self._block = None if index + 1 < self.n_blocks else self.n_blocks

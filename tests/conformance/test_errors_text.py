@@ -495,7 +495,10 @@ def test_a_trace_inside_another(one_llama: Setting) -> None:
         with one_llama.model.trace(OTHER):  # blamed
             pass
 
-    assert "a trace is open already" in told(one_llama, TraceError, body)
+    text = told(one_llama, TraceError, body)
+    name = one_llama.model.name
+    assert f"a trace of {name} is open already, so a trace of {name} cannot begin inside it" in text
+    assert "end its block first: what it saved can be used in the next one" in text
 
 
 def test_a_value_of_another_trace(one_llama: Setting) -> None:
