@@ -7,12 +7,14 @@ assigned to the site. Setting an item here would reach no model, so it is refuse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from glasshive.client.errors import TraceError
 from glasshive.client.recorder import active_recorder
 from glasshive.client.source_lines import at_line, here
 from glasshive.client.traced import TracedTensor
+
+T = TypeVar("T")
 
 
 class Parts(tuple[Any, ...]):
@@ -122,7 +124,7 @@ def _refuse_item(name: str, key: object) -> NoReturn:
     )
 
 
-def save(value: Any) -> Any:
+def save(value: T) -> T:
     """Bring back every traced value in `value`: itself, or in lists, tuples and dictionaries.
 
     Returns `value`. What is no traced value needs no saving, and stays what it is.

@@ -96,7 +96,7 @@ class Tracer:
         self.sites = Sites(model.outline, model.constants, self.title)
         self.tokens: list[Tokens] = []
         self.notes: set[str] = set()  # what the body was given that is None, for an error's text
-        self.result: Provenance | None = None
+        self._result: Provenance | None = None
         self._prompt = prompt
         self._invoke: int | None = None
         self._was_entered = False
@@ -138,7 +138,7 @@ class Tracer:
             self._stack.close()
         if experiment is None:
             return False  # nothing is sent
-        self.result = self.model.run(experiment, self.options)
+        self._result = self.model.run(experiment, self.options)
         return True
 
     @contextlib.contextmanager
@@ -229,6 +229,17 @@ class Tracer:
         """
         self._require_open("tracer.estimate()")
         return self.model.estimate(self._finish(), self.options)
+
+    @property
+    def result(self) -> Provenance:
+        """Which peers ran what, and the bytes that travelled. Raises TraceError before the end."""
+        if self._result is None:
+            raise TraceError(
+                "tracer.result says where the values of a trace are from, once its block has ended "
+                "without an error; what the model gives is model.output",
+                line=here(),
+            )
+        return self._result
 
     def _require_open(self, call: str) -> None:
         if _current.get() is not self:

@@ -47,6 +47,15 @@ def test_a_name_that_no_tracer_has(one_llama: Setting) -> None:
     assert "a tracer has no 'banana'; docs/api.md" in told(one_llama, AttributeError, body)
 
 
+def test_a_result_that_is_not_there_yet(one_llama: Setting) -> None:
+    def body(tracer: Any) -> None:
+        one_llama.model.lm_head.output.save()
+        tracer.result.hops  # noqa: B018  # blamed
+
+    text = told(one_llama, TraceError, body)
+    assert "once its block has ended without an error; what the model gives is model.output" in text
+
+
 def test_a_barrier_does_nothing(one_llama: Setting) -> None:
     layers = one_llama.model.model.layers
 
