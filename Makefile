@@ -35,6 +35,7 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
 contracts: $(VENV)/.installed
 	$(BIN)/lint-imports

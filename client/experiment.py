@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from glasshive.client.sites import Sites
 from glasshive.client.source_lines import Mark, SourceLine, here, resolve
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.budget import Bill, Budget, admit
+from glasshive.graph.calls import Calls, surroundings
 from glasshive.graph.codec import graph_digest
 from glasshive.graph.errors import GraphError, NoRoots, UnseenWrite
 from glasshive.graph.graph import Graph, Node, NodeId, Ref, Save, Write
@@ -24,8 +25,8 @@ from glasshive.graph.order import DEFAULT_PASS_ROWS, Passes, assign_passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.simplify import simplify
 from glasshive.graph.tensors import TensorSpec
-from glasshive.graph.twin import Calls, surroundings
-from glasshive.security.keys import PeerId
+from glasshive.security.errors import BadPeerId
+from glasshive.security.keys import PeerId, public_key_of
 
 _UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)
 
@@ -54,6 +55,21 @@ class TraceOptions:
             wrong.append(f"retries={self.retries!r:.40}; a whole number from 0 on is wanted")
         if wrong:
             raise TraceError("; ".join(wrong), line=here())
+
+
+def peer_ids(given: object) -> frozenset[PeerId]:
+    """The peers that `avoid=` names. Raises TraceError for what is no collection of peer ids."""
+    wanted = "avoid= takes a set of whole peer ids, as in avoid={tracer.result.hops[0].peer}"
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise TraceError(f"{wanted}; got {given!r:.40} ({type(given).__name__})", line=here())
+    peers = list(given)
+    for one in peers:
+        try:
+            public_key_of(one)
+        except BadPeerId as error:
+            got = repr(one) if isinstance(one, str) else f"of type {type(one).__name__}"
+            raise TraceError(f"{wanted}; got one {got:.80}: {error}", line=here()) from None
+    return frozenset(peers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,31 +10,8 @@ import torch
 from glasshive.client.errors import Misfit, NotInTable, PlainDestination
 from glasshive.client.recipe import Bound, Operand
 from glasshive.client.source_lines import here
+from glasshive.graph.one_dtype import ONE_DTYPE
 
-# What torch checks on the CPU and not on the meta device.
-_ALIKE: Final[Mapping[str, tuple[str, ...]]] = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "mv": ("self", "vec"),
-    "dot": ("self", "tensor"),
-    "vdot": ("self", "other"),
-    "addmm": ("self", "mat1", "mat2"),
-    "addmv": ("self", "mat", "vec"),
-    "baddbmm": ("self", "batch1", "batch2"),
-    "_cdist_forward": ("x1", "x2"),
-    "_euclidean_dist": ("x1", "x2"),
-    "linalg_cross": ("self", "other"),
-    "convolution": ("input", "weight", "bias"),
-    "native_layer_norm": ("weight", "bias"),
-    "binary_cross_entropy": ("self", "target", "weight"),
-    "huber_loss": ("self", "target"),
-    "heaviside": ("self", "values"),
-    "index_add": ("self", "source"),
-    "index_copy": ("self", "source"),
-    "index_put": ("self", "values"),
-    "put": ("self", "source"),
-    "masked_scatter": ("self", "source"),
-}
 _WIDE: Final = (torch.int64, torch.int32)
 _INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
     "index": ("indices", (*_WIDE, torch.uint8, torch.bool)),
@@ -51,8 +28,8 @@ _INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
 def check_dtypes(name: str, bound: Bound) -> None:
     """Raise Misfit if dtypes differ that must be one, or an index is of a wrong dtype."""
     packet = name.partition(".")[0]
-    packet = packet.rstrip("_") if packet not in _ALIKE else packet
-    same = [bound[key] for key in _ALIKE.get(packet, ()) if isinstance(bound[key], Operand)]
+    packet = packet.rstrip("_") if packet not in ONE_DTYPE else packet
+    same = [bound[key] for key in ONE_DTYPE.get(packet, ()) if isinstance(bound[key], Operand)]
     if len({operand.layout.dtype for operand in same}) > 1:
         shapes = " and ".join(map(str, same))
         raise Misfit(

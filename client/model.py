@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from glasshive.client.constants import Constants
-from glasshive.client.experiment import Experiment, TraceOptions
+from glasshive.client.experiment import Experiment, TraceOptions, peer_ids
 from glasshive.client.modules import Module
 from glasshive.client.prompts import Prompt, Tokens, tokenize
 from glasshive.client.provenance import Provenance
 from glasshive.client.tracer import Tracer, refuse_options
+from glasshive.graph.calls import Calls
 from glasshive.graph.outline import Outline
-from glasshive.graph.twin import Calls
 from glasshive.security.keys import PeerId
 
 
@@ -72,6 +73,16 @@ class Model(Module):
     constants: Constants
     _runner: Runner
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the weights on the peers."""
+        return next(self.twin.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU: where saved values are, and where traced ones say they are."""
+        return torch.device("cpu")
+
     def trace(
         self,
         prompt: Prompt | None = None,
@@ -98,7 +109,7 @@ class Model(Module):
             batching=batching,
             deadline_seconds=float(deadline),
             retries=retries,
-            avoid=frozenset(avoid),
+            avoid=peer_ids(avoid),
             show_progress=progress,
             **({} if pass_rows is None else {"pass_rows": pass_rows}),
         )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from glasshive.client.errors import NotInATrace, TraceError
 from glasshive.client.functional import Cell
 from glasshive.client.source_lines import at_line, here
+from glasshive.client.structures import NamedValues, Parts
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import NotASite, NotYet
+from glasshive.graph.errors import GraphError, NotASite, NotYet
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
 from glasshive.graph.outline import Leaf, ModuleInfo
 from glasshive.graph.tensors import TensorSpec
@@ -29,31 +30,6 @@ if TYPE_CHECKING:
 _SITES = ("output", "input", "inputs")
 # What NNsight offers on a model and later releases bring.
 _LATER = ("generate", "session", "edit", "scan")
-
-
-class Parts(tuple[Any, ...]):
-    """A module's output or inputs that are a tuple; what is no tensor in it is None."""
-
-    def save(self) -> Parts:
-        """Bring every tensor in it back. Returns itself."""
-        _save_all(self)
-        return self
-
-
-class NamedValues(dict[str, Any]):
-    """A module's output that has names, such as `logits`: a dictionary, also by attribute."""
-
-    def save(self) -> NamedValues:
-        """Bring every tensor in it back. Returns itself."""
-        _save_all(self)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            names = ", ".join(self) or "none"
-            raise AttributeError(f"this output has no {name!r}; it has {names}") from None
 
 
 class Module:
@@ -106,7 +82,8 @@ class Module:
             target: dict[Any, Any] = positional if isinstance(first, int) else named
             target[first] = _nest(target.get(first), leaf.path[1:], value)
         args = tuple(_as_tuple(positional.get(i)) for i in range(max(positional, default=-1) + 1))
-        return Parts((Parts(args), {name: _as_tuple(value) for name, value in named.items()}))
+        values = {name: _as_tuple(value) for name, value in named.items()}
+        return Parts((Parts(args), NamedValues(values, name=f"{self._at('inputs')}[1]")))
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -142,14 +119,19 @@ class Module:
         """
         tracer = self._tracer()
         if kwargs or not args or not all(isinstance(arg, Tensor) for arg in args):
+            kinds = [type(arg).__name__ for arg in args] + [f"{name}=" for name in kwargs]
             raise TraceError(
-                f"{self.path}(...) takes tensors by position in a trace; call a part of it, or "
-                "write the rest with torch",
+                f"{self.path}({', '.join(kinds)}): in a trace a module takes tensors by position, "
+                "one at least; call a part of it, or write the rest with torch",
                 line=here(),
             )
         recorder = tracer.sites.recorder
         specs = tuple(TensorSpec(_dtype(arg), tuple(arg.shape)) for arg in args)
-        result = self._model.calls.spec(self.path, specs)
+        try:
+            result = self._model.calls.spec(self.path, specs)
+        except GraphError as error:
+            error.args = (f"{at_line()}{error}",)
+            raise
         node = recorder.add(Call(self.path, tuple(Ref(recorder.value(arg)) for arg in args)))
         return recorder.traced(node, result)
 
@@ -208,6 +190,13 @@ class Module:
             f"({self.path}[{index!r:.20}].output = ...), or have it not run with .skip(value)",
             line=here(),
         )
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """This module and all inside it, with their paths from here, as torch's own gives them."""
+        prefix = f"{self.path}." if self.path else ""
+        for path in self._model.outline.modules:
+            if path == self.path or path.startswith(prefix):
+                yield path[len(prefix) :], Module(self._model, path)
 
     def __len__(self) -> int:
         return len(self._children())
@@ -295,10 +284,16 @@ class Module:
         from glasshive.client.tracer import current_tracer
 
         tracer = current_tracer()
-        if tracer is None or tracer.model is not self._model:
+        if tracer is None:
             raise NotInATrace(
                 f"{at_line()}{self._name} is used outside a trace; open one with "
                 "`with model.trace(prompt):`"
+            )
+        if tracer.model is not self._model:
+            raise NotInATrace(
+                f"{at_line()}{self._name} of another model ({self._model.name}) is used in "
+                f"{tracer.title}; a trace is of one model: save what you need, end this block, and "
+                "use it in a trace of the other model"
             )
         return tracer
 
@@ -342,9 +337,30 @@ class Module:
         tree: Any = None
         for leaf in leaves:
             tree = _nest(tree, leaf.path, tracer.read(Site(self.path, io, leaf.path)))
+        where = self._at(io)
         if io == "output" and parts:
-            return Parts(_as_tuple(tree.get(index)) for index in range(parts))
+            made = Parts(_as_tuple(tree.get(index)) for index in range(parts))
+            notes = tracer.notes
+            made.name, made.on_none = where, lambda index: notes.add(self._why_none(index))
+            return made
+        if io == "output" and self._info().output_names and isinstance(tree, dict):
+            values = {name: _as_tuple(value) for name, value in tree.items()}
+            return NamedValues(values, self._info().output_names, where)
         return _as_tuple(tree)
+
+    def _at(self, io: str) -> str:
+        return f"{self.path}.{io}" if self.path else f"the whole model's {io}"
+
+    def _why_none(self, index: int) -> str:
+        """What to say of a part of the output that is None, should it be used."""
+        why = "the model gives no tensor there"
+        attention = getattr(self._model.config, "_attn_implementation", None)
+        if attention not in (None, "eager") and "attention" in self._info().kind.lower():
+            why = (
+                f"with {attention} attention no weights are made; hosts with --attention eager, or "
+                "glasshive.local(..., attention='eager'), make them"
+            )
+        return f"{at_line()}{self._at('output')}[{index}] is None: {why}"
 
     def _set_tree(self, io: IO, value: Any) -> None:
         tracer = self._tracer()
@@ -353,15 +369,16 @@ class Module:
             tracer.assign(Site(self.path, io, ()), value)
             return
         if not isinstance(value, tuple | list | dict):
-            kind = "tuple" if isinstance(leaves[0].path[0], int) else "dict"
+            first = leaves[0].path[0]
+            kind = "tuple" if isinstance(first, int) else f"dictionary with {first!r}"
             raise TraceError(
-                f"{self.path}.{io} is a {kind}, "
+                f"{self._at(io)} is a {kind}, "
                 f"but a {type(value).__name__} is assigned; assign to a part of it, such as "
-                f"{self.path}.{io}[0][:] = ..., or give a whole tuple",
+                f"{self._at(io)}[{first!r}][:] = ..., or give a whole {kind}",
                 line=here(),
             )
         for leaf in leaves:
-            part = _part(value, leaf.path, f"{self.path}.{io}")
+            part = _part(value, leaf.path, self._at(io))
             tracer.assign(Site(self.path, io, leaf.path), part)
 
 
@@ -394,14 +411,6 @@ def _as_tuple(tree: Any) -> Any:
     if all(isinstance(key, int) for key in tree):
         return Parts(_as_tuple(tree.get(index)) for index in range(max(tree) + 1))
     return NamedValues({key: _as_tuple(value) for key, value in tree.items()})
-
-
-def _save_all(tree: Any) -> None:
-    if isinstance(tree, TracedTensor):
-        tree.save()
-    elif isinstance(tree, tuple | dict):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            _save_all(part)
 
 
 def _dtype(tensor: Tensor) -> Any:

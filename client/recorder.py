@@ -19,7 +19,7 @@ from glasshive.client.errors import AmbientState, NotInTable, TraceError
 from glasshive.client.functional import Cell, CellHook, EditHook, intern_layout
 from glasshive.client.source_lines import Mark, SourceLine, here, mark, resolve
 from glasshive.client.torch_calls import TorchCalls
-from glasshive.client.traced import TracedTensor
+from glasshive.client.traced import TracedTensor, refuse_two_traces
 from glasshive.graph.errors import BadTensor
 from glasshive.graph.graph import Arg, Const, Node, NodeId, Op, Ref, refs
 from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
@@ -35,9 +35,17 @@ class Recorder:
 
     `merge` computes, for every value, what the caller wants to know of it from what is known of
     its inputs (`value_info`); without it nothing is kept. `is_open` is true inside `recording`.
+    `title` is what messages call the trace.
     """
 
-    def __init__(self, *, merge: Merge | None = None, constants: Constants | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        merge: Merge | None = None,
+        constants: Constants | None = None,
+        title: str = "a trace",
+    ) -> None:
+        self.title = title
         self.nodes: dict[NodeId, Node] = {}
         self.consts: dict[bytes, tuple[TensorSpec, torch.Tensor]] = {}
         self.value_info: dict[NodeId, Any] = {}
@@ -161,10 +169,7 @@ class Recorder:
             owner_is_open = owner.is_open
             if not owner_is_open:
                 tensor.to()  # raises NotSaved
-            raise TraceError(
-                "a value of another trace is used here; save it there, and use it after that block",
-                line=here(),
-            )
+            refuse_two_traces(owner, self)
 
     # Saves ----------------------------------------------------------------------------------------
 
@@ -205,8 +210,13 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
                 "device; use torch.autocast('cpu'), or convert with .to(dtype)",
                 line=here(),
             )
-    if _active.get() is not None:
-        raise TraceError("a trace is open already; close it before the next", line=here())
+    opened = _active.get()
+    if opened is not None:
+        raise TraceError(
+            f"{opened.title} is open already, so {recorder.title} cannot begin inside it; end its "
+            "block first: what it saved can be used in the next one",
+            line=here(),
+        )
     token = _active.set(recorder)
     recorder.is_open = True
     try:

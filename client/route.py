@@ -141,7 +141,8 @@ def _why_none(
         who[_MOST_NAMED:] = [f"and {len(who) - _MOST_NAMED} more"]
     lost = ""
     if avoid:
-        lost = f"; {len(avoid)} lost {'peer is' if len(avoid) == 1 else 'peers are'} left out"
+        many = "1 peer is" if len(avoid) == 1 else f"{len(avoid)} peers are"
+        lost = f"; {many} left out, as lost or named in avoid="
     return (
         f"{text} (served now: {', '.join(who) or 'nothing'}{lost}); start the missing part with "
         f"{_commands(kinds, needed, n_blocks)}"

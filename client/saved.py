@@ -48,11 +48,7 @@ class SavedTensor(torch.Tensor):
 
     def detach(self) -> SavedTensor:
         """The value without its history, sharing its memory; `torch.nn.Parameter` asks for it."""
-        detached = self._value.detach()
-        layout = layout_of(detached)
-        wrapped: SavedTensor = make_wrapper(SavedTensor, layout)
-        wrapped._value = detached
-        return wrapped
+        return saved(self._value.detach())
 
     def requires_grad_(self, requires_grad: bool = True) -> SavedTensor:
         """Have autograd record what is done with the value. Returns itself."""
@@ -68,6 +64,13 @@ class SavedTensor(torch.Tensor):
         if out is not None:
             return torch.mean(self._value, *args, out=_plain(out), **kwargs)
         return self._value.mean(*args, **kwargs)
+
+
+def saved(value: torch.Tensor) -> SavedTensor:
+    """A saved value that is there already, sharing the memory of `value`."""
+    wrapped: SavedTensor = make_wrapper(SavedTensor, layout_of(value))
+    wrapped._value = value
+    return wrapped
 
 
 def _plain(arg: Any) -> Any:

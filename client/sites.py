@@ -61,9 +61,9 @@ class _Seen:
 class Sites:
     """The reads and writes of one trace."""
 
-    def __init__(self, outline: Outline, constants: Constants) -> None:
+    def __init__(self, outline: Outline, constants: Constants, title: str = "a trace") -> None:
         self.outline = outline
-        self.recorder = Recorder(merge=_merge, constants=constants)
+        self.recorder = Recorder(merge=_merge, constants=constants, title=title)
         self.invokes: list[InvokeShape] = []
         self._seen: dict[tuple[int, Site], _Seen] = {}
         self._reads: dict[int, list[tuple[int, Site, Mark]]] = {}

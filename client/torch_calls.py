@@ -25,6 +25,9 @@ _MISFITS: dict[type[Exception], type[Misfit]] = {
     for kind in (IndexError, TypeError, ValueError, RuntimeError)
 }
 
+# What asks for gradients of values that have no history.
+_GRADIENTS = frozenset({torch.autograd.grad, torch.autograd.backward})
+
 
 class TorchCalls(TorchFunctionMode):
     """Watches every call of torch while a trace is recorded; it changes none."""
@@ -38,6 +41,8 @@ class TorchCalls(TorchFunctionMode):
     ) -> Any:
         """The result of the call. Raises Misfit for what torch refuses of a traced value."""
         named = kwargs or {}
+        if func in _GRADIENTS and (found := _traced((*args, *named.values()))):
+            found[0].backward()  # raises NotYet
         try:
             if is_values_only(func, args, named):
                 with values_only():

@@ -256,7 +256,7 @@ def not_saved_text(tensor: TracedTensor) -> str:
             "not brought results back"
         )
     made = None if isinstance(alias.cell, DeadCell) else recorder.line_of(alias.cell.vid)
-    where = f", made at {made}," if made is not None else ""
+    where = f", made at {made} in {recorder.title}," if made is not None else ""
     return (
         f"{at_line()}the value {alias.layout}{where} was not saved, so it did not come back; "
         "call .save() on it inside the trace"
@@ -364,13 +364,19 @@ def _recorder_of(tensors: Sequence[Any]) -> Recorder | None:
             if not owner.is_open:
                 raise NotSaved(not_saved_text(tensor))
             if recorder is not None:
-                raise TraceError(
-                    "values of two traces meet in one call; save one of them, and use it in the "
-                    "other trace",
-                    line=here(),
-                )
+                refuse_two_traces(recorder, owner)
             recorder = owner
     return recorder
+
+
+def refuse_two_traces(one: Recorder, other: Recorder) -> NoReturn:
+    """Raise TraceError, because values of two traces that are both open were used together."""
+    traces = one.title if one.title == other.title else f"{one.title} and {other.title}"
+    raise TraceError(
+        f"values of two traces meet here ({traces}), but a graph is of one model and one trace; "
+        "save the value in its own trace, and use it in the other when that block has ended",
+        line=here(),
+    )
 
 
 def _refuse_mode() -> NoReturn:

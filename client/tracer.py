@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from torch import Tensor
 
 from glasshive.client.errors import TraceError
 from glasshive.client.experiment import Experiment, TraceOptions, finish
 from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.recorder import recording
+from glasshive.client.saved import SavedTensor, saved
 from glasshive.client.sites import Sites
-from glasshive.client.source_lines import here
+from glasshive.client.source_lines import at_line, here
 from glasshive.client.traced import TracedTensor
+from glasshive.graph.errors import NotYet
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.outline import Leaf
 
@@ -57,6 +57,24 @@ def refuse_options(others: Mapping[str, object]) -> NoReturn:
     )
 
 
+# What NNsight's tracers have besides: when it comes, and what to write until then.
+_LATER = {
+    "log": "log lines come with gradients and cond; save the value, and print it after the block",
+    "cond": "conditions come with gradients; torch.where(condition, a, b) chooses between values",
+    "iter": "steps come with generation; a trace is one forward pass",
+    "all": "steps come with generation; a trace is one forward pass",
+    "next": "steps come with generation; a trace is one forward pass",
+    "cache": "it comes with generation; save what you need, as in "
+    "[layer.output.save() for layer in model.model.layers]",
+    "apply": "no function travels to a peer; call yours on the traced values themselves, as in "
+    "f(layer.output)",
+}
+
+
+def _pass_barrier() -> None:
+    pass
+
+
 _OPTION_NAMES = {"deadline_seconds": "deadline", "show_progress": "progress"}
 
 
@@ -74,9 +92,11 @@ class Tracer:
     def __init__(self, model: Model, prompt: Prompt | None, options: TraceOptions) -> None:
         self.model = model
         self.options = options
-        self.sites = Sites(model.outline, model.constants)
+        self.title = f"a trace of {model.name}"
+        self.sites = Sites(model.outline, model.constants, self.title)
         self.tokens: list[Tokens] = []
-        self.result: Provenance | None = None
+        self.notes: set[str] = set()  # what the body was given that is None, for an error's text
+        self._result: Provenance | None = None
         self._prompt = prompt
         self._invoke: int | None = None
         self._was_entered = False
@@ -108,6 +128,9 @@ class Tracer:
         trace: TracebackType | None,
     ) -> bool:
         experiment: Experiment | None = None
+        if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
+            for note in sorted(self.notes):
+                error.add_note(note)
         try:
             if error is None or isinstance(error, _Stop):
                 experiment = self._finish()
@@ -115,16 +138,24 @@ class Tracer:
             self._stack.close()
         if experiment is None:
             return False  # nothing is sent
-        self.result = self.model.run(experiment, self.options)
+        self._result = self.model.run(experiment, self.options)
         return True
 
     @contextlib.contextmanager
-    def invoke(self, prompt: Prompt) -> Iterator[Tracer]:
+    def invoke(self, prompt: Prompt | None = None) -> Iterator[Tracer]:
         """One more prompt of the trace, or batch of prompts; its sites are read and edited inside.
 
         Values of one invoke may be used in another, in any order; `tracer.stop()` ends the body.
+        Raises TraceError without a prompt: every invoke has rows of its own.
         """
         self._require_open("tracer.invoke(...)")
+        if prompt is None:
+            raise TraceError(
+                "tracer.invoke() without a prompt, which in NNsight is about the rows of all "
+                "invokes; here each invoke has its own: give one invoke all prompts as a list, or "
+                "read in every invoke and join the values with torch.cat(...) in the last",
+                line=here(),
+            )
         if self._prompt is not None:
             raise TraceError(
                 "tracer.invoke(...) in a trace that was given a prompt itself; write "
@@ -148,6 +179,22 @@ class Tracer:
         self._require_open("tracer.stop()")
         raise _Stop
 
+    def barrier(self, n_participants: int = 0) -> Callable[[], None]:
+        """A function that does nothing, for code written for NNsight.
+
+        Invokes need no barriers here: what one reads and another writes says which runs first.
+        """
+        self._require_open("tracer.barrier(...)")
+        return _pass_barrier
+
+    if not TYPE_CHECKING:  # a type checker shall know these for the mistakes that they are
+
+        def __getattr__(self, name: str) -> NoReturn:
+            later = _LATER.get(name)
+            if later is not None:
+                raise NotYet(f"{at_line()}tracer.{name} is not in this release: {later}")
+            raise AttributeError(f"{at_line()}a tracer has no {name!r}; docs/api.md has all names")
+
     def _add_invoke(self, prompt: Prompt) -> int:
         tokens = self.model.tokenize(prompt)
         self.tokens.append(tokens)
@@ -156,20 +203,22 @@ class Tracer:
 
     # What the body can ask --------------------------------------------------------------------
 
+    # Copies: the model gets the prompt as it was given. Saved values, so that `.save()` works.
+
     @property
-    def input_ids(self) -> Tensor:
+    def input_ids(self) -> SavedTensor:
         """The token ids of the current invoke, int64 `[batch, seq]`, padded on the left."""
-        return self.tokens[self._here()].input_ids
+        return saved(self.tokens[self._here()].input_ids.clone())
 
     @property
-    def attention_mask(self) -> Tensor:
+    def attention_mask(self) -> SavedTensor:
         """1 for a token and 0 for padding, int64 `[batch, seq]`, of the current invoke."""
-        return self.tokens[self._here()].mask
+        return saved(self.tokens[self._here()].mask.clone())
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> SavedTensor:
         """The number of tokens of every row of the current invoke, int64 `[batch]`."""
-        return self.attention_mask.sum(-1)
+        return saved(self.tokens[self._here()].mask.sum(-1))
 
     def estimate(self) -> Mapping[str, Any]:
         """What the trace as it stands would take, before anything is sent.
@@ -180,6 +229,17 @@ class Tracer:
         """
         self._require_open("tracer.estimate()")
         return self.model.estimate(self._finish(), self.options)
+
+    @property
+    def result(self) -> Provenance:
+        """Which peers ran what, and the bytes that travelled. Raises TraceError before the end."""
+        if self._result is None:
+            raise TraceError(
+                "tracer.result says where the values of a trace are from, once its block has ended "
+                "without an error; what the model gives is model.output",
+                line=here(),
+            )
+        return self._result
 
     def _require_open(self, call: str) -> None:
         if _current.get() is not self:

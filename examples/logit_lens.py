@@ -18,8 +18,7 @@ with model.trace("The Eiffel Tower is in the city of") as tracer:
     for layer in model.model.layers:
         logits = model.lm_head(model.model.norm(layer.output[:, -1]))
         rows.append(logits.softmax(-1)[0])
-    best = torch.stack(rows).max(-1)
-    probabilities, tokens = best.values.save(), best.indices.save()
+    probabilities, tokens = glasshive.save(torch.stack(rows).max(-1))
 
 for layer, (probability, token) in enumerate(zip(probabilities, tokens, strict=True)):
     print(f"{layer:2}  {probability:5.2f}  {model.tokenizer.decode(token)!r}")

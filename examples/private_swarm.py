@@ -20,8 +20,9 @@ if __name__ == "__main__":
             token = model.lm_head.output[0, -1].argmax().save()
 
         print(f"next token: {model.tokenizer.decode(token)!r}")
-        for peer, span, seconds, hidden_bytes, _, saved_bytes in tracer.result.hops:
+        for hop in tracer.result.hops:
             print(
-                f"blocks {span} at ...{peer[-8:]}: computed for {seconds:.3f} s, sent "
-                f"{hidden_bytes} bytes on and {saved_bytes} bytes back"
+                f"blocks {hop.blocks} at ...{hop.peer[-8:]}: computed for "
+                f"{hop.compute_seconds:.3f} s, sent {hop.hidden_bytes} bytes on and "
+                f"{hop.saved_bytes} bytes back"
             )

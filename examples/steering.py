@@ -13,16 +13,14 @@ prompt = "The most dangerous animal in the world is the"
 
 with model.trace() as tracer:
     with tracer.invoke("The fish swam in the deep blue ocean."):
-        sea = layer.output[0].mean(0)
+        sea = layer.output.mean(1)
     with tracer.invoke("The man walked in the busy old town."):
-        town = layer.output[0].mean(0)
+        town = layer.output.mean(1)
     with tracer.invoke(prompt):
-        before = model.lm_head.output[0, -1].softmax(-1).topk(5)
-        before = before.values.save(), before.indices.save()
+        before = glasshive.save(model.lm_head.output[0, -1].softmax(-1).topk(5))
     with tracer.invoke(prompt):
         layer.output += 1.5 * (sea - town)
-        after = model.lm_head.output[0, -1].softmax(-1).topk(5)
-        after = after.values.save(), after.indices.save()
+        after = glasshive.save(model.lm_head.output[0, -1].softmax(-1).topk(5))
 
 for title, (probabilities, tokens) in (("before", before), ("after", after)):
     words = (model.tokenizer.decode(token).strip() for token in tokens)

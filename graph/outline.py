@@ -68,6 +68,7 @@ class ModuleInfo:
     padded_outputs: tuple[Leaf, ...]
     params: Mapping[str, tuple[DType, tuple[int, ...]]]
     output_parts: int = 0  # how long a tuple its output is; 0 for a tensor or a mapping
+    output_names: tuple[str, ...] = ()  # of a mapping's values, in order, tensors or not
 
     def leaves(self, io: IO, padded: bool) -> tuple[Leaf, ...]:
         """The tensors that it takes or gives, in a padded pass or in one that is not."""

@@ -1,8 +1,7 @@
 """A model's twin: the Hugging Face module tree on the meta device, and the outline read off it.
 
 The twin holds shapes and no weights. Client and peer each build their own from the configuration:
-the client records against it, the peer checks against it. Beside the kernels this is the only file
-under graph/ that knows torch (docs/adr/0003).
+the client records against it, the peer checks against it (docs/adr/0003).
 
 How the outline is found, for any architecture: the twin runs twice, at two pairs of (batch,
 sequence) sizes. Hooks number the events; a module that was called once is a pair of sites; an axis
@@ -24,20 +23,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glasshive.graph.budget import Cost, SpecArg, Surroundings
 from glasshive.graph.errors import (
-    BadGraph,
     GlasshiveError,
     NotASite,
-    ShapeMismatch,
-    UnknownModule,
     UnsupportedModel,
 )
-from glasshive.graph.graph import IO, Call, LeafPath, Param, Read
-from glasshive.graph.kernels import from_torch_dtype, infer, spec_of, to_torch_dtype
-from glasshive.graph.order import Passes, spec_of_read
+from glasshive.graph.graph import IO, LeafPath
+from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.outline import Axis, Leaf, ModuleInfo, Outline
-from glasshive.graph.tensors import TensorSpec
 
 _SCANS = ((2, 7), (3, 11))
 _Tensors: TypeAlias = dict[LeafPath, torch.Tensor]
@@ -111,6 +104,7 @@ def scan(twin: nn.Module, config: Any) -> Outline:
                 for key, tensor in source(recurse=False)
             },
             output_parts=first.parts.get(name, 0),
+            output_names=first.names.get(name, ()),
         )
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -219,6 +213,7 @@ class _Scan:
         self.events: dict[str, tuple[int, int]] = {}
         self.tensors: dict[tuple[str, IO], _Tensors] = {}
         self.parts: dict[str, int] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
         self.bypasses: set[_Source] = set()
         self._beside: dict[int, torch.Tensor] = {}  # by storage, which lives as long as its tensor
         self._open: dict[str, int] = {}
@@ -283,6 +278,8 @@ class _Scan:
             self.tensors[name, "output"] = dict(tensor_leaves(output))
             if type(output) is tuple:
                 self.parts[name] = len(output)
+            elif isinstance(output, dict):
+                self.names[name] = tuple(map(str, output))
             index = self._block_index(name)
             if index is not None:
                 self._block = None if index + 1 < self.n_blocks else self.n_blocks
@@ -416,89 +413,3 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-class Calls:
-    """What the model's own modules give for values of given specs, found on the twin."""
-
-    _KEPT = 4096
-
-    def __init__(self, twin: nn.Module, outline: Outline) -> None:
-        self._modules = dict(twin.named_modules())
-        self._outline = outline
-        self._known: dict[tuple[str, tuple[TensorSpec, ...]], TensorSpec] = {}
-
-    def spec(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
-        """The spec of `module(*args)`.
-
-        Raises UnknownModule, NotASite for a module that holds blocks or gives no single tensor, and
-        ShapeMismatch if the module refuses the arguments.
-        """
-        key = (path, args)
-        found = self._known.get(key)
-        if found is None:
-            found = self._run(path, args)
-            if len(self._known) >= self._KEPT:
-                self._known.clear()
-            self._known[key] = found
-        return found
-
-    def flops(self, path: str, result: TensorSpec) -> int:
-        """About what a call costs: two for every weight and row of the result."""
-        weights: int = sum(tensor.numel() for tensor in self._modules[path].parameters())
-        rows = result.numel // max(result.shape[-1], 1) if result.shape else 1
-        return 2 * max(weights, 1) * max(rows, 1)
-
-    def _run(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
-        module = self._modules.get(path)
-        if module is None:
-            raise UnknownModule(f"the model has no module {path!r:.120}")
-        if self._outline.holds_blocks(path):
-            raise NotASite(
-                f"{path or 'the model'} holds the blocks, which lie on several peers, so it cannot "
-                "be called; call the parts that you need"
-            )
-        tensors = [
-            torch.empty(spec.shape, dtype=to_torch_dtype(spec.dtype), device="meta")
-            for spec in args
-        ]
-        try:
-            with torch.no_grad():
-                result = module(*tensors)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            reason = str(error).split("\n", 1)[0]
-            raise ShapeMismatch(
-                f"{path}({', '.join(map(str, args))}) is refused: {reason:.200}"
-            ) from None
-        if not isinstance(result, torch.Tensor):
-            raise NotASite(
-                f"{path}(...) gives a {type(result).__name__}; only modules that give one tensor "
-                "can be called in a trace"
-            )
-        if any(_storage(result) == _storage(tensor) for tensor in tensors):
-            raise NotASite(
-                f"{path}(...) gives back its argument's own memory (it does nothing here, as a "
-                "dropout in evaluation mode); use the value itself"
-            )
-        return spec_of(result)
-
-
-def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings:
-    """What admission must know of the model: sites, calls and parameters for these passes."""
-
-    def read(node: Read) -> TensorSpec:
-        return spec_of_read(node, outline, passes)
-
-    def call(node: Call, args: tuple[SpecArg, ...]) -> tuple[TensorSpec, Cost]:
-        tensors = tuple(arg for arg in args if isinstance(arg, TensorSpec))
-        if len(tensors) != len(args):
-            raise BadGraph(f"{node.module}(...) takes tensors only")
-        spec = calls.spec(node.module, tensors)
-        copies_bytes = sum(tensor.nbytes for tensor in tensors)
-        workspace_bytes = spec.nbytes + copies_bytes
-        return spec, Cost(0, workspace_bytes, calls.flops(node.module, spec), spec.dtype)
-
-    def param(node: Param) -> TensorSpec:
-        return outline.param(node.module, node.name)
-
-    return Surroundings(read, call, param, infer)

@@ -13,12 +13,12 @@ from dataclasses import replace
 from torch import nn
 
 from glasshive.graph.budget import Bill, Budget, admit
+from glasshive.graph.calls import Calls, surroundings
 from glasshive.graph.errors import OverBudget
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part
 from glasshive.graph.tensors import SpecArg, Specs
-from glasshive.graph.twin import Calls, surroundings
 from glasshive.peer.pace import HostPace
 
 _KEPT_VERDICTS = 256

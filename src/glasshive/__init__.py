@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
+    from glasshive.client.structures import save
     from glasshive.client.swarm import Swarm
     from glasshive.client.tracer import Tracer
     from glasshive.connection import connect
@@ -33,6 +34,7 @@ _HOME = {
     "UnseenWrite": "glasshive.graph.errors",
     "connect": "glasshive.connection",
     "local": "glasshive.local_model",
+    "save": "glasshive.client.structures",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "UnseenWrite",
     "connect",
     "local",
+    "save",
 ]
 
 

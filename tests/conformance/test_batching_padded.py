@@ -343,3 +343,35 @@ def test_the_outline_knows_what_a_padded_batch_gives(model_type: str) -> None:
         model(**{name: tensor for name, tensor in given.items() if name in accepted})
     for site, leaf in sites:
         assert found[site] == (leaf.dtype.value, leaf.shape(4, 5)), site
+
+
+@pytest.mark.parametrize("cuts", [(), (3,)])
+def test_a_block_that_is_called_gets_no_mask(get_padded: GetPadded, cuts: tuple[int, ...]) -> None:
+    """As the same call in plain Hugging Face: causal, and padding is attended to."""
+    setting = get_padded("gpt2", cuts)
+    blocks = setting.model.transformer.h
+    with setting.model.trace(UNEQUAL):
+        hidden = blocks[1].output.save()
+        called = blocks[2](hidden).save()
+        masked = blocks[2].output.save()
+    with torch.no_grad():
+        want: Any = setting.plain.get_submodule("transformer.h.2")(hidden.value)
+    assert torch.equal(called, want)
+    assert torch.allclose(called[0], masked[0], atol=1e-5)  # the row without padding
+    assert not torch.allclose(called[1, -1], masked[1, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,)])
+def test_a_block_that_runs_on_an_assigned_value_has_the_batchs_mask(
+    get_padded: GetPadded, cuts: tuple[int, ...]
+) -> None:
+    setting = get_padded("llama", cuts)
+    layers = setting.model.model.layers
+    with setting.model.trace(UNEQUAL):
+        layers[4].input = layers[1].output
+        batch = layers[4].output.save()
+    for row, ids in enumerate(UNEQUAL):
+        with setting.model.trace(ids):
+            layers[4].input = layers[1].output
+            alone = layers[4].output.save()
+        assert torch.allclose(batch[row, -len(ids) :], alone[0], atol=1e-5)

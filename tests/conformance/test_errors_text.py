@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import HIDDEN, IDS, OTHER, Setting
+from told import Body, line_of, told
 
 import glasshive
 from glasshive.client.errors import (
@@ -41,36 +41,6 @@ from glasshive.graph.errors import (
 from glasshive.models import ModelNotFoundError
 from glasshive.peer.errors import BadSpan
 from glasshive.peer.host import HostLimits
-
-Body = Callable[[Any], Any]
-
-
-def told(setting: Setting, error: type[BaseException], body: Body, prompt: Any = IDS) -> str:
-    """The text of the error that a trace with this body raises; it must blame the marked line.
-
-    The line is the one in `body` that ends in `# blamed`; without one, no line is checked.
-    """
-
-    def trace() -> None:
-        with setting.model.trace(prompt) as tracer:
-            body(tracer)
-
-    with pytest.raises(error) as caught:
-        trace()
-    text = str(caught.value)
-    blamed = line_of(body)
-    if blamed is not None:
-        assert text.startswith(f"{Path(__file__).name}:{blamed}: "), text
-    return text
-
-
-def line_of(body: Callable[..., Any]) -> int | None:
-    lines, start = inspect.getsourcelines(body)
-    marked = [
-        start + index for index, line in enumerate(lines) if line.rstrip().endswith("# blamed")
-    ]
-    return marked[0] if marked else None
-
 
 # Order -------------------------------------------------------------------------------------------
 
@@ -525,7 +495,10 @@ def test_a_trace_inside_another(one_llama: Setting) -> None:
         with one_llama.model.trace(OTHER):  # blamed
             pass
 
-    assert "a trace is open already" in told(one_llama, TraceError, body)
+    text = told(one_llama, TraceError, body)
+    name = one_llama.model.name
+    assert f"a trace of {name} is open already, so a trace of {name} cannot begin inside it" in text
+    assert "end its block first: what it saved can be used in the next one" in text
 
 
 def test_a_value_of_another_trace(one_llama: Setting) -> None:

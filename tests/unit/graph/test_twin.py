@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
-from glasshive.graph.errors import NotASite, ShapeMismatch, UnknownModule, UnsupportedModel
+from glasshive.graph.errors import NotASite, UnknownModule, UnsupportedModel
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.outline import Outline
-from glasshive.graph.tensors import TensorSpec
-from glasshive.graph.twin import Calls, build_twin, leaf_of, scan, with_leaf
+from glasshive.graph.twin import build_twin, leaf_of, scan, with_leaf
 
 LLAMA = LlamaConfig(
     hidden_size=32,
@@ -232,19 +231,6 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     config.num_hidden_layers = 7
     with pytest.raises(UnsupportedModel, match="no list of 7 blocks"):
         scan(twin, config)
-
-
-def test_calls_give_specs_without_data() -> None:
-    twin = build_twin(LLAMA, torch.float32)
-    calls = Calls(twin, scan(twin, LLAMA))
-    f32 = from_torch_dtype(torch.float32)
-    assert calls.spec("lm_head", (TensorSpec(f32, (1, 5, 32)),)) == TensorSpec(f32, (1, 5, 64))
-    with pytest.raises(ShapeMismatch, match=r"lm_head\(float32\[1, 5, 31\]\) is refused"):
-        calls.spec("lm_head", (TensorSpec(f32, (1, 5, 31)),))
-    with pytest.raises(NotASite, match="holds the blocks"):
-        calls.spec("model", (TensorSpec(f32, (1, 5)),))
-    with pytest.raises(UnknownModule, match="no module 'head'"):
-        calls.spec("head", (TensorSpec(f32, (1, 5)),))
 
 
 def test_leaves_of_outputs_can_be_read_and_replaced() -> None:
