@@ -39,6 +39,7 @@ from glasshive.dht.errors import (
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
@@ -475,8 +476,7 @@ class HivemindTransport:
 
         def ended(future: asyncio.Future[Any]) -> None:
             self._leftovers.discard(future)
-            if not future.cancelled():
-                future.exception()
+            forget_outcome(future)
 
         if task.done():
             ended(task)

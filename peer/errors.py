@@ -11,6 +11,7 @@ GlasshiveError
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
+    ├── BadNeighbour               another peer of the plan that breaks the protocol
     ├── HostFailed                 an error inside the host, which only its own log explains
     └── TraceEnded                 a trace that was cancelled, or whose deadline passed
 """
@@ -65,6 +66,10 @@ class Busy(HostError):
 
 class NeighbourLost(HostError):
     """Another peer of the plan that cannot be reached, or is gone; the text has its id."""
+
+
+class BadNeighbour(HostError):
+    """Another peer of the plan that breaks the protocol; the text has its id."""
 
 
 class HostFailed(HostError):
