@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import glasshive
-from glasshive.client import job as jobs
 from glasshive.client.errors import PeerFailed
-from glasshive.client.job import Job
-from glasshive.dht.tensor_frames import receive_tensor
+from glasshive.client.job import Job, _PeerStream
+from glasshive.dht.framing import Frame
 from glasshive.peer.host import Host
 
 PROMPTS = [list(range(1, 25))] * 200  # a hidden state is several slices
@@ -28,7 +27,7 @@ def test_a_failure_is_heard_however_slow_the_client_reads(
     model = glasshive.local(tiny_folder("llama"), cuts=(3,))
     attempts: list[Job] = []
     failed: list[bool] = []
-    run, fail = Job.run, Host._fail
+    run, fail, receive = Job.run, Host._fail, _PeerStream.receive
 
     async def noted_run(self: Job) -> Any:
         attempts.append(self)
@@ -38,19 +37,19 @@ def test_a_failure_is_heard_however_slow_the_client_reads(
         failed.append(True)
         await fail(self, *args)
 
-    async def late(*args: Any) -> bytearray:
+    async def late(self: _PeerStream, deadline_seconds: float | None = None) -> Frame:
         async with asyncio.timeout(30):
-            while not failed:  # noqa: ASYNC110 (it comes true in another task)
+            while self.hop.state == "running" and not failed:  # noqa: ASYNC110 (in another task)
                 await asyncio.sleep(0.01)
-        return await receive_tensor(*args)
+        return await receive(self, deadline_seconds)
 
     monkeypatch.setattr(Job, "run", noted_run)
     monkeypatch.setattr(Host, "_fail", noted_fail)
-    monkeypatch.setattr(jobs, "receive_tensor", late)
+    monkeypatch.setattr(_PeerStream, "receive", late)
     with pytest.raises(PeerFailed, match="index") as caught:
         with model.trace(PROMPTS, pass_rows=256, progress=False):
-            hidden = model.model.layers[blamed].output
-            hidden.save()
+            model.model.layers[blamed].output.save()
+            hidden = model.model.layers[blamed + 1].output
             torch.index_select(hidden, 1, hidden[0, :, 0].argsort() + 1000).save()  # fails
             model.lm_head.output[:, -1].save()
     lines = Path(__file__).read_text().splitlines()
