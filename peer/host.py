@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,18 +29,14 @@ from glasshive.dht.messages import (
     ALIVE_SECONDS,
     EDGE_PROTOCOL,
     FILES_PROTOCOL,
-    SLICE_BYTES,
     TRACE_PROTOCOL,
     Accepted,
     Alive,
-    AskFile,
     Cancel,
     Constant,
     Done,
     Failed,
-    File,
     Input,
-    More,
     Need,
     Opening,
     Prepare,
@@ -59,19 +53,21 @@ from glasshive.graph.codec import GraphLimits
 from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError
 from glasshive.graph.graph import Const
 from glasshive.graph.kernels import from_torch_dtype, tensor_from_bytes
+from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.order import Passes, slots
 from glasshive.graph.plan import Part, check_part
 from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.admission import Admission
 from glasshive.peer.client_stream import ClientStream
+from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import PassInputs
+from glasshive.peer.file_server import FileServer
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.keys import PeerId
-from glasshive.security.manifest import CLIENT_FILES, MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -115,32 +111,6 @@ class HostLimits:
         return self.stage_seconds(estimated_seconds) + self.node_seconds
 
 
-class _ConstCache:
-    """Tensors by digest, for each client alone: knowing a hash gives nobody another's tensor."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held: OrderedDict[tuple[PeerId, bytes], Tensor] = OrderedDict()
-        self._held_bytes = 0
-
-    def get(self, client: PeerId, name: bytes) -> Tensor | None:
-        """The client's tensor of that digest, if it is still held."""
-        found = self._held.get((client, name))
-        if found is not None:
-            self._held.move_to_end((client, name))
-        return found
-
-    def put(self, client: PeerId, name: bytes, tensor: Tensor) -> None:
-        """Hold a tensor, unless it alone is too large, and forget those used longest ago."""
-        if tensor.nbytes > self._limit_bytes or (client, name) in self._held:
-            return
-        self._held[client, name] = tensor
-        self._held_bytes += tensor.nbytes
-        while self._held_bytes > self._limit_bytes:
-            _, old = self._held.popitem(last=False)
-            self._held_bytes -= old.nbytes
-
-
 def _digest(spec: TensorSpec, data: bytearray, go_on: Callable[[], None]) -> bytes:
     go_on()
     return digest(spec, data)
@@ -161,13 +131,15 @@ class Host:
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
-        self._folder = served.folder
         self._limits = limits or HostLimits()
         self._clock = clock
         self._torch = TorchThread()
         # What a client sends is checked beside the loop, which answers everybody.
         self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
-        self._consts = _ConstCache(self._limits.const_cache_bytes)
+        self._files = FileServer(
+            served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
+        )
+        self._consts = ConstCache(self._limits.const_cache_bytes)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
@@ -186,7 +158,7 @@ class Host:
         """Answer from now on."""
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
         await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
-        await self._transport.serve(FILES_PROTOCOL, self._on_files)
+        await self._transport.serve(FILES_PROTOCOL, self._files.answer)
 
     def close(self) -> None:
         """Cancel what runs and take no more work. The transport ends the streams."""
@@ -343,6 +315,8 @@ class Host:
         for name in wanted:
             tensor = self._consts.get(client.peer_id, name)
             if tensor is not None:
+                if (found := spec_of_tensor(tensor)) != wanted[name]:
+                    raise BadGraph(f"a constant of {wanted[name]} with the hash of one of {found}")
                 held[name] = tensor
         missing = [name for name in wanted if name not in held]
         await client.send(encode(Need(missing)))
@@ -449,34 +423,6 @@ class Host:
         except (MalformedMessage, TransportError) as error:
             trace.lose(opening.sender, error)
             raise
-
-    # Files ----------------------------------------------------------------------------------
-
-    async def _on_files(self, stream: Stream) -> None:
-        while True:
-            try:
-                frame = await stream.receive(self._limits.prepare_seconds)
-            except StreamClosed:
-                return
-            ask = decode(frame.header, AskFile)
-            data = await self._file(ask)
-            if data is None:
-                await stream.refuse("no such file of this model")
-                return
-            await stream.send(encode(File(len(data))), data[:SLICE_BYTES])
-            for offset in range(SLICE_BYTES, len(data), SLICE_BYTES):
-                await stream.send(encode(More()), data[offset : offset + SLICE_BYTES])
-
-    async def _file(self, ask: AskFile) -> bytes | None:
-        if ask.model_id != self._manifest.model_id:
-            return None
-        if ask.name == MANIFEST:
-            return self._manifest.encode()
-        known = self._manifest.file(ask.name)
-        if known is None or known.name not in CLIENT_FILES:
-            return None
-        data = await asyncio.to_thread((self._folder / known.name).read_bytes)
-        return data if hashlib.sha256(data).digest() == known.sha256 else None
 
 
 @contextlib.asynccontextmanager

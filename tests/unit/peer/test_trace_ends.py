@@ -22,6 +22,7 @@ from glasshive.dht.messages import (
     Accepted,
     Alive,
     Cancel,
+    Constant,
     Done,
     Failed,
     Input,
@@ -40,12 +41,12 @@ from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph
-from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site
+from glasshive.graph.graph import Const, Graph, Node, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import encode_part
-from glasshive.graph.tensors import TensorSpec
+from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.host import Host, HostLimits
 from glasshive.peer.served_model import ServedModel
@@ -99,14 +100,19 @@ class Swarm:
     def address(self) -> PeerAddress:
         return PeerAddress(self.home.peer_id, self.home.addresses)
 
-    async def prepared(self, part: Part) -> Stream:
-        """The client's stream of a trace of this part, which the host has accepted."""
+    async def asked(self, part: Part) -> Stream:
+        """The client's stream of a trace of this part."""
         self.traces += 1
         peers = [[one.peer_id, list(one.addresses)] for one in (self.other, self.home)]
         stream = await self.client.open_stream(self.address, TRACE_PROTOCOL, 5)
         model_id = self.served.manifest.model_id
         message = Prepare(self._trace_id, model_id, "float32", peers, 60.0)
         await stream.send(encode(message), encode_part(part, PASSES))
+        return stream
+
+    async def prepared(self, part: Part) -> Stream:
+        """The same, when the host has accepted it."""
+        stream = await self.asked(part)
         decode((await stream.receive(5)).header, Need)
         decode((await stream.receive(5)).header, Accepted)
         return stream
@@ -310,6 +316,26 @@ def test_a_value_comes_once_and_from_elsewhere(served: ServedModel) -> None:
         hostile = dataclasses.replace(stage, exports=exports)
         with pytest.raises(BadGraph, match=text):
             check_part(dataclasses.replace(part, stages=(hostile,)), PASSES, served.outline)
+
+
+@pytest.mark.asyncio
+async def test_a_constant_that_is_held_is_as_the_part_says(swarm: Swarm) -> None:
+    """The bill was made of what the part says: another shape would outgrow it."""
+    value = torch.arange(64, dtype=torch.int8)
+    name = digest(TensorSpec(DType.INT8, (64,)), tensor_to_bytes(value))
+
+    def taking(shape: tuple[int, ...]) -> Part:
+        return part_of([Const(name, DType.INT8, shape), Save(Ref(NodeId(0)), "s")], swarm.served)
+
+    stream = await swarm.asked(taking((64,)))
+    assert decode((await news(stream)).header, Need).digests == [name]
+    await stream.send(encode(Constant("int8", [64])), tensor_to_bytes(value))
+    decode((await news(stream)).header, Accepted)
+    stream.reset()
+    await until(lambda: swarm.host.load == 0.0)
+    failed = decode((await news(await swarm.asked(taking((1,))))).header, Failed)
+    assert failed.code == "BadGraph"
+    assert failed.text == "a constant of int8[1] with the hash of one of int8[64]"
 
 
 # Nothing is left --------------------------------------------------------------------------------
