@@ -402,7 +402,11 @@ class HivemindTransport:
         await self._stop()
         self.lost = asyncio.Event()
         self._listen = tuple(one.rpartition("/p2p/")[0] for one in self.addresses) or self._listen
-        await self._start()
+        try:
+            await self._start()
+        except BaseException:
+            self.lost.set()  # there is no daemon: calls say so, and the owner tries again
+            raise
 
     async def close(self) -> None:
         """See Transport."""

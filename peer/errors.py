@@ -7,6 +7,7 @@ GlasshiveError
     │   └── MissingTensor          weights that the span needs and no file holds
     ├── BadSpan                    a span that this model does not have
     ├── UnsupportedAttention       an attention backend that the model or this machine lacks
+    ├── NoSuchDevice               a device that torch does not have on this machine
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
@@ -50,6 +51,10 @@ class BadSpan(HostError):
 
 class UnsupportedAttention(HostError):
     """An attention backend that the model or this machine lacks."""
+
+
+class NoSuchDevice(HostError):
+    """A device that torch does not have on this machine."""
 
 
 class ModelTypeRefused(HostError):
