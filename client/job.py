@@ -8,6 +8,7 @@ is, every stream is closed, which frees the trace on its peer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ from glasshive.dht.messages import (
     Saved,
     decode,
     encode,
+    is_a,
     spec_of,
 )
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
@@ -110,6 +112,7 @@ class Job:
     def __post_init__(self) -> None:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
+        self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
 
     @property
     def left_seconds(self) -> float:
@@ -173,6 +176,8 @@ class Job:
         with _blaming(hop, self.silence_seconds, "while it was asked to prepare"):
             stream = _PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
+                hop,
+                self.peers,
                 self.silence_seconds,
             )
             streams.append(stream)
@@ -187,10 +192,7 @@ class Job:
             await stream.stream.send(encode(prepare), body, self.silence_seconds)
             self.sent_bytes += len(body)
             frame = await stream.receive()
-            need = decode(frame.header, Need, Failed)
-            if isinstance(need, Failed):
-                raise _failure(hop, need, self.peers)
-            for name in need.digests:
+            for name in decode(frame.header, Need).digests:
                 tensor = self.consts.get(name)
                 if tensor is None:
                     raise MalformedMessage("asked for a constant that is not in the trace")
@@ -198,41 +200,58 @@ class Job:
                 data = tensor_to_bytes(tensor)
                 await self._send_tensor(stream, Constant(spec.dtype.value, list(spec.shape)), data)
             frame = await stream.receive()
-            answer = decode(frame.header, Accepted, Failed)
-            if isinstance(answer, Failed):
-                raise _failure(hop, answer, self.peers)
-            hop.peak_bytes = answer.peak_bytes
+            hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
     async def _run_hop(self, hop: HopReport, streams: Mapping[str, _PeerStream]) -> None:
-        with _blaming(hop, self.silence_seconds, "while it ran its part"):
-            stream = streams[hop.peer.peer_id]
-            for stage in hop.part.stages:
-                if stage.forward:
-                    await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
-            await stream.stream.send(encode(Run()), b"", self.silence_seconds)
-            hop.state = "running"
-            while True:
-                frame = await stream.receive()
-                message = decode(frame.header, Saved, Done, Failed)
-                if isinstance(message, Failed):
-                    raise _failure(hop, message, self.peers)
-                if isinstance(message, Done):
-                    hop.state = "done"
-                    hop.compute_seconds = message.compute_seconds
-                    hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
-                    hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
-                    return
-                spec = spec_of(message.dtype, message.shape)
-                wanted = self.expected.get(message.name)
-                if wanted is None or message.name in self.saves or spec != wanted:
-                    raise MalformedMessage(
-                        f"sent {message.name[:40]!r} as {spec}; "
-                        f"{wanted or 'nothing of that name'} is expected"
-                    )
-                data = await receive_tensor(stream, frame, spec, self.silence_seconds)
-                self.saves[message.name] = tensor_from_bytes(spec, data)
-                hop.saved_bytes += len(data)
-                self.received_bytes += len(data)
+        try:
+            with _blaming(hop, self.silence_seconds, "while it ran its part"):
+                await self._run_part(hop, streams[hop.peer.peer_id])
+        except PeerError as error:
+            self._ended[hop.peer.peer_id].set()
+            if error.peer != hop.peer.peer_id:
+                await self._hear_out(error.peer)
+            raise
+        finally:
+            self._ended[hop.peer.peer_id].set()
+
+    async def _hear_out(self, peer: PeerId) -> None:
+        """Wait a while until a peer that another one blames has spoken for itself.
+
+        A peer whose part fails ends its streams to its neighbours, and they may be quicker to say
+        that they have lost it than it is to say why: it may have much to send to a slow client.
+        """
+        ended = self._ended.get(peer)
+        if ended is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.silence_seconds):
+                    await ended.wait()
+
+    async def _run_part(self, hop: HopReport, stream: _PeerStream) -> None:
+        for stage in hop.part.stages:
+            if stage.forward:
+                await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
+        await stream.stream.send(encode(Run()), b"", self.silence_seconds)
+        hop.state = "running"
+        while True:
+            frame = await stream.receive()
+            message = decode(frame.header, Saved, Done)
+            if isinstance(message, Done):
+                hop.state = "done"
+                hop.compute_seconds = message.compute_seconds
+                hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
+                hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
+                return
+            spec = spec_of(message.dtype, message.shape)
+            wanted = self.expected.get(message.name)
+            if wanted is None or message.name in self.saves or spec != wanted:
+                raise MalformedMessage(
+                    f"sent {message.name[:40]!r} as {spec}; "
+                    f"{wanted or 'nothing of that name'} is expected"
+                )
+            data = await receive_tensor(stream, frame, spec, self.silence_seconds)
+            self.saves[message.name] = tensor_from_bytes(spec, data)
+            hop.saved_bytes += len(data)
+            self.received_bytes += len(data)
 
     async def _send_inputs(self, stream: _PeerStream, pass_index: int, first: bool) -> None:
         one = self.inputs[pass_index]
@@ -258,9 +277,14 @@ _STOOD_STILL_SECONDS: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _PeerStream:
-    """The trace stream to one peer. `Alive` says no more than that the peer is not silent."""
+    """The trace stream to one peer. `Alive` says no more than that the peer is not silent.
+
+    `Failed` may come in place of any other frame, also of a tensor's next slice.
+    """
 
     stream: Stream
+    hop: HopReport
+    peers: Sequence[PeerAddress]
     silence_seconds: float
 
     @property
@@ -268,7 +292,10 @@ class _PeerStream:
         return self.stream.peer_id
 
     async def receive(self, deadline_seconds: float | None = None) -> Frame:
-        """The next frame that is news; raises DeadlineExceeded if nothing at all came for long."""
+        """The next frame that is news.
+
+        Raises what a `Failed` means, and DeadlineExceeded if nothing at all came for long.
+        """
         patience_seconds = deadline_seconds or self.silence_seconds
         while True:
             began = time.monotonic()
@@ -278,6 +305,8 @@ class _PeerStream:
                 if time.monotonic() - began > patience_seconds + _STOOD_STILL_SECONDS:
                     continue  # it was this process that stood still; what came meanwhile is there
                 raise
+            if is_a(frame.header, Failed):
+                raise _failure(self.hop, decode(frame.header, Failed), self.peers)
             if frame.header != _ALIVE:
                 return frame
 
@@ -290,12 +319,13 @@ def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> P
     """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
     who = f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
     text = _printable(message.text)
-    if message.code == "NeighbourLost":
+    if message.code in ("NeighbourLost", "BadNeighbour"):
         # It may speak of those that the plan gives it to deal with, and of nobody else.
         others = {i for stage in hop.part.stages for _, i in (*stage.imports, *stage.exports)}
         named = [peers[i].peer_id for i in sorted(others) if peers[i].peer_id in text]
         lost = named[0] if named else hop.peer.peer_id
-        return PeerLost(f"{who} says: {text}", peer=lost)
+        kind = PeerLost if message.code == "NeighbourLost" else BadAnswer
+        return kind(f"{who} says: {text}", peer=lost)
     if message.code == "Busy":
         return PeerBusy(f"{who} is busy: {text}", peer=hop.peer.peer_id)
     return PeerFailed(

@@ -47,9 +47,9 @@ async def withdraw(
 class Announcer:
     """Announces a record at once and then at every third of its lifetime, until `close`.
 
-    The expiry of the record that is given doesn't matter. A failed try is logged, kept in `error`
-    and followed by the next; after the transport was lost and rebuilt, it goes on by itself. An
-    async context manager.
+    The expiry of the record that is given doesn't matter. A failed try, whatever was raised, is
+    logged, kept in `error` and followed by the next; after the transport was lost and rebuilt, it
+    goes on by itself. An async context manager.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Announcer:
         record: PeerRecord,
         lifetime_seconds: float = MAX_LIFETIME_SECONDS,
     ) -> None:
-        self.error: SwarmError | None = None
+        self.error: Exception | None = None
         self._transport = transport
         self._identity = identity
         self._record = record
@@ -117,8 +117,9 @@ class Announcer:
             try:
                 await self._announce()
                 self.error = None
-            except SwarmError as error:
-                logger.warning("announce_failed: %s", error)
+            except Exception as error:
+                # Also a bug: a host that is not announced any more is nobody's, and can't tell.
+                logger.warning("announce_failed: %s: %s", type(error).__name__, error)
                 self.error = error
 
     async def __aenter__(self) -> Announcer:

@@ -39,6 +39,7 @@ from glasshive.dht.errors import (
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
@@ -401,7 +402,11 @@ class HivemindTransport:
         await self._stop()
         self.lost = asyncio.Event()
         self._listen = tuple(one.rpartition("/p2p/")[0] for one in self.addresses) or self._listen
-        await self._start()
+        try:
+            await self._start()
+        except BaseException:
+            self.lost.set()  # there is no daemon: calls say so, and the owner tries again
+            raise
 
     async def close(self) -> None:
         """See Transport."""
@@ -475,8 +480,7 @@ class HivemindTransport:
 
         def ended(future: asyncio.Future[Any]) -> None:
             self._leftovers.discard(future)
-            if not future.cancelled():
-                future.exception()
+            forget_outcome(future)
 
         if task.done():
             ended(task)

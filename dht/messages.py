@@ -280,6 +280,11 @@ def encode(message: Any) -> Header:
     ]
 
 
+def is_a(header: Any, kind: type[Any]) -> bool:
+    """Whether a frame header claims to be a message of this kind; `decode` says if it is one."""
+    return isinstance(header, list) and header[:1] == [_CODE_OF[kind]]
+
+
 @overload
 def decode(header: Any, first: type[A], /) -> A: ...
 @overload

@@ -48,6 +48,7 @@ __all__ = [
     "PeerRecord",
     "RecordGate",
     "block_key",
+    "is_text",
     "key_id",
     "keys_of",
     "lookup_key",
@@ -282,6 +283,11 @@ def _from_fields(fields: object, sender: PeerId, expires_at_seconds: float) -> P
     )
 
 
+def is_text(value: object) -> bool:
+    """Whether a record can hold it as a name: 1 to 128 letters, digits and ` ._/@:+,()-`."""
+    return type(value) is str and _TEXT.fullmatch(value) is not None
+
+
 def _check(record: PeerRecord) -> None:
     """Raises RecordRefused for any field of the wrong type or out of range."""
     if type(record.model) is not str or not _MODEL_ID.fullmatch(record.model):
@@ -293,7 +299,7 @@ def _check(record: PeerRecord) -> None:
         ("attention", record.attention),
         ("software version", record.software_version),
     ):
-        if type(text) is not str or not _TEXT.fullmatch(text):
+        if not is_text(text):
             raise RecordRefused(
                 f"the {name} of the record is not 1 to 128 letters, digits and ._/@:+,()- "
             )

@@ -9,10 +9,22 @@ from __future__ import annotations
 from typing import Protocol
 
 from glasshive.dht.errors import MalformedMessage
-from glasshive.dht.framing import Frame, Stream
+from glasshive.dht.framing import SEND_DEADLINE_SECONDS, Frame
 from glasshive.dht.messages import SLICE_BYTES, More, decode, encode
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.keys import PeerId
+from glasshive.security.plain import Plain
+
+
+class FrameSink(Protocol):
+    """A stream, as far as one sends on it."""
+
+    async def send(
+        self,
+        header: Plain,
+        body: bytes | bytearray | memoryview = b"",
+        deadline_seconds: float = SEND_DEADLINE_SECONDS,
+    ) -> None: ...
 
 
 class FrameSource(Protocol):
@@ -25,7 +37,10 @@ class FrameSource(Protocol):
 
 
 async def send_tensor(
-    stream: Stream, message: object, data: bytes | bytearray | memoryview, deadline_seconds: float
+    stream: FrameSink,
+    message: object,
+    data: bytes | bytearray | memoryview,
+    deadline_seconds: float,
 ) -> None:
     """Send `message` and the bytes of its tensor. One task at a time may do so on a stream.
 

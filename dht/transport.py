@@ -136,7 +136,8 @@ class Transport(Protocol):
     async def rebuild(self) -> None:
         """After `lost`: the same identity, the same addresses if they are free, the same handlers.
 
-        Streams are not brought back, and the caller announces its records again.
+        Streams are not brought back, and the caller announces its records again. What raises leaves
+        the transport lost, to be rebuilt later.
         """
 
     def now(self) -> float:

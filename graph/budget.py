@@ -126,11 +126,13 @@ def admit(
     imports: Mapping[NodeId, TensorSpec] | None = None,
     order: Iterable[NodeId] | None = None,
     keep: Collection[NodeId] = (),
+    resident_bytes: int = 0,
 ) -> Bill:
     """The bill of `graph`, if it keeps to `budget`.
 
     `imports` are the specs of the imported values; `order` is the order of execution, that of the
-    ids if it is not given; `keep` are values that outlive the run, such as those that are sent on.
+    ids if it is not given; `keep` are values that outlive the run, such as those that are sent on;
+    `resident_bytes` are there all the time besides the graph's values, and constants are as well.
     Raises OverBudget, ShapeMismatch or what `model` raises, naming the node. Nothing is run.
     """
     given = dict(imports or {})
@@ -139,7 +141,7 @@ def admit(
     sequence = list(graph.nodes) if order is None else list(order)
     if len(sequence) != len(graph.nodes) or set(sequence) != graph.nodes.keys():
         raise BadGraph("the order of execution is not a permutation of the graph's nodes")
-    return _Admission(graph, model, budget, given, keep).run(sequence)
+    return _Admission(graph, model, budget, given, keep, resident_bytes).run(sequence)
 
 
 class _Admission:
@@ -152,6 +154,7 @@ class _Admission:
         budget: Budget,
         imports: dict[NodeId, TensorSpec],
         keep: Collection[NodeId],
+        resident_bytes: int,
     ) -> None:
         self._graph = graph
         self._model = model
@@ -159,7 +162,7 @@ class _Admission:
         self._keep = keep
         self._specs: dict[NodeId, Specs] = dict(imports)
         self._live: dict[NodeId, int] = {}
-        self._live_bytes = 0
+        self._live_bytes = resident_bytes
         self._peak_bytes = 0
         self._flops = 0
         self._seconds = 0.0
@@ -169,7 +172,24 @@ class _Admission:
         dying = self._dying(sequence)
         for node_id in self._graph.imports:
             self._hold(node_id)
-        self._charge(sequence[0] if sequence else NodeId(0), "the imports", 0)
+        self._charge(sequence[0] if sequence else NodeId(0), "what comes in", 0)
+        consts: dict[bytes, TensorSpec] = {}
+        for node_id in sequence:
+            node = self._graph.nodes[node_id]
+            if not isinstance(node, Const):
+                continue
+            spec = TensorSpec(node.dtype, node.shape)
+            known = consts.get(node.digest)
+            if known is None:
+                # They come before anything runs, and the run has all of them to its end.
+                consts[node.digest] = spec
+                self._live_bytes += _held_bytes(spec)
+                self._charge(node_id, _in_words(node), 0)
+            elif known != spec:
+                raise BadGraph(
+                    f"node {node_id}: a constant of {spec} with the hash of one of {known}",
+                    node=node_id,
+                )
         for position, node_id in enumerate(sequence):
             node = self._graph.nodes[node_id]
             try:
@@ -209,7 +229,7 @@ class _Admission:
 
     def _hold(self, node_id: NodeId) -> None:
         node = self._graph.nodes.get(node_id)
-        shares_all = isinstance(node, Op) and node.name == "pick"
+        shares_all = isinstance(node, Const) or (isinstance(node, Op) and node.name == "pick")
         held_bytes = 0 if shares_all else sum(map(_held_bytes, _parts(self._specs[node_id])))
         self._live[node_id] = held_bytes
         self._live_bytes += held_bytes

@@ -131,14 +131,23 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
             0 <= stop < outline.n_events and part.span.hosts(outline.block(stop), outline.n_blocks)
         ):
             raise BadGraph(f"stop at event {stop} of {outline.n_events} on span {part.span}")
+        hidden = 0
         for value, sender in stage.imports:
             if value == HIDDEN:
                 if not stage.forward or sender >= part.index or part.span.start == 0:
                     raise BadGraph(f"hidden states from part {sender} to part {part.index}")
+                hidden += 1
                 continue
             if value not in part.graph.imports or value in known:
                 raise BadGraph("an import that the graph does not name, or twice", node=value)
+            if sender == part.index:
+                raise BadGraph("a part that imports from itself", node=value)
             known.add(value)
+        if hidden != (stage.forward and part.span.start > 0):
+            raise BadGraph(
+                f"the hidden states of pass {stage.pass_index} come to span {part.span} "
+                f"{hidden} times"
+            )
         for value, invoke in stage.from_hidden:
             if (
                 passes.of(invoke) != stage.pass_index
@@ -157,7 +166,11 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
             placed.add(node_id)
             if not is_effect(node):
                 known.add(node_id)
-        for value, _ in stage.exports:
+        if len(set(stage.exports)) != len(stage.exports):
+            raise BadGraph(f"an export of pass {stage.pass_index} goes to one part twice")
+        for value, receiver in stage.exports:
+            if receiver == part.index:
+                raise BadGraph("a part that exports to itself", node=value)
             if value == HIDDEN:
                 if not stage.forward or part.span.end >= outline.n_blocks:
                     raise BadGraph("hidden states leave a stage that has none")

@@ -69,6 +69,13 @@ class Admission:
                 f"peer's time, but {self._budget.seconds:.3g} s are allowed; trace fewer "
                 "or shorter prompts at a time"
             )
+        waiting_bytes = self._waiting_bytes(part, passes)
+        if waiting_bytes > self._budget.peak_bytes:
+            raise OverBudget(
+                f"tokens and hidden states of {len(forwards)} passes take {waiting_bytes} bytes "
+                f"while they wait here, but {self._budget.peak_bytes} are allowed; trace fewer "
+                "or shorter prompts at a time"
+            )
         model = surroundings(self._outline, self._calls, passes)
 
         def infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
@@ -82,5 +89,32 @@ class Admission:
             imports=part.specs,
             order=[node for stage in part.stages for node in stage.nodes],
             keep={v for stage in part.stages for v, _ in stage.exports if v != HIDDEN},
+            resident_bytes=waiting_bytes,
         )
         return replace(bill, seconds=bill.seconds + seconds)
+
+    def _waiting_bytes(self, part: Part, passes: Passes) -> int:
+        """What the passes take at most besides the graph: tokens, and hidden states that wait.
+
+        Those that come in may all have arrived before the first stage, and of those that leave none
+        may have been taken when the last one ends.
+        """
+        stages = [stage for stage in part.stages if stage.forward]
+        inputs_bytes = 0
+        waiting_bytes = 0  # before a stage: what it and later ones import, what earlier ones export
+        for stage in stages:
+            one = passes.passes[stage.pass_index]
+            tensors = (part.span.start == 0) + 2 * one.padded  # token ids; mask and positions
+            inputs_bytes += tensors * one.batch * one.seq * 8
+            if any(value == HIDDEN for value, _ in stage.imports):
+                waiting_bytes += self._outline.hidden_spec(one.batch, one.seq).nbytes
+        most_bytes = waiting_bytes
+        for stage in stages:
+            one = passes.passes[stage.pass_index]
+            hidden_bytes = self._outline.hidden_spec(one.batch, one.seq).nbytes
+            if any(value == HIDDEN for value, _ in stage.exports):
+                waiting_bytes += hidden_bytes
+            most_bytes = max(most_bytes, waiting_bytes)
+            if any(value == HIDDEN for value, _ in stage.imports):
+                waiting_bytes -= hidden_bytes
+        return inputs_bytes + most_bytes

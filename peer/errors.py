@@ -7,10 +7,12 @@ GlasshiveError
     │   └── MissingTensor          weights that the span needs and no file holds
     ├── BadSpan                    a span that this model does not have
     ├── UnsupportedAttention       an attention backend that the model or this machine lacks
+    ├── NoSuchDevice               a device that torch does not have on this machine
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
+    ├── BadNeighbour               another peer of the plan that breaks the protocol
     ├── HostFailed                 an error inside the host, which only its own log explains
     └── TraceEnded                 a trace that was cancelled, or whose deadline passed
 """
@@ -51,6 +53,10 @@ class UnsupportedAttention(HostError):
     """An attention backend that the model or this machine lacks."""
 
 
+class NoSuchDevice(HostError):
+    """A device that torch does not have on this machine."""
+
+
 class ModelTypeRefused(HostError):
     """An architecture that does not split exactly, or that this release does not know."""
 
@@ -65,6 +71,10 @@ class Busy(HostError):
 
 class NeighbourLost(HostError):
     """Another peer of the plan that cannot be reached, or is gone; the text has its id."""
+
+
+class BadNeighbour(HostError):
+    """Another peer of the plan that breaks the protocol; the text has its id."""
 
 
 class HostFailed(HostError):

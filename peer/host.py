@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,17 +29,14 @@ from glasshive.dht.messages import (
     ALIVE_SECONDS,
     EDGE_PROTOCOL,
     FILES_PROTOCOL,
-    SLICE_BYTES,
     TRACE_PROTOCOL,
     Accepted,
     Alive,
-    AskFile,
     Cancel,
     Constant,
+    Done,
     Failed,
-    File,
     Input,
-    More,
     Need,
     Opening,
     Prepare,
@@ -50,6 +45,7 @@ from glasshive.dht.messages import (
     encode,
     spec_of,
 )
+from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.tensor_frames import receive_tensor
 from glasshive.dht.transport import PeerAddress, Transport, check_address
 from glasshive.graph.budget import Bill, Budget
@@ -57,18 +53,21 @@ from glasshive.graph.codec import GraphLimits
 from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError
 from glasshive.graph.graph import Const
 from glasshive.graph.kernels import from_torch_dtype, tensor_from_bytes
+from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.order import Passes, slots
 from glasshive.graph.plan import Part, check_part
 from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.admission import Admission
+from glasshive.peer.client_stream import ClientStream
+from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import PassInputs
+from glasshive.peer.file_server import FileServer
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.keys import PeerId
-from glasshive.security.manifest import CLIENT_FILES, MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -112,32 +111,6 @@ class HostLimits:
         return self.stage_seconds(estimated_seconds) + self.node_seconds
 
 
-class _ConstCache:
-    """Tensors by digest, for each client alone: knowing a hash gives nobody another's tensor."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held: OrderedDict[tuple[PeerId, bytes], Tensor] = OrderedDict()
-        self._held_bytes = 0
-
-    def get(self, client: PeerId, name: bytes) -> Tensor | None:
-        """The client's tensor of that digest, if it is still held."""
-        found = self._held.get((client, name))
-        if found is not None:
-            self._held.move_to_end((client, name))
-        return found
-
-    def put(self, client: PeerId, name: bytes, tensor: Tensor) -> None:
-        """Hold a tensor, unless it alone is too large, and forget those used longest ago."""
-        if tensor.nbytes > self._limit_bytes or (client, name) in self._held:
-            return
-        self._held[client, name] = tensor
-        self._held_bytes += tensor.nbytes
-        while self._held_bytes > self._limit_bytes:
-            _, old = self._held.popitem(last=False)
-            self._held_bytes -= old.nbytes
-
-
 def _digest(spec: TensorSpec, data: bytearray, go_on: Callable[[], None]) -> bytes:
     go_on()
     return digest(spec, data)
@@ -158,13 +131,15 @@ class Host:
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
-        self._folder = served.folder
         self._limits = limits or HostLimits()
         self._clock = clock
         self._torch = TorchThread()
         # What a client sends is checked beside the loop, which answers everybody.
         self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
-        self._consts = _ConstCache(self._limits.const_cache_bytes)
+        self._files = FileServer(
+            served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
+        )
+        self._consts = ConstCache(self._limits.const_cache_bytes)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
@@ -183,7 +158,7 @@ class Host:
         """Answer from now on."""
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
         await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
-        await self._transport.serve(FILES_PROTOCOL, self._on_files)
+        await self._transport.serve(FILES_PROTOCOL, self._files.answer)
 
     def close(self) -> None:
         """Cancel what runs and take no more work. The transport ends the streams."""
@@ -218,48 +193,50 @@ class Host:
 
     async def _on_trace(self, stream: Stream) -> None:
         began = self._clock()
+        client = ClientStream(stream)
         try:
-            frame = await stream.receive(self._limits.prepare_seconds)
+            frame = await client.receive(self._limits.prepare_seconds)
             prepare = decode(frame.header, Prepare)
-            self._take_slot(prepare.trace_id, stream.peer_id)
+            self._take_slot(prepare.trace_id, client.peer_id)
             try:
-                async with _heard(stream):
-                    trace = await self._serve_trace(stream, prepare, frame.body)
+                async with _heard(client):
+                    done = await self._serve_trace(client, prepare, frame.body)
             finally:
                 del self._tenants[prepare.trace_id]
+            # The slot is free before the client hears of it: its next trace may follow at once.
+            await client.send(encode(done))
             log.info(
                 "trace_done",
                 extra={
-                    "client": stream.peer_id,
-                    "compute_seconds": round(trace.compute_seconds, 4),
+                    "client": client.peer_id,
+                    "compute_seconds": round(done.compute_seconds, 4),
                     "seconds": round(self._clock() - began, 4),
                 },
             )
         except StreamClosed:
-            log.info("client_left", extra={"client": stream.peer_id})
+            log.info("client_left", extra={"client": client.peer_id})
         except GlasshiveError as error:
-            await self._fail(stream, error)
+            await self._fail(client, error)
         except Exception:
             # A bug of ours or of the model's code: the client is told that, and nothing more.
-            log.exception("host_failed", extra={"client": stream.peer_id})
-            await self._fail(stream, HostFailed("an error inside the host; its own log says what"))
+            log.exception("host_failed", extra={"client": client.peer_id})
+            await self._fail(client, HostFailed("an error inside the host; its own log says what"))
 
-    async def _serve_trace(self, stream: Stream, prepare: Prepare, body: bytearray) -> HostedTrace:
-        trace, bill = await self._prepare(stream, prepare, body)
+    async def _serve_trace(self, client: ClientStream, prepare: Prepare, body: bytearray) -> Done:
+        trace, bill = await self._prepare(client, prepare, body)
         # Before the client is told: other peers may push as soon as it has heard of all.
         self._traces[trace.trace_id] = trace
         try:
-            await stream.send(encode(_accepted(bill)))
+            await client.send(encode(_accepted(bill)))
             log.info(
                 "trace_accepted",
-                extra={"client": stream.peer_id, "nodes": len(trace.part.graph)},
+                extra={"client": client.peer_id, "nodes": len(trace.part.graph)},
             )
-            await self._take_inputs(stream, trace)
-            await self._run(stream, trace)
+            await self._take_inputs(client, trace)
+            return await self._run(client, trace)
         finally:
-            trace.cancel()
             del self._traces[trace.trace_id]
-        return trace
+            trace.end()
 
     def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
         """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
@@ -273,7 +250,7 @@ class Host:
         self._tenants[trace_id] = client
 
     async def _prepare(
-        self, stream: Stream, prepare: Prepare, body: bytearray
+        self, client: ClientStream, prepare: Prepare, body: bytearray
     ) -> tuple[HostedTrace, Bill]:
         limits = self._limits
         if prepare.model_id != self._manifest.model_id:
@@ -286,11 +263,11 @@ class Host:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
         peers = _peers(prepare)
         part, passes, bill = await self._check(partial(self._admitted, body, peers))
-        consts = await self._take_consts(stream, part)
+        consts = await self._take_consts(client, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
         trace = HostedTrace(
             trace_id=prepare.trace_id,
-            client=stream,
+            client=client,
             peers=peers,
             part=part,
             passes=passes,
@@ -328,7 +305,7 @@ class Host:
         slots(part.graph, self._outline, passes)
         return part, passes, self._admission.admit(part, passes, body, go_on)
 
-    async def _take_consts(self, stream: Stream, part: Part) -> Mapping[bytes, Tensor]:
+    async def _take_consts(self, client: ClientStream, part: Part) -> Mapping[bytes, Tensor]:
         wanted: dict[bytes, TensorSpec] = {
             node.digest: TensorSpec(node.dtype, node.shape)
             for node in part.graph.nodes.values()
@@ -336,31 +313,33 @@ class Host:
         }
         held: dict[bytes, Tensor] = {}
         for name in wanted:
-            tensor = self._consts.get(stream.peer_id, name)
+            tensor = self._consts.get(client.peer_id, name)
             if tensor is not None:
+                if (found := spec_of_tensor(tensor)) != wanted[name]:
+                    raise BadGraph(f"a constant of {wanted[name]} with the hash of one of {found}")
                 held[name] = tensor
         missing = [name for name in wanted if name not in held]
-        await stream.send(encode(Need(missing)))
+        await client.send(encode(Need(missing)))
         for name in missing:
-            frame = await stream.receive(self._limits.prepare_seconds)
+            frame = await client.receive(self._limits.prepare_seconds)
             message = decode(frame.header, Constant)
             spec = spec_of(message.dtype, message.shape)
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
-            data = await receive_tensor(stream, frame, spec, self._limits.prepare_seconds)
+            data = await receive_tensor(client, frame, spec, self._limits.prepare_seconds)
             if await self._check(partial(_digest, spec, data)) != name:
                 raise BadGraph("a constant whose bytes do not have the announced hash")
             tensor = tensor_from_bytes(spec, data)
             # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
             held[name] = tensor if tensor.dim() == 0 else tensor.to(self._model.device)
-            self._consts.put(stream.peer_id, name, held[name])
+            self._consts.put(client.peer_id, name, held[name])
         return held
 
-    async def _take_inputs(self, stream: Stream, trace: HostedTrace) -> None:
+    async def _take_inputs(self, client: ClientStream, trace: HostedTrace) -> None:
         taken: dict[int, dict[str, Tensor]] = {}
         while True:
             # The client waits meanwhile for the other peers, to whom it may have much to send.
-            frame = await stream.receive(trace.left_seconds)
+            frame = await client.receive(trace.left_seconds)
             message = decode(frame.header, Input, Run, Cancel)
             if isinstance(message, Cancel):
                 raise TraceEnded("the client cancelled the trace")
@@ -376,7 +355,7 @@ class Host:
                 or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.seq))
             ):
                 raise WrongInput(f"input {message.name[:20]!r} of {spec} fits no pass of this plan")
-            data = await receive_tensor(stream, frame, spec, trace.left_seconds)
+            data = await receive_tensor(client, frame, spec, trace.left_seconds)
             mine[message.name] = tensor_from_bytes(spec, data)
         vocabulary = self._outline.vocabulary_tokens
         for index, named in taken.items():
@@ -394,35 +373,36 @@ class Host:
             device = self._model.device
             trace.inputs[index] = PassInputs(**{k: v.to(device) for k, v in named.items()})
 
-    async def _run(self, stream: Stream, trace: HostedTrace) -> None:
+    async def _run(self, client: ClientStream, trace: HostedTrace) -> Done:
         run = asyncio.create_task(trace.run())
-        watch = asyncio.create_task(stream.receive(trace.left_seconds + 1))
+        watch = asyncio.create_task(client.receive(trace.left_seconds + 1))
+        for task in (run, watch):
+            task.add_done_callback(forget_outcome)  # one of them is asked, and the other may fail
         try:
             await asyncio.wait(
                 {run, watch}, timeout=trace.left_seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if run.done():
-                await stream.send(encode(run.result()))
-            elif watch.done():
+                return run.result()
+            if watch.done():
                 decode(watch.result().header, Cancel)
                 raise TraceEnded("the client cancelled the trace")
-            else:
-                raise TraceEnded("the trace's deadline passed; allow more time with deadline=")
+            raise TraceEnded("the trace's deadline passed; allow more time with deadline=")
         finally:
             trace.cancel()
             run.cancel()
             watch.cancel()
             await asyncio.wait({run, watch}, timeout=CLOSE_SECONDS)
 
-    async def _fail(self, stream: Stream, error: GlasshiveError) -> None:
+    async def _fail(self, client: ClientStream, error: GlasshiveError) -> None:
         said = repr(error)[:MAX_FAILURE_CHARS]
-        log.info("trace_failed", extra={"client": stream.peer_id, "error": said})
+        log.info("trace_failed", extra={"client": client.peer_id, "error": said})
         node = error.node if isinstance(error, GraphError) and error.node is not None else -1
         text = str(error)[:MAX_FAILURE_CHARS]
         try:
-            await stream.send(encode(Failed(type(error).__name__, node, text)))
+            await client.send(encode(Failed(type(error).__name__, node, text)))
         except SwarmError:
-            log.info("client_left", extra={"client": stream.peer_id})
+            log.info("client_left", extra={"client": client.peer_id})
 
     # Other peers ----------------------------------------------------------------------------
 
@@ -444,60 +424,23 @@ class Host:
             trace.lose(opening.sender, error)
             raise
 
-    # Files ----------------------------------------------------------------------------------
-
-    async def _on_files(self, stream: Stream) -> None:
-        while True:
-            try:
-                frame = await stream.receive(self._limits.prepare_seconds)
-            except StreamClosed:
-                return
-            ask = decode(frame.header, AskFile)
-            data = await self._file(ask)
-            if data is None:
-                await stream.refuse("no such file of this model")
-                return
-            await stream.send(encode(File(len(data))), data[:SLICE_BYTES])
-            for offset in range(SLICE_BYTES, len(data), SLICE_BYTES):
-                await stream.send(encode(More()), data[offset : offset + SLICE_BYTES])
-
-    async def _file(self, ask: AskFile) -> bytes | None:
-        if ask.model_id != self._manifest.model_id:
-            return None
-        if ask.name == MANIFEST:
-            return self._manifest.encode()
-        known = self._manifest.file(ask.name)
-        if known is None or known.name not in CLIENT_FILES:
-            return None
-        data = await asyncio.to_thread((self._folder / known.name).read_bytes)
-        return data if hashlib.sha256(data).digest() == known.sha256 else None
-
 
 @contextlib.asynccontextmanager
-async def _heard(stream: Stream) -> AsyncIterator[None]:
+async def _heard(client: ClientStream) -> AsyncIterator[None]:
     """Inside it, the client hears every `ALIVE_SECONDS` that this host is there."""
-    ended = asyncio.Event()
 
     async def tell() -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ALIVE_SECONDS):
-                    await ended.wait()
-                    return
-            await stream.send(encode(Alive()))
+            await asyncio.sleep(ALIVE_SECONDS)
+            await client.send(encode(Alive()))
 
     telling = asyncio.create_task(tell())
+    # A client that left: whoever else uses the stream is told.
+    telling.add_done_callback(forget_outcome)
     try:
         yield
     finally:
-        # It ends by itself: a frame that is cut short would end the stream, and lose what was sent.
-        ended.set()
-        try:
-            await asyncio.wait({telling}, timeout=CLOSE_SECONDS)
-        finally:
-            telling.cancel()
-        if telling.done() and not telling.cancelled():
-            telling.exception()  # a client that left; whoever else uses the stream is told
+        telling.cancel()
 
 
 def _accepted(bill: Bill) -> Accepted:

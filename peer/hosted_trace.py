@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.graph.errors import BadGraph
+from glasshive.graph.errors import BadGraph, GraphError
 from glasshive.graph.graph import NodeId
 from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
@@ -43,12 +43,16 @@ from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
-from glasshive.peer.errors import NeighbourLost, TraceEnded
+from glasshive.peer.client_stream import ClientStream
+from glasshive.peer.errors import BadNeighbour, HostError, NeighbourLost, TraceEnded
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
 
 T = TypeVar("T")
+
+TELL_SECONDS: Final = 10.0  # in which the client is told of an end
+
 RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
 
@@ -72,7 +76,7 @@ class HostedTrace:
     """One tenant's part of a trace while it runs here. Belongs to one task of the host."""
 
     trace_id: bytes
-    client: Stream
+    client: ClientStream
     peers: tuple[PeerAddress, ...]
     part: Part
     passes: Passes
@@ -103,6 +107,7 @@ class HostedTrace:
             to: asyncio.Queue() for to in sorted(receivers)
         }
         self._traffic = {to: _Traffic() for to in receivers}
+        self._incoming: dict[int, Stream] = {}  # by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
@@ -117,6 +122,12 @@ class HostedTrace:
     def cancel(self) -> None:
         """Make the torch thread leave this trace at the next module that it watches."""
         self._executor.cancel()
+
+    def end(self) -> None:
+        """`cancel`, and end the streams on which other peers push."""
+        self.cancel()
+        for stream in self._incoming.values():
+            stream.reset()
 
     async def run(self) -> Done:
         """Run every stage and send everything; returns what the client is told.
@@ -135,8 +146,10 @@ class HostedTrace:
                 for queue in self._outgoing.values():
                     queue.put_nowait(None)
         except BaseExceptionGroup as group:
-            # One cause is enough: the others are its echo in the tasks beside it.
-            raise group.exceptions[0] from None
+            # One cause is enough: the others are its echo in the tasks beside it. A node that
+            # failed says more than a peer that was lost meanwhile.
+            causes: list[BaseException] = list(group.exceptions)
+            raise min(causes, key=lambda e: not isinstance(e, GraphError)) from None
         traffic = [[to, one.hidden_bytes, one.carried_bytes] for to, one in self._traffic.items()]
         return Done(self.compute_seconds, traffic)
 
@@ -149,23 +162,33 @@ class HostedTrace:
             raise MalformedMessage(
                 f"{stream.peer_id} pushes as part {sender}, which the plan gives to another peer"
             )
-        expected = sum(1 for one in self._expected.values() if one == sender)
-        for _ in range(expected):
-            frame = await stream.receive(self.left_seconds)
-            message = decode(frame.header, Value)
-            value = NodeId(message.value)
-            key = (value, message.pass_index if value == HIDDEN else None)
-            parked = self._arrived.get(key)
-            if self._expected.get(key) != sender or parked is None or parked.done():
-                raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
-            spec = spec_of(message.dtype, message.shape)
-            wanted = self._spec(*key)
-            if spec != wanted:
-                raise MalformedMessage(
-                    f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
-                )
-            data = await receive_tensor(stream, frame, spec, self.left_seconds)
-            parked.set_result(tensor_in_order(spec, message.order, data))
+        if sender in self._incoming:
+            raise MalformedMessage(f"part {sender} pushes on two streams at a time")
+        self._incoming[sender] = stream
+        try:
+            for _ in range(sum(1 for one in self._expected.values() if one == sender)):
+                await self._park_next(sender, stream)
+        finally:
+            del self._incoming[sender]
+
+    async def _park_next(self, sender: int, stream: Stream) -> None:
+        frame = await stream.receive(self.left_seconds)
+        message = decode(frame.header, Value)
+        value = NodeId(message.value)
+        key = (value, message.pass_index if value == HIDDEN else None)
+        parked = self._arrived.get(key)
+        if self._expected.get(key) != sender or parked is None or parked.done():
+            raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
+        spec = spec_of(message.dtype, message.shape)
+        wanted = self._spec(*key)
+        if spec != wanted:
+            raise MalformedMessage(
+                f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
+            )
+        data = await receive_tensor(stream, frame, spec, self.left_seconds)
+        tensor = tensor_in_order(spec, message.order, data)
+        if not parked.done():  # whoever waited may have been cancelled meanwhile
+            parked.set_result(tensor)
 
     def lose(self, sender: int, why: SwarmError) -> None:
         """Fail what still waits for the peer `sender`, whose stream has broken."""
@@ -222,8 +245,11 @@ class HostedTrace:
         out = _Outgoing(value, stage.pass_index, tensor)
         self._loop.call_soon_threadsafe(self._outgoing[receiver].put_nowait, out)
 
-    def _lost(self, other: int, why: SwarmError) -> NeighbourLost:
-        return NeighbourLost(f"peer {self.peers[other].peer_id} (part {other}) was lost: {why}")
+    def _lost(self, other: int, why: SwarmError) -> HostError:
+        who = f"peer {self.peers[other].peer_id} (part {other})"
+        if isinstance(why, MalformedMessage):
+            return BadNeighbour(f"{who} broke the protocol: {why}")
+        return NeighbourLost(f"{who} was lost: {why}")
 
     # Sending --------------------------------------------------------------------------------
 
@@ -232,7 +258,9 @@ class HostedTrace:
             name, tensor = item
             spec = spec_of_tensor(tensor)
             message = Saved(name, spec.dtype.value, list(spec.shape))
-            await send_tensor(self.client, message, tensor_to_bytes(tensor), self.left_seconds)
+            # A frame ends its stream when its deadline passes, and the client is still to be told.
+            deadline_seconds = self.left_seconds + TELL_SECONDS
+            await send_tensor(self.client, message, tensor_to_bytes(tensor), deadline_seconds)
 
     async def _send_values(self, receiver: int, queue: asyncio.Queue[_Outgoing | None]) -> None:
         stream: Stream | None = None

@@ -14,6 +14,7 @@ from glasshive.graph.outline import Outline
 from glasshive.graph.plan import Span
 from glasshive.graph.twin import build_twin, scan
 from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
+from glasshive.peer.device import find_device
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.self_test import self_test
 from glasshive.peer.span_model import SpanModel
@@ -87,8 +88,10 @@ def load_served_model(
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
-    Raises what Checkpoint raises, ModelTypeRefused from the self-test, and UnsupportedModel.
+    Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test, and
+    UnsupportedModel.
     """
+    device = find_device(device)
     checkpoint = Checkpoint(folder)
     self_test(checkpoint.config, attention)
     chosen = span or Span(0, checkpoint.n_blocks)

@@ -135,7 +135,7 @@ def check_span(start: int, end: int, n_blocks: int, name: str) -> None:
     if end > n_blocks:
         raise BadSpan(
             f"got the span {start}:{end}, but {name} has only {n_blocks} blocks; "
-            f"ask for a span within 0:{n_blocks}"
+            f"ask for first:end (end excluded) within 0:{n_blocks}"
         )
     if not 0 <= start < end:
         raise BadSpan(

@@ -10,7 +10,8 @@ that decides how long. Rules:
 3. It is killed when no report has come for `heartbeat_seconds`, or when it reports a pass that has
    outrun its hard deadline by `overdue_seconds`.
 4. When it ends uninvited it is started again, after a pause that doubles at each failure in a row.
-   One that ends before it was ever ready has said why: then the supervisor ends with its exit code.
+   If the first one ends before it was ready it has said why: then the supervisor ends with its exit
+   code. So it does after several in a row that were never ready, such as when their port is taken.
 
 Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS`` once.
 """
@@ -46,6 +47,7 @@ class SupervisorLimits:
     first_pause_seconds: float = 1.0
     longest_pause_seconds: float = 60.0
     steady_seconds: float = 60.0  # after so long in service, failures are counted from none
+    useless_starts: int = 8  # in a row, none of which was ready: over 2 minutes
 
 
 class Reporter:
@@ -109,7 +111,8 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._listen: str | None = None
-        self._was_ready = False
+        self._was_ready = False  # any process of this supervisor
+        self._is_ready = False  # the one that runs, or ran last
 
     async def run(self, *, until_stdin_ends: bool = False) -> int:
         """The exit code: 0 after a stop that was asked for, else what the host process said."""
@@ -135,13 +138,24 @@ class Supervisor:
 
     async def _keep_running(self) -> int:
         limits = self._limits
-        failures = 0
+        failures = useless = 0
         while True:
             began = asyncio.get_running_loop().time()
             code = await self._run_once()
             if self._stop.is_set():
                 return 0
             if not self._was_ready:
+                return code if code > 0 else 1
+            useless = 0 if self._is_ready else useless + 1
+            if useless == limits.useless_starts:
+                log.error(
+                    "host_process_given_up",
+                    extra={
+                        "code": code,
+                        "why": f"it was started {useless} times and was never ready; what it wrote "
+                        f"last says why, such as that {self._listen} is in use by another process",
+                    },
+                )
                 return code if code > 0 else 1
             if asyncio.get_running_loop().time() - began > limits.steady_seconds:
                 failures = 0
@@ -155,6 +169,7 @@ class Supervisor:
 
     async def _run_once(self) -> int:
         """Start the process and see it to its end; its exit code, negative for a signal."""
+        self._is_ready = False
         reading, writing = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -220,7 +235,7 @@ class Supervisor:
                 wait_seconds = self._limits.heartbeat_seconds
                 word, _, rest = line.decode("ascii", "replace").strip().partition(" ")
                 if word == "ready":
-                    self._was_ready = True
+                    self._was_ready = self._is_ready = True
                     self._listen = rest or self._listen
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:
                     _killed(f"a pass is {rest} s past its deadline")

@@ -118,7 +118,8 @@ def serve(
 ) -> None:
     """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
     set_up_logging(log_format)
-    span = _blocks(blocks)
+    span = _blocks(blocks, model)
+    _check_name(name)
     settings = load_settings(config, bootstraps=bootstrap, host_key=key)
     if report_descriptor is None:
         _supervise(settings.host_key, data_dir() / "host.key", listen, settings, until_stdin_ends)
@@ -235,15 +236,47 @@ def demo(
     raise typer.Exit(code)
 
 
-def _blocks(text: str | None) -> tuple[int, int] | None:
+def _blocks(text: str | None, model: str) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, end = text.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+    whole = first.isdecimal() and end.isdecimal()
+    if whole and int(first) < int(end):
+        return int(first), int(end)
+    if first.isdecimal() and not colon:
+        why = f"; block {first} alone is {first}:{int(first) + 1}"
+    elif whole:
+        why = ", and the first below the end"
+    else:
+        why = ""
+    raise typer.BadParameter(
+        f"got {text!r}, wanted first:end (end excluded), such as 0:10 for the first ten{why}"
+        f"{_said_of_blocks(model)}",
+        param_hint="--blocks",
+    )
+
+
+def _said_of_blocks(model: str) -> str:
+    """How many blocks a model has, if it is here to be asked."""
+    from glasshive.models import find_model
+    from glasshive.peer.checkpoint import Checkpoint
+
+    try:
+        n_blocks = Checkpoint(find_model(model)).n_blocks
+    except (GlasshiveError, ModelUnavailableError):
+        return ""
+    return f"; {model} has {n_blocks} blocks, 0:{n_blocks}"
+
+
+def _check_name(name: str | None) -> None:
+    from glasshive.dht.records import is_text
+
+    if name is not None and not is_text(name):
         raise typer.BadParameter(
-            f"got {text!r}, wanted first:end, such as 0:10", param_hint="--blocks"
+            f"got {name[:140]!r}, wanted 1 to 128 letters, digits, spaces or ._/@:+,()-, the first "
+            "a letter or digit; without --name the model goes by its folder's",
+            param_hint="--name",
         )
-    return int(first), int(end)
 
 
 def _supervise(

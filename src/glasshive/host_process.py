@@ -232,8 +232,8 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         identity = Identity.load_or_create(process.life.key)
         serving = Serving(transport, identity, served)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
-        await serving.start()
         try:
+            await serving.start()
             _say_ready(process, serving)
             await process.serve(transport, lambda lost: serving.refresh(again=lost))
         finally:
@@ -242,11 +242,13 @@ async def _host(process: _Process, options: ServeOptions) -> None:
 
 
 def _check(options: ServeOptions) -> None:
-    """Raises ModelNotFoundError or BadSpan for what can't be served."""
+    """Raises NoSuchDevice, ModelNotFoundError or BadSpan for what can't be served."""
     from glasshive.manifest_cache import model_name
     from glasshive.peer.checkpoint import Checkpoint
+    from glasshive.peer.device import find_device
     from glasshive.peer.span_model import check_span
 
+    find_device(options.device)
     folder = find_model(options.model)
     if options.blocks:
         name = options.name or model_name(options.model, folder)
@@ -254,28 +256,19 @@ def _check(options: ServeOptions) -> None:
 
 
 def _load(options: ServeOptions, show: bool) -> ServedModel:
-    import torch
-
     from glasshive.graph.dtypes import DType
     from glasshive.graph.kernels import to_torch_dtype
     from glasshive.graph.plan import Span
     from glasshive.manifest_cache import known_manifest, model_name
+    from glasshive.peer.device import find_device
     from glasshive.peer.served_model import load_served_model
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
-    device = options.device
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+    device = find_device(options.device)
     dtype = options.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
         manifest = known_manifest(folder, name, on_hashing)
     with byte_bar(f"loading {name}", show=show) as on_loading:
@@ -306,12 +299,21 @@ def _say_ready(process: _Process, serving: Serving) -> None:
             tokens_per_second=round(record.throughput_tokens_per_second),
             peer=record.peer_id,
             address=record.addresses[0],
+            bootstraps=len(process.life.settings.bootstraps),
         )
         return
     console.print(
         f"serving [bold]{record.model_name}[/] blocks [bold]{record.start}:{record.end}[/] of "
         f"{record.n_blocks}: {record.dtype}, {record.attention} attention, {record.backend}, "
         f"{record.throughput_tokens_per_second:.0f} tokens/s\n"
-        f"model   {record.model}\naddress {record.addresses[0]}\n"
-        "ready; Ctrl-C withdraws the record and stops"
+        f"model   {record.model}\naddress {record.addresses[0]}"
     )
+    if not process.life.settings.bootstraps:
+        console.print(
+            "no bootstrap was given, so this host is the first of its swarm; other hosts and "
+            "clients find it by\n"
+            f"  --bootstrap {record.addresses[0]}",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print("ready; Ctrl-C withdraws the record and stops")

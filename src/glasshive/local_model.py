@@ -21,6 +21,7 @@ from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
 from glasshive.models import cache_dir, find_model
 from glasshive.peer.checkpoint import Attention, Checkpoint
+from glasshive.peer.device import find_device
 from glasshive.peer.errors import BadSpan
 from glasshive.peer.host import HostLimits
 from glasshive.peer.served_model import ServedModel, load_served_model, make_manifest
@@ -43,8 +44,9 @@ def local(
 
     `cuts=(10, 20)` makes three spans joined by the memory transport; without cuts there is one. All
     of it ends with the model. Raises BadSpan for cuts that are not ascending blocks of the model,
-    and what loading raises.
+    NoSuchDevice, and what loading raises.
     """
+    device = find_device(device)
     folder = find_model(path)
     n_blocks = Checkpoint(folder).n_blocks
     bounds = [0, *_checked(cuts, n_blocks, folder.name), n_blocks]

@@ -34,7 +34,7 @@ from glasshive.dht.errors import (
 )
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.loop_thread import LoopThread
-from glasshive.dht.records import ModelId, PeerRecord, block_key
+from glasshive.dht.records import MODELS_KEY, ModelId, PeerRecord, block_key
 from glasshive.dht.serving import StreamLimits
 from glasshive.dht.transport import PeerAddress, Stream, Transport
 from glasshive.security.keys import Identity
@@ -261,6 +261,37 @@ async def test_the_death_of_the_own_daemon_is_noticed_and_repaired() -> None:
             stream = await boot.open_stream(address_of(host), "echo/1", 5)
             await stream.send(1)
             assert (await stream.receive(5)).header == [boot.peer_id, 1]
+
+
+@pytest.mark.asyncio
+async def test_a_transport_that_cannot_be_rebuilt_is_lost_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    identity = Identity.generate()
+    async with transports({}, {"identity": identity}) as (boot, host):
+        addresses = host.addresses
+        host._p2p._child.send_signal(signal.SIGKILL)
+        async with asyncio.timeout(30):
+            await host.lost.wait()
+
+            async def fail(self: HivemindTransport) -> None:
+                raise PeerUnreachable("no bootstrap answers")
+
+            for step in ("_start_daemon", "_start_node"):
+                with monkeypatch.context() as patched:
+                    patched.setattr(HivemindTransport, step, fail)
+                    with pytest.raises(PeerUnreachable):
+                        await host.rebuild()
+                assert host.lost.is_set()
+                with pytest.raises(TransportLost):
+                    await host.open_stream(address_of(boot), "echo/1", 5)
+                with pytest.raises(TransportLost):
+                    await host.fetch([MODELS_KEY])
+            await host.rebuild()
+            assert not host.lost.is_set()
+            assert host.addresses == addresses
+            await announce(host, identity, record_of(identity, host))
+            assert len(await find_records(boot, "tiny")) == 1
 
 
 async def freeze(child: asyncio.subprocess.Process) -> None:

@@ -24,7 +24,7 @@ set_up_logging("json")
 script, ending = sys.argv[1:]
 limits = SupervisorLimits(
     start_seconds=20, heartbeat_seconds=1.5, overdue_seconds=1, stop_seconds=2,
-    first_pause_seconds=0.05,
+    first_pause_seconds=0.05, useless_starts=3,
 )
 def command(descriptor, listen):
     return [sys.executable, "-c", script, str(descriptor), listen or "-"]
@@ -143,6 +143,22 @@ def test_one_that_ends_before_it_is_ready_is_not_started_again(run: Run) -> None
     running = run("os._exit(7)")
     assert running.process.wait(20) == 7
     assert len(running.started) == 1
+
+
+def test_one_that_is_never_ready_again_is_given_up(run: Run) -> None:
+    running = run(
+        """
+        if sys.argv[2] == "-":
+            serve(0.2)
+            os._exit(3)
+        print("the port is taken", flush=True)
+        os._exit(7)
+        """
+    )
+    assert running.process.wait(20) == 7
+    assert len(running.started) == 1 + 3
+    assert "it was started 3 times and was never ready" in running.text
+    assert "/ip4/127.0.0.1/tcp/4001 is in use by another process" in running.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import pytest
 
-from glasshive.client.errors import PeerBusy, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.errors import (
+    BadAnswer,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.client.job import HopReport, Job, _failure
 from glasshive.dht.framing import Stream
-from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
+    SLICE_BYTES,
     TRACE_PROTOCOL,
     Accepted,
     Alive,
     Done,
     Failed,
+    More,
     Need,
     Prepare,
     Run,
+    Saved,
     decode,
     encode,
 )
 from glasshive.dht.transport import PeerAddress
+from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import Graph
 from glasshive.graph.order import Passes
 from glasshive.graph.plan import HIDDEN, Part, Plan, Span, Stage
+from glasshive.graph.tensors import TensorSpec
 from glasshive.security.keys import Identity
 
 ONE, TWO, THREE = (PeerAddress(Identity.generate().peer_id) for _ in range(3))
@@ -65,25 +77,48 @@ def test_a_peer_s_text_cannot_steer_the_terminal() -> None:
 # What a peer does, over the memory transport ---------------------------------------------------
 
 
+def job_of(
+    client: MemoryTransport,
+    peers: Sequence[PeerAddress],
+    parts: tuple[Part, ...],
+    *,
+    silence_seconds: float,
+    deadline_seconds: float,
+    expected: Mapping[str, TensorSpec] | None = None,
+) -> Job:
+    return Job(
+        transport=client,
+        plan=Plan(Passes(()), parts),
+        peers=peers,
+        model_id="ab",
+        dtype="float32",
+        inputs=(),
+        consts={},
+        expected=expected or {},
+        trace_id=bytes(16),
+        deadline_seconds=deadline_seconds,
+        silence_seconds=silence_seconds,
+    )
+
+
 async def ran(
-    peer: Callable[[Stream], Awaitable[None]], *, silence_seconds: float, deadline_seconds: float
+    peer: Callable[[Stream], Awaitable[None]],
+    *,
+    silence_seconds: float,
+    deadline_seconds: float,
+    expected: Mapping[str, TensorSpec] | None = None,
 ) -> Job:
     """A job of one part without nodes, on a peer that behaves so."""
     network = MemoryNetwork()
     home, client = network.transport(Identity.generate()), network.transport(Identity.generate())
     await home.serve(TRACE_PROTOCOL, peer)
-    job = Job(
-        transport=client,
-        plan=Plan(Passes(()), (Part(0, Span(0, 2), Graph({}), (), {}),)),
-        peers=[PeerAddress(home.peer_id, home.addresses)],
-        model_id="ab",
-        dtype="float32",
-        inputs=(),
-        consts={},
-        expected={},
-        trace_id=bytes(16),
-        deadline_seconds=deadline_seconds,
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses)],
+        (Part(0, Span(0, 2), Graph({}), (), {}),),
         silence_seconds=silence_seconds,
+        deadline_seconds=deadline_seconds,
+        expected=expected,
     )
     try:
         await job.run()
@@ -98,6 +133,88 @@ async def prepared(stream: Stream) -> None:
     await stream.send(encode(Need([])))
     await stream.send(encode(Accepted(0, 0, 0)))
     decode((await stream.receive(5)).header, Run)
+
+
+@pytest.mark.asyncio
+async def test_a_failure_in_place_of_a_tensor_s_next_slice_is_heard() -> None:
+    async def failing(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Saved("s", "int8", [3 * SLICE_BYTES])), bytes(SLICE_BYTES))
+        await stream.send(encode(More()), bytes(SLICE_BYTES))
+        await stream.send(encode(Alive()))
+        await stream.send(encode(Failed("ShapeMismatch", 7, "index out of range")))
+        await asyncio.Event().wait()
+
+    with pytest.raises(PeerFailed, match="index out of range") as caught:
+        await ran(
+            failing,
+            silence_seconds=5,
+            deadline_seconds=30,
+            expected={"s": TensorSpec(DType.INT8, (3 * SLICE_BYTES,))},
+        )
+    assert (caught.value.code, caught.value.node) == ("ShapeMismatch", 7)
+
+
+@pytest.mark.asyncio
+async def test_another_frame_in_place_of_a_slice_is_a_bad_answer() -> None:
+    async def confused(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Saved("s", "int8", [3 * SLICE_BYTES])), bytes(SLICE_BYTES))
+        await stream.send(encode(Done(1.0, [])))
+        await asyncio.Event().wait()
+
+    with pytest.raises(BadAnswer, match="got Done; More is wanted here"):
+        await ran(
+            confused,
+            silence_seconds=5,
+            deadline_seconds=30,
+            expected={"s": TensorSpec(DType.INT8, (3 * SLICE_BYTES,))},
+        )
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("code", ["NeighbourLost", "BadNeighbour"])
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) -> None:
+    """Its neighbour is quicker to say that it is gone than it is to say why."""
+    network = MemoryNetwork()
+    first, second, client = (network.transport(Identity.generate()) for _ in range(3))
+    blamed = asyncio.Event()
+
+    async def failing(stream: Stream) -> None:
+        await prepared(stream)
+        await blamed.wait()
+        for _ in range(10):  # it has something else to say before
+            await stream.send(encode(Alive()))
+            await asyncio.sleep(0.01)
+        if speaks:
+            await stream.send(encode(Failed("ShapeMismatch", 7, "index out of range")))
+        while True:
+            await stream.send(encode(Alive()))
+            await asyncio.sleep(0.1)
+
+    async def neighbour(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Failed(code, -1, f"peer {first.peer_id} (part 0) was lost")))
+        blamed.set()
+        await asyncio.Event().wait()
+
+    await first.serve(TRACE_PROTOCOL, failing)
+    await second.serve(TRACE_PROTOCOL, neighbour)
+    peers = [PeerAddress(one.peer_id, one.addresses) for one in (first, second)]
+    one = Part(0, Span(0, 2), Graph({}), (Stage(0, (), exports=((HIDDEN, 1),)),), {})
+    two = Part(1, Span(2, 4), Graph({}), (Stage(0, (), imports=((HIDDEN, 0),)),), {})
+    job = job_of(client, peers, (one, two), silence_seconds=1.0, deadline_seconds=30)
+    with pytest.raises(PeerError) as caught:
+        await job.run()
+    assert caught.value.peer == first.peer_id
+    if speaks:
+        assert isinstance(caught.value, PeerFailed)
+        assert caught.value.node == 7
+    else:
+        assert isinstance(caught.value, PeerLost if code == "NeighbourLost" else BadAnswer)
+    for transport in (client, first, second):
+        await transport.close()
 
 
 @pytest.mark.asyncio

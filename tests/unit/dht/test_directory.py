@@ -353,6 +353,27 @@ async def test_an_announcer_outlives_the_loss_of_its_transport() -> None:
 
 
 @pytest.mark.asyncio
+async def test_an_announcer_outlives_an_error_that_nobody_expects(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm = Swarm()
+    store_many, failures = swarm.alice.store_many, [ValueError("no such thing")]
+
+    async def store(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await store_many(*args)
+
+    async with Announcer(swarm.alice, ALICE, swarm.record(), lifetime_seconds=0.06) as announcer:
+        monkeypatch.setattr(swarm.alice, "store_many", store)
+        await until(swarm, lambda _: announcer.error is not None)
+        assert "announce_failed: ValueError: no such thing" in caplog.text
+        await until(swarm, lambda _: announcer.error is None)
+        swarm.clock.seconds += 1
+        await until(swarm, bool)
+
+
+@pytest.mark.asyncio
 async def test_an_announcer_that_cannot_start_says_why() -> None:
     swarm = Swarm()
     client = swarm.network.transport(ALICE, dht=False)

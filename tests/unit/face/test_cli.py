@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
 from glasshive import cli
 from glasshive.dht.records import ModelId, PeerRecord
@@ -80,9 +81,23 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     [
         (("nonsense",), "nonsense"),
         (("serve",), "Missing argument"),
-        (("serve", "m", "--blocks", "3"), "wanted first:end, such as 0:10"),
-        (("serve", "m", "--blocks", "3:3"), "wanted first:end"),
-        (("serve", "m", "--blocks", "-1:3"), "wanted first:end"),
+        *(
+            (
+                ("serve", "m", "--blocks", got),
+                f"got {got!r}, wanted first:end (end excluded), such as 0:10 for the first "
+                f"ten{why}",
+            )
+            for got, why in (
+                ("10", "; block 10 alone is 10:11"),
+                ("10:5", ", and the first below the end"),
+                ("3:3", ", and the first below the end"),
+                ("a:b", ""),
+                ("-1:3", ""),
+                ("", ""),
+            )
+        ),
+        (("serve", "m", "--name", ""), "got '', wanted 1 to 128 letters, digits, spaces"),
+        (("serve", "m", "--name", "a\nb"), "wanted 1 to 128 letters, digits, spaces"),
         (("serve", "m", "--dtype", "int8"), "bfloat16"),
         (("status", "--nonsense"), "--nonsense"),
         (("demo", "--cuts", "20,10"), "wanted ascending blocks between 0 and 30"),
@@ -140,6 +155,18 @@ def test_our_errors_are_one_line_and_exit_with_1(
     out, err = capfd.readouterr()
     assert said in err
     assert (out, err.count("\n")) == ("", 1)
+
+
+def test_wrong_blocks_of_a_model_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=6, num_attention_heads=4, vocab_size=64)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert run("serve", "./tiny", "--blocks", "10", monkeypatch=monkeypatch) == 2
+    assert "; ./tiny has 6 blocks, 0:6" in one_line(capfd.readouterr().err)
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

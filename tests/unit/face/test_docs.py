@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import glasshive
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
+from glasshive.peer import const_cache, file_server
 from glasshive.peer.host import HostLimits
 from glasshive.security import envelope, manifest
 
@@ -344,6 +345,9 @@ STREAMS = serving.StreamLimits()
         f"not counted | 10^{len(str(HOST.budget.flops)) - 1} |",
         f"over all clients | {HOST.const_cache_bytes // GIB} GiB |",
         f"a valid `Prepare` within {HOST.prepare_seconds:.0f} s",
+        f"answers {file_server.MAX_ANSWERS} questions at a time, each within "
+        f"{file_server.ANSWER_SECONDS:.0f} s",
+        f"each counted with {const_cache.ENTRY_BYTES:,} bytes more than its elements",
     ],
 )
 def test_numbers_of_the_protocol_are_the_code(text: str) -> None:

@@ -145,6 +145,30 @@ def test_imports_are_there_from_the_start_and_kept_values_to_the_end() -> None:
     assert kept.peak_bytes == 3 * HIDDEN_BYTES + GRAIN
 
 
+def test_constants_are_there_from_the_start_to_the_end_each_once() -> None:
+    shape = (2, 64, 64)
+    nodes: list[Node] = []
+    for i in range(0, 20, 2):
+        nodes += [Const(bytes([i // 4] * 32), F32, shape), Op("sum", (ref(i), None, False, None))]
+    small_bytes = 20 * GRAIN
+    peak_bytes = bill_of(*nodes).peak_bytes
+    assert 5 * HIDDEN_BYTES <= peak_bytes <= 7 * HIDDEN_BYTES + small_bytes  # one sum's workspace
+    with pytest.raises(OverBudget, match=r"node 8 \(const\) brings the graph to") as caught:
+        bill_of(*nodes, budget=Budget(3 * HIDDEN_BYTES - 1, 2**60, 2**30))
+    assert caught.value.node == 8
+
+
+def test_a_hash_is_of_one_shape() -> None:
+    nodes = [Const(bytes(32), F32, (2,)), Const(bytes(32), F32, (1,))]
+    with pytest.raises(BadGraph, match=r"node 1: .* with the hash of one of float32\[2\]"):
+        bill_of(*nodes)
+
+
+def test_what_is_there_besides_the_graph_counts() -> None:
+    bill = admit(graph_of(READ), MODEL, WIDE, resident_bytes=1000)
+    assert bill.peak_bytes == HIDDEN_BYTES + 1000
+
+
 def test_the_order_of_execution_decides_who_lives_together() -> None:
     nodes: list[Node] = []
     for i in range(0, 20, 2):
@@ -333,7 +357,8 @@ def random_graph(rng: random.Random) -> tuple[Graph, dict[NodeId, Tensor]]:
     values: dict[NodeId, Tensor] = {}
     for leaf in _LEAVES:
         node_id = NodeId(len(nodes))
-        nodes[node_id] = Const(bytes(32), DType(str(leaf.dtype)[6:]), tuple(leaf.shape))
+        name = node_id.to_bytes(32, "big")
+        nodes[node_id] = Const(name, DType(str(leaf.dtype)[6:]), tuple(leaf.shape))
         specs[node_id] = TensorSpec(DType(str(leaf.dtype)[6:]), tuple(leaf.shape))
         values[node_id] = leaf
     names = [name for name in OPS if name != "pick"]
@@ -440,7 +465,7 @@ def test_the_bill_is_above_the_real_peak_of_large_ops(
         node_id = NodeId(len(nodes))
         tensor = torch.rand(arg)
         values[node_id] = tensor.mT.contiguous().mT if transposed and len(arg) > 1 else tensor
-        nodes[node_id] = Const(bytes(32), F32, arg)
+        nodes[node_id] = Const(node_id.to_bytes(32, "big"), F32, arg)
         graph_args.append(Ref(node_id))
     nodes[NodeId(len(nodes))] = Op(name, tuple(graph_args))
     billed, peak = bill_and_peak(Graph(nodes), values)

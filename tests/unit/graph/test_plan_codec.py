@@ -55,7 +55,7 @@ def test_a_part_survives(outline: Outline) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"imports": ()}, "before a value that it needs"),
+        ({"imports": ((HIDDEN, 0),)}, "before a value that it needs"),
         ({"imports": ((HIDDEN, 2), (NodeId(1), 0))}, "hidden states from part 2 to part 1"),
         ({"imports": ((HIDDEN, 0), (NodeId(1), 0), (NodeId(1), 0))}, "or twice"),
         ({"exports": ((NodeId(99), 2),)}, "a value that is not there"),

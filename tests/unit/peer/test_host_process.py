@@ -1,0 +1,121 @@
+"""The process of a host without a network: what it says, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glasshive import host_process
+from glasshive.dht.directory import find_records
+from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
+from glasshive.host_process import Life, ServeOptions, _host, _Process
+from glasshive.peer.errors import NoSuchDevice
+from glasshive.peer.served_model import ServedModel
+from glasshive.security.keys import Identity
+from glasshive.settings import Settings
+
+BOOTSTRAP = "/ip4/127.0.0.1/tcp/31330/p2p/" + Identity.generate().peer_id
+
+
+class Home:
+    """The transports of a host and of someone who looks for it."""
+
+    def __init__(self, key: Path) -> None:
+        network = MemoryNetwork()
+        self.transport: MemoryTransport = network.transport(Identity.load_or_create(key))
+        self.other: MemoryTransport = network.transport(Identity.generate())
+
+
+@pytest.fixture
+def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> Home:
+    home = Home(tmp_path / "host.key")
+
+    @contextlib.asynccontextmanager
+    async def transport(self: _Process) -> AsyncIterator[MemoryTransport]:
+        yield home.transport
+
+    monkeypatch.setattr(_Process, "transport", transport)
+    monkeypatch.setattr(host_process, "_load", lambda options, show: served)
+    return home
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    reading, writing = os.pipe()
+    yield writing
+    os.close(reading)
+    os.close(writing)
+
+
+def options(served: ServedModel, device: str = "cpu") -> ServeOptions:
+    return ServeOptions(str(served.folder), None, "auto", device, "sdpa", "tiny")
+
+
+def process(key: Path, descriptor: int, bootstraps: tuple[str, ...] = ()) -> _Process:
+    life = Life(Settings(bootstraps=bootstraps), key, "/ip4/127.0.0.1/tcp/0", "pretty", descriptor)
+    return _Process(life)
+
+
+@pytest.mark.asyncio
+async def test_a_record_is_withdrawn_when_the_start_is_cancelled(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = asyncio.Event()
+    store_many = home.transport.store_many
+
+    async def slow(*args: Any) -> Any:
+        done = await store_many(*args)
+        if not stored.is_set():
+            stored.set()
+            await asyncio.Event().wait()  # the answer of some peer of the DHT
+        return done
+
+    monkeypatch.setattr(home.transport, "store_many", slow)
+    running = asyncio.create_task(
+        _host(process(tmp_path / "host.key", descriptor), options(served))
+    )
+    async with asyncio.timeout(20):
+        await stored.wait()
+    assert len(await find_records(home.other, None)) == 1
+    running.cancel()
+    await asyncio.wait({running})
+    assert await find_records(home.other, None) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("bootstraps", [(), (BOOTSTRAP,)])
+async def test_a_host_without_a_bootstrap_says_how_it_is_found(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    bootstraps: tuple[str, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    one = process(tmp_path / "host.key", descriptor, bootstraps)
+    one.stop.set()
+    await _host(one, options(served))
+    said = capfd.readouterr().err
+    assert "ready; Ctrl-C withdraws the record and stops" in said
+    assert ("this host is the first of its swarm" in said) == (not bootstraps)
+    assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_not_there_is_said_at_once(
+    served: ServedModel, descriptor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NoSuchDevice):  # without a transport, and nobody is waited for
+        await _host(process(tmp_path / "host.key", descriptor), options(served, "cuda"))

@@ -1,0 +1,392 @@
+"""How a trace ends at a host: the client hears why, and nothing of the trace is left."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from glasshive.dht.errors import StreamClosed
+from glasshive.dht.framing import Stream
+from glasshive.dht.memory_transport import PIPE_BYTES, MemoryNetwork, MemoryTransport
+from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
+    TRACE_PROTOCOL,
+    Accepted,
+    Alive,
+    Cancel,
+    Constant,
+    Done,
+    Failed,
+    Input,
+    More,
+    Need,
+    Opening,
+    Prepare,
+    Run,
+    Saved,
+    Value,
+    decode,
+    encode,
+    is_a,
+)
+from glasshive.dht.tensor_frames import send_tensor
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import BadGraph
+from glasshive.graph.graph import Const, Graph, Node, NodeId, Op, Read, Ref, Save, Site
+from glasshive.graph.kernels import tensor_to_bytes
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
+from glasshive.graph.plan_codec import encode_part
+from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer.client_stream import ClientStream
+from glasshive.peer.host import Host, HostLimits
+from glasshive.peer.served_model import ServedModel
+from glasshive.security.keys import Identity
+
+ROWS, SEQ = 256, 24
+PASSES = Passes((Pass((0,), SEQ, False, ((0, ROWS),)),))
+SITE = Site("model.layers.0", "output")
+CARRIED = TensorSpec(DType.FLOAT32, (4,))
+
+
+def part_of(nodes: Sequence[Node], served: ServedModel) -> Part:
+    graph = Graph({NodeId(i): node for i, node in enumerate(nodes)})
+    stop = served.outline.event(SITE)
+    stage = Stage(0, tuple(graph.nodes), forward=True, stop_event=stop)
+    return Part(0, Span(0, 2), graph, (stage,), {})
+
+
+def failing(served: ServedModel) -> Part:
+    """Saves a large tensor, and then takes what is not there out of it."""
+    nodes = [
+        Read(SITE, 0),
+        Save(Ref(NodeId(0)), "large"),
+        Op("full", ((1,), 99, DType.INT64)),
+        Op("index_select", (Ref(NodeId(0)), 1, Ref(NodeId(2)))),
+        Save(Ref(NodeId(3)), "never"),
+    ]
+    return part_of(nodes, served)
+
+
+def waiting() -> Part:
+    """Part 1 saves what part 0 sends it."""
+    value = NodeId(0)
+    graph = Graph({NodeId(1): Save(Ref(value), "s")}, frozenset([value]))
+    stage = Stage(BEFORE_PASSES, (NodeId(1),), imports=((value, 0),))
+    return Part(1, Span(0, 2), graph, (stage,), {value: CARRIED})
+
+
+@dataclass
+class Swarm:
+    """One host, its client, and the other peer of the plan."""
+
+    served: ServedModel
+    host: Host
+    home: MemoryTransport
+    client: MemoryTransport
+    other: MemoryTransport
+    traces: int = 0
+
+    @property
+    def address(self) -> PeerAddress:
+        return PeerAddress(self.home.peer_id, self.home.addresses)
+
+    async def asked(self, part: Part) -> Stream:
+        """The client's stream of a trace of this part."""
+        self.traces += 1
+        peers = [[one.peer_id, list(one.addresses)] for one in (self.other, self.home)]
+        stream = await self.client.open_stream(self.address, TRACE_PROTOCOL, 5)
+        model_id = self.served.manifest.model_id
+        message = Prepare(self._trace_id, model_id, "float32", peers, 60.0)
+        await stream.send(encode(message), encode_part(part, PASSES))
+        return stream
+
+    async def prepared(self, part: Part) -> Stream:
+        """The same, when the host has accepted it."""
+        stream = await self.asked(part)
+        decode((await stream.receive(5)).header, Need)
+        decode((await stream.receive(5)).header, Accepted)
+        return stream
+
+    async def running(self, part: Part) -> Stream:
+        """The client's stream of a trace which runs."""
+        stream = await self.prepared(part)
+        if part.stages[0].forward:
+            ids = torch.zeros((ROWS, SEQ), dtype=torch.int64)
+            message = Input(0, "input_ids", "int64", [ROWS, SEQ])
+            await send_tensor(stream, message, tensor_to_bytes(ids), 5)
+        await stream.send(encode(Run()))
+        return stream
+
+    async def edge(self) -> Stream:
+        """The other peer's stream to the trace that runs."""
+        stream = await self.other.open_stream(self.address, EDGE_PROTOCOL, 5)
+        await stream.send(encode(Opening(self._trace_id, 0, 1)))
+        return stream
+
+    @property
+    def _trace_id(self) -> bytes:
+        return self.traces.to_bytes(16, "big")
+
+
+@pytest_asyncio.fixture
+async def swarm(served: ServedModel) -> AsyncIterator[Swarm]:
+    network = MemoryNetwork()
+    home, client, other = (network.transport(Identity.generate()) for _ in range(3))
+    host = Host(home, served, limits=HostLimits(traces=1))
+    await host.start()
+    yield Swarm(served, host, home, client, other)
+    host.close()
+    for transport in (client, other, home):
+        await transport.close()
+
+
+async def news(stream: Stream) -> Any:
+    """The next frame that is no sign of life."""
+    while is_a((frame := await stream.receive(20)).header, Alive):
+        pass
+    return frame
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (it comes true in another task)
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.asyncio
+async def test_a_client_hears_of_a_failure_in_the_middle_of_a_save(swarm: Swarm) -> None:
+    stream = await swarm.running(failing(swarm.served))
+    await until(lambda: swarm.host.load == 0.0)  # it has failed, and nothing was read yet
+    saved = await news(stream)
+    assert decode(saved.header, Saved).name == "large"
+    assert len(saved.body) < ROWS * SEQ * 32 * 4
+    frame = await news(stream)
+    while is_a(frame.header, More):
+        frame = await news(stream)
+    failed = decode(frame.header, Failed)
+    assert (failed.code, failed.node) == ("ShapeMismatch", 3)
+    assert "index" in failed.text
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_sender_cuts_no_frame_short() -> None:
+    network = MemoryNetwork()
+    here, there = (network.transport(Identity.generate()) for _ in range(2))
+
+    async def answer(stream: Stream) -> None:
+        client = ClientStream(stream)
+        sending = asyncio.create_task(client.send("first", bytes(4 * PIPE_BYTES)))
+        while not client._sending:  # noqa: ASYNC110 (it begins)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        sending.cancel()
+        await client.send("second")
+
+    await there.serve("test/1", answer)
+    stream = await here.open_stream(PeerAddress(there.peer_id, there.addresses), "test/1", 5)
+    assert [(await stream.receive(5)).header for _ in range(2)] == ["first", "second"]
+    for transport in (here, there):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_the_slot_is_free_when_the_client_hears_that_it_is_done(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    send = ClientStream.send
+
+    async def noting(self: ClientStream, header: Any, *args: Any) -> None:
+        if is_a(header, Done):
+            loads.append((swarm.host.load, len(swarm.host._traces)))
+        await send(self, header, *args)
+
+    monkeypatch.setattr(ClientStream, "send", noting)
+    part = part_of([Read(SITE, 0), Save(Ref(NodeId(0)), "s")], swarm.served)
+    for _ in range(3):
+        stream = await swarm.running(part)
+        while not is_a((await news(stream)).header, Done):
+            pass
+    assert loads == [(0.0, 0)] * 3
+
+
+# Other peers ------------------------------------------------------------------------------------
+
+
+async def cancelled(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    await client.send(encode(Cancel()))
+
+
+async def left(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    client.reset()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", [cancelled, left])
+async def test_edge_streams_end_with_their_trace(
+    swarm: Swarm, end: Callable[[Swarm, Stream, Stream], Awaitable[None]]
+) -> None:
+    client = await swarm.running(waiting())
+    edge = await swarm.edge()
+    (trace,) = swarm.host._traces.values()
+    await until(lambda: len(trace._incoming) == 1)
+    await end(swarm, client, edge)
+    with pytest.raises(StreamClosed):
+        await edge.receive(5)
+    await until(lambda: not trace._incoming)
+    # Only the client's own stream may still have its handler, for as long as it says goodbye.
+    await until(lambda: len(swarm.home._tasks) <= 1)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_pushes_on_one_stream_at_a_time(swarm: Swarm) -> None:
+    client = await swarm.running(waiting())
+    (trace,) = swarm.host._traces.values()
+    await swarm.edge()
+    await until(lambda: len(trace._incoming) == 1)
+    await swarm.edge()
+    failed = decode((await news(client)).header, Failed)
+    assert failed.code == "BadNeighbour"
+    assert failed.text == (
+        f"peer {swarm.other.peer_id} (part 0) broke the protocol: part 0 pushes on two streams at "
+        "a time"
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_lies_is_not_called_lost(swarm: Swarm) -> None:
+    client = await swarm.running(waiting())
+    edge = await swarm.edge()
+    await edge.send(encode(Value(7, 0, "float32", [4], [0])), bytes(16))
+    failed = decode((await news(client)).header, Failed)
+    assert (failed.code, failed.node) == ("BadNeighbour", -1)
+    assert failed.text.endswith("broke the protocol: value 7 from part 0 is not expected")
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_leaves_is_lost(swarm: Swarm) -> None:
+    client = await swarm.running(waiting())
+    edge = await swarm.edge()
+    (trace,) = swarm.host._traces.values()
+    await until(lambda: len(trace._incoming) == 1)
+    edge.reset()
+    failed = decode((await news(client)).header, Failed)
+    assert failed.code == "NeighbourLost"
+    assert swarm.other.peer_id in failed.text
+
+
+@pytest.mark.parametrize("senders", [(), (0, 0), (0, 1)])
+def test_hidden_states_come_once(served: ServedModel, senders: tuple[int, ...]) -> None:
+    stop = served.outline.event(Site("model.layers.1", "output"))
+    imports = tuple((HIDDEN, sender) for sender in senders)
+    stage = Stage(0, (), imports=imports, forward=True, stop_event=stop)
+    part = Part(2, Span(1, 2), Graph({}), (stage,), {})
+    text = rf"the hidden states of pass 0 come to span 1:2 {len(senders)} times"
+    with pytest.raises(BadGraph, match=text):
+        check_part(part, PASSES, served.outline)
+    once = dataclasses.replace(stage, imports=((HIDDEN, 0),))
+    check_part(dataclasses.replace(part, stages=(once,)), PASSES, served.outline)
+
+
+def test_a_value_comes_once_and_from_elsewhere(served: ServedModel) -> None:
+    part = waiting()
+    (stage,) = part.stages
+    check_part(part, PASSES, served.outline)
+    for imports, text in (
+        (((NodeId(0), 0), (NodeId(0), 2)), "or twice"),
+        (((NodeId(0), 1),), "imports from itself"),
+    ):
+        hostile = dataclasses.replace(stage, imports=imports)
+        with pytest.raises(BadGraph, match=text):
+            check_part(dataclasses.replace(part, stages=(hostile,)), PASSES, served.outline)
+    for exports, text in (
+        (((NodeId(0), 0), (NodeId(0), 0)), "goes to one part twice"),
+        (((NodeId(0), 1),), "exports to itself"),
+    ):
+        hostile = dataclasses.replace(stage, exports=exports)
+        with pytest.raises(BadGraph, match=text):
+            check_part(dataclasses.replace(part, stages=(hostile,)), PASSES, served.outline)
+
+
+@pytest.mark.asyncio
+async def test_a_constant_that_is_held_is_as_the_part_says(swarm: Swarm) -> None:
+    """The bill was made of what the part says: another shape would outgrow it."""
+    value = torch.arange(64, dtype=torch.int8)
+    name = digest(TensorSpec(DType.INT8, (64,)), tensor_to_bytes(value))
+
+    def taking(shape: tuple[int, ...]) -> Part:
+        return part_of([Const(name, DType.INT8, shape), Save(Ref(NodeId(0)), "s")], swarm.served)
+
+    stream = await swarm.asked(taking((64,)))
+    assert decode((await news(stream)).header, Need).digests == [name]
+    await stream.send(encode(Constant("int8", [64])), tensor_to_bytes(value))
+    decode((await news(stream)).header, Accepted)
+    stream.reset()
+    await until(lambda: swarm.host.load == 0.0)
+    failed = decode((await news(await swarm.asked(taking((1,))))).header, Failed)
+    assert failed.code == "BadGraph"
+    assert failed.text == "a constant of int8[1] with the hash of one of int8[64]"
+
+
+# Nothing is left --------------------------------------------------------------------------------
+
+
+async def broke(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    edge.reset()
+
+
+async def both_left(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    edge.reset()
+    client.reset()
+
+
+async def lied(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    await edge.send(encode(Value(7, 0, "float32", [4], [0])), bytes(16))
+    client.reset()
+
+
+async def home_died(swarm: Swarm, client: Stream, edge: Stream) -> None:
+    swarm.home._network.kill(swarm.home.peer_id)
+
+
+@pytest.mark.asyncio
+async def test_no_failure_is_left_for_asyncio_to_complain_of(swarm: Swarm) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, told: complaints.append(told))
+    for end in (cancelled, left, broke, both_left, lied, both_left, home_died):
+        client = await swarm.running(waiting())
+        edge = await swarm.edge()
+        (trace,) = swarm.host._traces.values()
+        await until(lambda one=trace: len(one._incoming) == 1)  # type: ignore[misc]
+        await end(swarm, client, edge)
+        del trace
+        await until(lambda: swarm.host.load == 0.0)
+        await until(lambda: len(swarm.home._tasks) <= 1)
+    await until(lambda: len(swarm.home._tasks) == 0)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+@pytest.mark.asyncio
+async def test_a_failing_node_leaves_no_complaint(swarm: Swarm) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, told: complaints.append(told))
+    for _ in range(3):
+        stream = await swarm.running(failing(swarm.served))
+        await until(lambda: swarm.host.load == 0.0)
+        stream.reset()  # a slice of the save is still on its way
+        await until(lambda: len(swarm.home._tasks) == 0)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
