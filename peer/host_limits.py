@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -15,11 +14,7 @@ from glasshive.security.whitelist import Limits, limits_by_name
 
 @dataclass(frozen=True, slots=True)
 class HostLimits:
-    """One number for each thing that a client can ask for.
-
-    `allowed_by` says of those limits that are not the host's own whose they are, by their names in
-    a whitelist.
-    """
+    """One number for each thing that a client can ask for."""
 
     graph: GraphLimits = field(default_factory=GraphLimits)
     traces: int = 16
@@ -38,7 +33,6 @@ class HostLimits:
     stage_least_seconds: float = 60.0
     stage_factor: float = 3.0
     node_seconds: float = 240.0
-    allowed_by: Mapping[str, str] = field(default_factory=dict)
 
     def stage_seconds(self, estimated_seconds: float) -> float:
         """How long a stage may take of a part that was thought to take so long.
@@ -94,9 +88,8 @@ class HostLimits:
                 seconds=min(self.budget.seconds, float(told.seconds)),
                 allowed_by=by,
             ),
-            allowed_by=by,
         )
 
     def by(self, name: str) -> str:
-        """Whose limit that one is, as words to follow "allowed"; empty for the host's own."""
-        return self.allowed_by.get(name, "")
+        """Whose limit that one is by its name in a whitelist; empty for the host's own."""
+        return self.budget.by(name)

@@ -218,11 +218,10 @@ class Policy:
             name: min(value, host.limits.get(name, value))
             for name, value in limits_by_name(self.limits).items()
         }
+        own = "" if host == HostRules() else " with the host's own file"
         return replace(
             self,
-            source=self.source
-            if host == HostRules()
-            else f"{self.source} with the host's own file",
+            source=self.source + own,
             ops=(self.ops if host.ops is None else self.ops & host.ops) - host.denied_ops,
             readable=_both(self.readable, host.readable),
             writable=_both(self.writable, host.writable),

@@ -108,6 +108,10 @@ class TrustStore:
         behind = self._state.root.version - version
         return self._state.roots[-behind:] if 0 < behind < len(self._state.roots) else ()
 
+    def refresh(self) -> None:
+        """Take up what other processes on this folder have taken. Raises BadTrustStore."""
+        self._newest()
+
     def accept_roots(self, documents: Sequence[bytes]) -> bool:
         """Take the roots that follow the trusted one, all or none; whether there are any.
 
