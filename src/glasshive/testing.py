@@ -320,7 +320,8 @@ class LocalSwarm:
             host.wait_ready(max(deadline - time.monotonic(), 0.1))
         self.config = folder / "hive.toml"
         self.config.write_text(
-            f'swarm = {json.dumps(swarm)}\nbootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
+            f"swarm = {json.dumps(swarm)}\n"
+            f'bootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
         )
 
     def _peer(self, name: str, *arguments: str) -> LocalPeer:
