@@ -1,4 +1,4 @@
-"""The keeper: host and bootstrap stay at the newest whitelist, for as long as their clock allows."""
+"""The keeper: host and bootstrap stay at the newest whitelist, as long as their clock allows."""
 
 from __future__ import annotations
 
