@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +38,7 @@ from glasshive.dht.messages import (
     encode,
 )
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.security.errors import BadTrustStore, BadWhitelist, TrustRefused, WrongVersion
+from glasshive.security.errors import BadTrustStore, BadWhitelist, TrustRefused
 from glasshive.security.trust_root import MAX_DOCUMENT_BYTES
 from glasshive.security.trust_store import MAX_ROOTS, TrustStore
 from glasshive.security.whitelist import MAX_BODY_BYTES
@@ -102,7 +102,7 @@ async def _exchange(
         frame = await stream.receive(deadline_seconds)
         theirs = decode(frame.header, TrustVersions)
         documents = await _receive(stream, mine, theirs, deadline_seconds)
-        await asyncio.to_thread(_take, store, mine.root, documents)
+        await asyncio.to_thread(store.accept, documents.roots, documents.whitelist, after=mine.root)
         await _send(stream, store, theirs, deadline_seconds)
         frame = await stream.receive(deadline_seconds)
         return decode(frame.header, TrustVersions)
@@ -127,7 +127,9 @@ async def serve_trust(
         await _send(stream, store, theirs, deadline_seconds, first=before)
         documents = await _receive(stream, before, theirs, deadline_seconds)
         try:
-            await asyncio.to_thread(_take, store, before.root, documents)
+            await asyncio.to_thread(
+                store.accept, documents.roots, documents.whitelist, after=before.root
+            )
         except (TrustRefused, BadWhitelist) as error:
             logger.warning("trust_refused peer=%s: %s", stream.peer_id, error)
             await stream.refuse(f"these documents are refused: {error}")
@@ -210,23 +212,6 @@ async def _receive(
                 f"{MAX_DOCUMENT_BYTES} and its body 1 to {MAX_BODY_BYTES}"
             )
         whitelist = document, body
-
-
-def _take(store: TrustStore, base: int, documents: _Documents) -> None:
-    """Have the store take the documents; the roots among them follow that of version `base`."""
-    _take_roots(store, base, documents.roots)
-    if documents.whitelist is not None:
-        store.accept_whitelist(*documents.whitelist)
-
-
-def _take_roots(store: TrustStore, base: int, roots: Sequence[bytes]) -> None:
-    # Another exchange, or another process on the same folder, may have taken some meanwhile.
-    known = max(store.root.version - base, 0)
-    try:
-        store.accept_roots(roots[known:])
-    except WrongVersion:
-        if store.root.version < base + len(roots):
-            raise
 
 
 async def _closed_by_remote(stream: Stream, deadline_seconds: float) -> None:
