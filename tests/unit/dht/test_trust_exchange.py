@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from glasshive.dht.errors import (
     DeadlineExceeded,
     FrameTooLarge,
     MalformedMessage,
+    StreamClosed,
     StreamRefused,
     SwarmError,
 )
@@ -264,7 +266,10 @@ async def test_roots_beyond_those_that_were_told_are_refused(make: Callable[[], 
 
 
 @pytest.mark.asyncio
-async def test_a_frame_that_is_too_long_is_not_even_read(make: Callable[[], Peer]) -> None:
+async def test_a_frame_that_is_too_long_is_not_even_read(
+    make: Callable[[], Peer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     asks, answers = make(), make()
     body = b"x" * (MAX_DOCUMENT_BYTES + MAX_BODY_BYTES + 1)
     await says(answers, (TrustWhitelist(8, 100), body))
@@ -272,11 +277,14 @@ async def test_a_frame_that_is_too_long_is_not_even_read(make: Callable[[], Peer
         await asks.ask(answers)
     await answers.serve()
     stream = await asks.transport.open_stream(answers.address, TRUST_PROTOCOL, 5)
+    await stream.send(encode(HIGH))
     with pytest.raises(SwarmError):
-        await stream.send(["x" * 1000])
+        await stream.send(encode(TrustWhitelist(8, 100)), body)
         while True:
             await stream.receive(5)
     assert answers.news == 0
+    said = [one.getMessage() for one in caplog.records]
+    assert any("a body of 278529 bytes, at most 256 and 278528 are accepted" in one for one in said)
 
 
 @pytest.mark.asyncio
@@ -315,6 +323,22 @@ async def test_an_exchange_has_a_deadline(
     with pytest.raises(DeadlineExceeded):
         await asks.ask(answers, deadline_seconds=0.2)
     assert asks.versions == (1, 0)
+
+
+@pytest.mark.asyncio
+async def test_who_drips_is_let_go_too(make: Callable[[], Peer]) -> None:
+    drips, answers = make(), make()
+    await answers.serve(deadline_seconds=0.4)
+    stream = await drips.transport.open_stream(answers.address, TRUST_PROTOCOL, 5)
+    await stream.send(encode(TrustVersions(200, 0)))
+    for _ in range(2):
+        await stream.receive(5)  # what it has, which is nothing
+    with pytest.raises(StreamClosed):
+        for version in range(2, 200):
+            await stream.send(encode(TrustRoot(version)), b"x")
+            with contextlib.suppress(DeadlineExceeded):
+                await stream.receive(0.1)  # sooner than the other side gives up one wait
+    assert version < 20
 
 
 @pytest.mark.asyncio

@@ -15,9 +15,12 @@ from signers import signed_whitelist as signed
 from structlog.testing import capture_logs
 
 from glasshive.dht.announcer import Announcer
+from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.messages import TRUST_PROTOCOL
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.dht.transport import PeerAddress
+from glasshive.dht.trust_exchange import serve_trust
 from glasshive.security.errors import BadPolicy, BadTrustStore
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
@@ -83,6 +86,7 @@ async def test_a_host_begins_with_what_its_bootstrap_has(swarm: Swarm) -> None:
     policy = await host.start()
     assert policy == host.policy
     assert (policy.version, policy.floor_reason) == (7, "")
+    assert len(policy.signers) == 2
     assert set(policy.signers) <= set(ROOT.whitelist_keys)
     assert swarm.store("host").highest_version == 7  # and keeps it for its next start
 
@@ -108,6 +112,25 @@ async def test_what_one_learns_all_learn_and_are_told_of(swarm: Swarm) -> None:
     assert told[0].ops == {"add"}
     await until(lambda: bootstrap.policy.version == 8)
     assert kept.root.version == 2
+
+
+@pytest.mark.asyncio
+async def test_a_neighbour_that_was_away_is_told_at_once_of_news(swarm: Swarm) -> None:
+    ahead = swarm.store("ahead")
+    ahead.accept_whitelist(*signed(8))
+    leader, place = swarm.keeper(ahead)
+    await leader.start()
+    behind = swarm.store("behind")
+    busy, busy_place = swarm.keeper(behind)
+
+    async def handle(stream: Stream) -> None:
+        await serve_trust(busy._transport, behind)  # from the next time on
+        await stream.refuse("busy")
+
+    await busy._transport.serve(TRUST_PROTOCOL, handle)
+    between, _ = swarm.keeper(swarm.store("between"), busy_place, place)
+    await between.start()
+    await until(lambda: behind.highest_version == 8)
 
 
 @pytest.mark.asyncio
@@ -153,6 +176,31 @@ async def test_the_clock_ends_a_whitelist_and_then_a_root(swarm: Swarm) -> None:
     swarm.now = ROOT.expires_seconds
     await until(lambda: len(told) == 2)
     assert told[1].floor_reason.startswith("the root expired at ")
+
+
+@pytest.mark.asyncio
+async def test_time_is_up_to_the_moment_whatever_neighbours_do(swarm: Swarm) -> None:
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    neighbour, place = swarm.keeper(swarm.store("neighbour"))
+    await neighbour.start()
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, place, on_policy=told.append)  # of 600 s between rounds
+    ended = asyncio.Event()
+
+    async def silent(stream: Stream) -> None:
+        try:
+            while True:
+                await stream.receive(60)
+        finally:
+            ended.set()
+
+    swarm.now = WHITELIST.expires_seconds - 0.05
+    await host.start()
+    await neighbour._transport.serve(TRUST_PROTOCOL, silent)
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: told)
+    assert not ended.is_set()
 
 
 @pytest.mark.asyncio
@@ -204,19 +252,19 @@ async def test_a_bootstrap_that_is_away_or_lies_leaves_what_is_kept(swarm: Swarm
 async def test_an_own_file_that_is_too_wide_stops_the_start_and_not_the_service(
     swarm: Swarm,
 ) -> None:
-    own = HostRules.from_text('ops = ["add", "mul"]')
+    own = HostRules.from_text('ops = ["add", "sort"]')
     kept = swarm.store("host")
     host, _ = swarm.keeper(kept, own=own, period=0.01)
-    assert (await host.start()).ops == {"add", "mul"}  # of the floor
+    assert (await host.start()).ops == {"add"}  # of the floor
     with capture_logs() as logs:
         kept.accept_whitelist(*signed(ops={"add": 1}))
         await until(lambda: host.policy.version == 7)
     assert host.policy.ops == {"add"}
     (said,) = [one["error"] for one in logs if one["event"] == "own_policy_is_wider"]
-    assert "allows the op 'mul', which whitelist 7 of swarm 'public' does not" in said
+    assert "allows the op 'sort', which whitelist 7 of swarm 'public' does not" in said
     await host.close()
     again, _ = swarm.keeper(kept, own=own)
-    with pytest.raises(BadPolicy, match="allows the op 'mul', which whitelist 7"):
+    with pytest.raises(BadPolicy, match="allows the op 'sort', which whitelist 7"):
         await again.start()
 
 
