@@ -1,4 +1,4 @@
-"""The messages of a trace and their exact shape on the wire (docs/protocol.md has the table).
+"""What peers and clients say, and its exact shape on the wire (docs/protocol.md has the table).
 
 A message is a msgpack array `[code, field, ...]` in a frame's header; a tensor's bytes follow in
 the body, in slices of `SLICE_BYTES`: the first in the message's own frame, the others each in a
@@ -20,6 +20,7 @@ from glasshive.graph.tensors import TensorSpec, check_spec
 TRACE_PROTOCOL: Final = "glasshive/trace/1"
 EDGE_PROTOCOL: Final = "glasshive/edge/1"
 FILES_PROTOCOL: Final = "glasshive/files/1"
+TRUST_PROTOCOL: Final = "glasshive/trust/1"
 
 SLICE_BYTES: Final = 1 << 18
 ALIVE_SECONDS: Final = 2.0
@@ -251,6 +252,34 @@ class File:
     size_bytes: Count
 
 
+@dataclass(frozen=True, slots=True)
+class TrustVersions:
+    """Peer to peer, first in both directions: the versions of its root and whitelist (0: none)."""
+
+    root: Count
+    whitelist: Count
+
+
+@dataclass(frozen=True, slots=True)
+class TrustRoot:
+    """Peer to peer: the next root that the other side lacks. The body is its document."""
+
+    version: Count
+
+
+@dataclass(frozen=True, slots=True)
+class TrustWhitelist:
+    """Peer to peer, after the roots: a newer whitelist. The body is its document, then its body."""
+
+    version: Count
+    document_bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
+class TrustEnd:
+    """Peer to peer: the other side has everything that it lacked."""
+
+
 _CODES: Final[dict[int, type[Any]]] = {
     1: Prepare,
     2: Need,
@@ -268,6 +297,10 @@ _CODES: Final[dict[int, type[Any]]] = {
     22: More,
     30: AskFile,
     31: File,
+    40: TrustVersions,
+    41: TrustRoot,
+    42: TrustWhitelist,
+    43: TrustEnd,
 }
 _CODE_OF: Final = {kind: code for code, kind in _CODES.items()}
 

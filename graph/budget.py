@@ -85,13 +85,21 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a peer allows one graph; seconds are those of its own pace."""
+    """What a peer allows one graph; seconds are those of its own pace.
+
+    `allowed_by` has, for a limit that is not the peer's own, words to follow "allowed".
+    """
 
     peak_bytes: int
     flops: int
     saved_bytes: int
     seconds: float = math.inf
     pace: Pace = field(default_factory=Pace)
+    allowed_by: Mapping[str, str] = field(default_factory=dict)
+
+    def by(self, name: str) -> str:
+        """Whose limit that one is; empty for the peer's own."""
+        return self.allowed_by.get(name, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,31 +243,35 @@ class _Admission:
         self._live_bytes += held_bytes
 
     def _charge(self, node_id: NodeId, what: str, workspace_bytes: int) -> None:
+        budget = self._budget
         now_bytes = self._live_bytes + workspace_bytes
         self._peak_bytes = max(self._peak_bytes, now_bytes)
-        if now_bytes > self._budget.peak_bytes:
+        if now_bytes > budget.peak_bytes:
             raise OverBudget(
                 f"node {node_id} ({what}) brings the graph to {now_bytes} bytes at once, but "
-                f"{self._budget.peak_bytes} are allowed; save or edit less in one trace",
+                f"{budget.peak_bytes} are allowed{budget.by('peak_bytes')}; save or edit less in "
+                "one trace",
                 node=node_id,
             )
-        if self._flops > self._budget.flops:
+        if self._flops > budget.flops:
             raise OverBudget(
                 f"node {node_id} ({what}) brings the graph to {self._flops} FLOPs, but "
-                f"{self._budget.flops} are allowed; split the work over several traces",
+                f"{budget.flops} are allowed{budget.by('flops')}; split the work over several "
+                "traces",
                 node=node_id,
             )
-        if self._seconds > self._budget.seconds:
+        if self._seconds > budget.seconds:
             raise OverBudget(
                 f"node {node_id} ({what}) brings the graph to about {self._seconds:.3g} s of this "
-                f"peer's time, but {self._budget.seconds:.3g} s are allowed; split the work over "
-                "several traces",
+                f"peer's time, but {budget.seconds:.3g} s are allowed"
+                f"{budget.by('seconds')}; split the work over several traces",
                 node=node_id,
             )
-        if self._saved_bytes > self._budget.saved_bytes:
+        if self._saved_bytes > budget.saved_bytes:
             raise OverBudget(
                 f"node {node_id} ({what}) brings the saves to {self._saved_bytes} bytes, but "
-                f"{self._budget.saved_bytes} are allowed; slice or reduce before saving",
+                f"{budget.saved_bytes} are allowed{budget.by('saved_bytes')}; slice or reduce "
+                "before saving",
                 node=node_id,
             )
 

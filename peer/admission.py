@@ -1,5 +1,8 @@
 """Whether a part may run here: every shape inferred again, every byte and FLOP counted before.
 
+First the policy is asked: which ops, which modules, how many nodes and constants. One admission
+belongs to one policy; `under` makes the next.
+
 The seconds of a part, its passes through the model included, follow from the host's measured pace.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 from torch import nn
@@ -20,6 +24,7 @@ from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part
 from glasshive.graph.tensors import SpecArg, Specs
 from glasshive.peer.pace import HostPace
+from glasshive.security.policy import Policy
 
 _KEPT_VERDICTS = 256
 
@@ -28,15 +33,31 @@ class Admission:
     """Admits parts of traces of one model. `budget` is what one of them may take at `pace`.
 
     A bill is kept by the hash of the part's bytes, which hold the graph, the sizes of the passes
-    and the shapes of what comes in; model, dtype and budget are the same for all.
+    and the shapes of what comes in; model, dtype, budget and policy are the same for all.
     """
 
-    def __init__(self, outline: Outline, twin: nn.Module, budget: Budget, pace: HostPace) -> None:
+    def __init__(
+        self,
+        outline: Outline,
+        twin: nn.Module,
+        budget: Budget,
+        pace: HostPace,
+        policy: Policy | None = None,
+    ) -> None:
+        self.policy = Policy.of_release() if policy is None else policy
         self._outline = outline
         self._calls = Calls(twin, outline)
         self._budget = replace(budget, pace=pace.graph)
         self._pace = pace
         self._known: OrderedDict[bytes, Bill] = OrderedDict()
+
+    def under(self, policy: Policy, budget: Budget) -> Admission:
+        """The same under another policy and budget. No bill of this one counts there."""
+        other = copy(self)
+        other.policy = policy
+        other._budget = replace(budget, pace=self._pace.graph)
+        other._known = OrderedDict()
+        return other
 
     def admit(
         self,
@@ -47,8 +68,8 @@ class Admission:
     ) -> Bill:
         """The bill of a part that was decoded from `data`; nothing is run.
 
-        Raises OverBudget or ShapeMismatch with the node, and what `go_on` raises: it is called
-        before each op, so that a check which nobody waits for any more can be ended.
+        Raises NotAllowed, OverBudget or ShapeMismatch with the node, and what `go_on` raises: it is
+        called before each op, so that a check which nobody waits for any more can be ended.
         """
         key = hashlib.sha256(data).digest()
         bill = self._known.get(key)
@@ -60,21 +81,22 @@ class Admission:
         return bill
 
     def _count(self, part: Part, passes: Passes, go_on: Callable[[], None]) -> Bill:
+        self.policy.check_graph(part.graph)
         forwards = [passes.passes[stage.pass_index] for stage in part.stages if stage.forward]
         seconds = sum(self._pace.forward_seconds(one.batch, one.seq) for one in forwards)
         if seconds > self._budget.seconds:
             tokens = sum(one.batch * one.seq for one in forwards)
             raise OverBudget(
                 f"{tokens} tokens in {len(forwards)} passes take about {seconds:.3g} s of this "
-                f"peer's time, but {self._budget.seconds:.3g} s are allowed; trace fewer "
-                "or shorter prompts at a time"
+                f"peer's time, but {self._budget.seconds:.3g} s are allowed"
+                f"{self._budget.by('seconds')}; trace fewer or shorter prompts at a time"
             )
         waiting_bytes = self._waiting_bytes(part, passes)
         if waiting_bytes > self._budget.peak_bytes:
             raise OverBudget(
                 f"tokens and hidden states of {len(forwards)} passes take {waiting_bytes} bytes "
-                f"while they wait here, but {self._budget.peak_bytes} are allowed; trace fewer "
-                "or shorter prompts at a time"
+                f"while they wait here, but {self._budget.peak_bytes} are allowed"
+                f"{self._budget.by('peak_bytes')}; trace fewer or shorter prompts at a time"
             )
         model = surroundings(self._outline, self._calls, passes)
 

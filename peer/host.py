@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
@@ -48,9 +47,9 @@ from glasshive.dht.messages import (
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.tensor_frames import receive_tensor
 from glasshive.dht.transport import PeerAddress, Transport, check_address
-from glasshive.graph.budget import Bill, Budget
-from glasshive.graph.codec import GraphLimits
-from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError
+from glasshive.graph.budget import Bill
+from glasshive.graph.codec import encode_graph
+from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError, OverBudget
 from glasshive.graph.graph import Const
 from glasshive.graph.kernels import from_torch_dtype, tensor_from_bytes
 from glasshive.graph.kernels import spec_of as spec_of_tensor
@@ -64,10 +63,13 @@ from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import PassInputs
 from glasshive.peer.file_server import FileServer
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.keys import PeerId
+from glasshive.security.manifest import ModelId
+from glasshive.security.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -75,40 +77,6 @@ T = TypeVar("T")
 
 MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class HostLimits:
-    """One number for each thing that a client can ask for."""
-
-    graph: GraphLimits = field(default_factory=GraphLimits)
-    traces: int = 16
-    traces_per_client: int = 8
-    trace_seconds: float = 600.0
-    prepare_seconds: float = 60.0
-    batch_rows: int = 256
-    context_tokens: int = 8192
-    const_cache_bytes: int = 1 << 30
-    budget: Budget = field(
-        default_factory=lambda: Budget(
-            peak_bytes=4 << 30, flops=10**13, saved_bytes=2 << 30, seconds=300.0
-        )
-    )
-
-    stage_least_seconds: float = 60.0
-    stage_factor: float = 3.0
-    node_seconds: float = 240.0
-
-    def stage_seconds(self, estimated_seconds: float) -> float:
-        """How long a stage may take of a part that was thought to take so long.
-
-        It is ended then at its next node, so the estimate is given the benefit of the doubt.
-        """
-        return self.stage_least_seconds + self.stage_factor * estimated_seconds
-
-    def runaway_seconds(self, estimated_seconds: float) -> float:
-        """After how long a node that still runs is a runaway: the process is ended."""
-        return self.stage_seconds(estimated_seconds) + self.node_seconds
 
 
 def _digest(spec: TensorSpec, data: bytearray, go_on: Callable[[], None]) -> bytes:
@@ -125,13 +93,16 @@ class Host:
         served: ServedModel,
         *,
         limits: HostLimits | None = None,
+        policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Without a `policy` this release's own is in force, as where no root is configured."""
         self._transport = transport
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
-        self._limits = limits or HostLimits()
+        self._own_limits = limits or HostLimits()
+        self._limits = self._own_limits  # under the policy
         self._clock = clock
         self._torch = TorchThread()
         # What a client sends is checked beside the loop, which answers everybody.
@@ -143,6 +114,17 @@ class Host:
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
+        self.apply(policy or Policy.of_release())
+
+    @property
+    def policy(self) -> Policy:
+        """What clients may run here now, the host's own limits included."""
+        return self._admission.policy.capped(self._own_limits.numbers())
+
+    def apply(self, policy: Policy) -> None:
+        """Keep to `policy` from the next admission on; what was admitted goes on."""
+        self._limits = self._own_limits.under(policy)
+        self._admission = self._admission.under(policy, self._limits.budget)
 
     @property
     def load(self) -> float:
@@ -241,12 +223,16 @@ class Host:
     def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
         """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
         limits = self._limits
+        self._admission.policy.check_client(client)
         if trace_id in self._tenants:
             raise BadGraph("a trace of this id is running here")
         if self.load >= 1.0:
             raise Busy(f"{limits.traces} traces are running here; try again soon")
         if sum(one == client for one in self._tenants.values()) >= limits.traces_per_client:
-            raise Busy(f"{limits.traces_per_client} traces of yours are running here")
+            raise Busy(
+                f"{limits.traces_per_client} traces of yours are running here"
+                + (f"; no more are allowed{by}" if (by := limits.by("traces_per_client")) else "")
+            )
         self._tenants[trace_id] = client
 
     async def _prepare(
@@ -258,10 +244,14 @@ class Host:
                 f"model {prepare.model_id[:16]!r}... is not served here; this peer serves "
                 f"{self._manifest.model_id[:16]}... ({self._manifest.name})"
             )
+        policy = self._admission.policy
+        policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
         ours = from_torch_dtype(self._model.dtype).value
         if prepare.dtype != ours:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
         peers = _peers(prepare)
+        for peer in peers:
+            policy.check_peer(peer.peer_id)
         part, passes, bill = await self._check(partial(self._admitted, body, peers))
         consts = await self._take_consts(client, part)
         seconds = min(prepare.deadline_seconds, limits.trace_seconds)
@@ -288,8 +278,10 @@ class Host:
     def _admitted(
         self, body: bytearray, peers: tuple[PeerAddress, ...], go_on: Callable[[], None]
     ) -> tuple[Part, Passes, Bill]:
-        model, limits = self._model, self._limits
-        part, passes = decode_part(body, limits.graph)
+        model, admission = self._model, self._admission
+        limits = self._own_limits.under(admission.policy)  # of one policy, if another comes now
+        part, passes = decode_part(body, self._own_limits.graph)
+        _check_graph_bytes(part, len(body), limits)
         if (part.span.start, part.span.end) != (model.start, model.end):
             raise BadGraph(
                 f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
@@ -298,12 +290,13 @@ class Host:
             if one.batch > limits.batch_rows or one.seq > limits.context_tokens:
                 raise BadGraph(
                     f"a pass of {one.batch} rows of {one.seq} tokens; this peer takes at most "
-                    f"{limits.batch_rows} rows of {limits.context_tokens} tokens"
+                    f"{limits.batch_rows} rows{limits.by('batch_rows')} of "
+                    f"{limits.context_tokens} tokens{limits.by('context_tokens')}"
                 )
         check_peers(part, peers)
         check_part(part, passes, self._outline)
         slots(part.graph, self._outline, passes)
-        return part, passes, self._admission.admit(part, passes, body, go_on)
+        return part, passes, admission.admit(part, passes, body, go_on)
 
     async def _take_consts(self, client: ClientStream, part: Part) -> Mapping[bytes, Tensor]:
         wanted: dict[bytes, TensorSpec] = {
@@ -445,6 +438,19 @@ async def _heard(client: ClientStream) -> AsyncIterator[None]:
 
 def _accepted(bill: Bill) -> Accepted:
     return Accepted(bill.peak_bytes, bill.flops, bill.saved_bytes)
+
+
+def _check_graph_bytes(part: Part, most_bytes: int, limits: HostLimits) -> None:
+    """Raise OverBudget for a graph of more bytes than the policy allows; its part has most_bytes.
+
+    A graph has one encoding. Most parts are small, and theirs isn't made again.
+    """
+    allowed = limits.graph.graph_bytes
+    if most_bytes > allowed and (graph_bytes := len(encode_graph(part.graph))) > allowed:
+        raise OverBudget(
+            f"a graph of {graph_bytes} bytes, but {allowed} are allowed"
+            f"{limits.by('graph_bytes')}; split the work over several traces"
+        )
 
 
 def _peers(prepare: Prepare) -> tuple[PeerAddress, ...]:

@@ -12,9 +12,11 @@ from glasshive.dht.directory import serve_directory
 from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
 from glasshive.dht.transport import Transport
 from glasshive.graph.kernels import from_torch_dtype
-from glasshive.peer.host import Host, HostLimits
+from glasshive.peer.host import Host
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
+from glasshive.security.policy import Policy
 
 
 class Serving:
@@ -27,11 +29,13 @@ class Serving:
         served: ServedModel,
         *,
         limits: HostLimits | None = None,
+        policy: Policy | None = None,
         lifetime_seconds: float = MAX_LIFETIME_SECONDS,
     ) -> None:
-        self.host = Host(transport, served, limits=limits)
+        self.host = Host(transport, served, limits=limits, policy=policy)
         self._transport = transport
-        self.record = record_of(transport, served, lifetime_seconds)
+        version = self.host.policy.version
+        self.record = record_of(transport, served, lifetime_seconds, version)
         self._announcer = Announcer(transport, identity, self.record, lifetime_seconds)
 
     async def start(self) -> None:
@@ -40,12 +44,22 @@ class Serving:
         await serve_directory(self._transport)
         await self._announcer.start()
 
+    def apply(self, policy: Policy) -> None:
+        """Keep to `policy` from the next admission on, and announce its version."""
+        self.host.apply(policy)
+        self.refresh()
+
     def refresh(self, *, again: bool = False) -> None:
-        """Announce what has changed of the record, load or addresses; all of it with `again`."""
-        addresses, load = self._transport.addresses[:4], round(self.host.load, 2)
-        if again or (addresses, load) != (self.record.addresses, self.record.load):
-            self.record = replace(self.record, addresses=addresses, load=load)
-            self._announcer.update(self.record)
+        """Announce what has changed of the record; all of it with `again`."""
+        record = replace(
+            self.record,
+            addresses=self._transport.addresses[:4],
+            load=round(self.host.load, 2),
+            whitelist_version=self.host.policy.version,
+        )
+        if again or record != self.record:
+            self.record = record
+            self._announcer.update(record)
 
     async def close(self) -> None:
         """Withdraw the record, so that no client comes any more, and stop what runs."""
@@ -60,7 +74,9 @@ class Serving:
         await self.close()
 
 
-def record_of(transport: Transport, served: ServedModel, lifetime_seconds: float) -> PeerRecord:
+def record_of(
+    transport: Transport, served: ServedModel, lifetime_seconds: float, whitelist_version: int
+) -> PeerRecord:
     """What this host announces of itself, with a measured speed."""
     model = served.model
     return PeerRecord(
@@ -74,7 +90,7 @@ def record_of(transport: Transport, served: ServedModel, lifetime_seconds: float
         attention=served.attention,
         throughput_tokens_per_second=served.pace.tokens_per_second,
         addresses=transport.addresses[:4],
-        whitelist_version=0,
+        whitelist_version=whitelist_version,
         load=0.0,
         software_version=importlib.metadata.version("glasshive"),
         peer_id=transport.peer_id,

@@ -3,20 +3,21 @@
 Rules:
 
 1. Nothing is allowed that one of the three doesn't allow. No field means "the rest".
-2. A host's own file can only narrow: what is wider in it is an error that names it.
-3. A whitelist that is expired, or that was issued more than 10 minutes in the clock's future, or
-   that wants a newer protocol, allows only what the floor allows too: ten pure ops, reads, small
-   limits. Revoked stays revoked.
+2. A host's own file (host_policy.py) can only narrow.
+3. A whitelist that is expired, or whose root is, or that was issued more than 10 minutes in the
+   clock's future, or that wants a newer protocol, allows only what the floor allows too: ten pure
+   ops, reads, small limits. Revoked stays revoked.
 4. Who is revoked by one side is revoked.
+5. Where no root is configured, as in a swarm on one machine, there is no whitelist: this release
+   and the host's own file are what counts.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
 from glasshive.graph.codec import DEFAULT_LIMITS
@@ -36,28 +37,20 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.ops import OPS
 from glasshive.graph.tensors import TensorSpec
-from glasshive.security.errors import BadPolicy, NotAllowed
+from glasshive.security.errors import NotAllowed
+from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import PeerId
 from glasshive.security.manifest import ModelId
-from glasshive.security.module_patterns import common, covered_by, matches, nearest_patterns
+from glasshive.security.module_patterns import common, matches, nearest_patterns
 from glasshive.security.whitelist import (
     FUTURE_SECONDS,
-    LIMIT_NAMES,
     MAX_LIMIT,
-    MAX_MODELS,
-    MAX_OPS,
     Limits,
     Whitelist,
     limits_by_name,
-    named_fields,
-    patterns,
-    peer_ids,
-    read_toml,
-    texts,
-    whole,
 )
 
-__all__ = ["PROTOCOL", "HostRules", "Policy", "diff_whitelists"]
+__all__ = ["PROTOCOL", "Policy", "diff_whitelists"]
 
 PROTOCOL: Final = 1
 """The protocol that this release speaks: the number at the end of its streams' names."""
@@ -98,80 +91,12 @@ _EVERY_MODULE: Final = ("**",)
 
 
 @dataclass(frozen=True, slots=True)
-class HostRules:
-    """A host's own file: None where it says nothing, and the whitelist alone counts."""
-
-    ops: frozenset[str] | None = None
-    readable: tuple[str, ...] | None = None
-    writable: tuple[str, ...] | None = None
-    models: frozenset[ModelId] | None = None
-    refused_peers: frozenset[PeerId] = frozenset()
-    refused_clients: frozenset[PeerId] = frozenset()
-    limits: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_text(cls, text: str) -> HostRules:
-        """The rules that a TOML text says. Raises BadPolicy, which names the field."""
-        names = ("ops", "read", "write", "models", "refuse_peers", "refuse_clients", "limits")
-        tree = named_fields(read_toml(text, BadPolicy), "", names, BadPolicy, optional=True)
-        limits = named_fields(
-            tree.get("limits", {}), "limits.", LIMIT_NAMES, BadPolicy, optional=True
-        )
-        ops, models = tree.get("ops"), tree.get("models")
-        read, write = tree.get("read"), tree.get("write")
-        return cls(
-            ops=None if ops is None else frozenset(texts(ops, "ops", MAX_OPS, BadPolicy)),
-            readable=None if read is None else patterns(read, "read", BadPolicy),
-            writable=None if write is None else patterns(write, "write", BadPolicy),
-            models=(
-                None
-                if models is None
-                else frozenset(map(ModelId, texts(models, "models", MAX_MODELS, BadPolicy)))
-            ),
-            refused_peers=peer_ids(tree.get("refuse_peers", []), "refuse_peers", BadPolicy),
-            refused_clients=peer_ids(tree.get("refuse_clients", []), "refuse_clients", BadPolicy),
-            limits=MappingProxyType(
-                {
-                    name: whole(value, f"limits.{name}", 0, MAX_LIMIT, BadPolicy)
-                    for name, value in limits.items()
-                }
-            ),
-        )
-
-    def check_narrows(self, policy: Policy) -> None:
-        """Return if nothing here is wider than `policy`. Raises BadPolicy, which names it."""
-        wider = next(self._wider(policy), None)
-        if wider is not None:
-            raise BadPolicy(
-                f"the host's own file allows {wider} {policy.source} does not; it can only narrow, "
-                "so take that out of the file"
-            )
-
-    def _wider(self, policy: Policy) -> Iterator[str]:
-        for op in sorted((self.ops or frozenset()) - policy.ops):
-            yield f"the op {op[:64]!r}, which"
-        for pattern in self.readable or ():
-            if not covered_by(pattern, policy.readable):
-                yield f"reading {pattern!r}, which"
-        for pattern in self.writable or ():
-            if not covered_by(pattern, policy.writable):
-                yield f"writing {pattern!r}, which"
-        for model in sorted(self.models or frozenset()):
-            if not policy.allows_model(model):
-                yield f"the model {model[:64]!r}, which"
-        allowed = limits_by_name(policy.limits)
-        for name, value in self.limits.items():
-            if value > allowed[name]:
-                yield f"limits.{name} = {value}, more than {allowed[name]}, which"
-
-
-@dataclass(frozen=True, slots=True)
 class Policy:
-    """What this host runs for others. Made by `effective` or `floor`.
+    """What this host runs for others. Made by `effective`, `of_release` or `floor`.
 
     `models` gives names by manifest id; None allows each model that the host serves. `source` says
     in words whose policy it is, `floor_reason` why only the floor is allowed, or is empty.
-    `ends_seconds` is when it must be made anew: the whitelist expires then.
+    `ends_seconds` is when it must be made anew: whitelist or root expires then.
     """
 
     source: str
@@ -208,6 +133,30 @@ class Policy:
         )
 
     @classmethod
+    def of_release(cls, host: HostRules | None = None) -> Policy:
+        """What a host runs where no root is configured: all that this release can, or what is left
+        of it by the host's own file. Raises BadPolicy for a wider file."""
+        policy = cls(
+            source="this release (no root is configured)",
+            signers=(),
+            version=0,
+            floor_reason="",
+            ends_seconds=None,
+            ops=frozenset(OPS),
+            readable=_EVERY_MODULE,
+            writable=_EVERY_MODULE,
+            models=None,
+            limits=_RELEASE_LIMITS,
+            revoked_peers=frozenset(),
+            revoked_clients=frozenset(),
+            revoked_versions=frozenset(),
+        )
+        if host is None:
+            return policy
+        host.check_narrows(policy)
+        return policy._narrowed_by(host)
+
+    @classmethod
     def effective(
         cls,
         whitelist: Whitelist | None,
@@ -215,11 +164,13 @@ class Policy:
         *,
         host: HostRules | None = None,
         signers: Iterable[str] = (),
+        root_expires_seconds: int | None = None,
         strict: bool = True,
     ) -> Policy:
         """What `whitelist`, the host's own rules and this release allow together.
 
-        `signers` are the ids of the keys whose signatures were verified. With `strict`, rules of
+        `signers` are the ids of the keys whose signatures were verified, and
+        `root_expires_seconds` is when the root that names them expires. With `strict`, rules of
         the host that are wider than the whitelist raise BadPolicy; without, for a whitelist that
         came while the host runs, what is wider is left out, as all that one side doesn't allow.
         """
@@ -228,8 +179,13 @@ class Policy:
             if strict:
                 host.check_narrows(policy)
             policy = policy._narrowed_by(host)
-        reason = "" if whitelist is None else _why_floor(whitelist, now_seconds)
-        return policy._at_the_floor(reason) if reason else policy
+        if whitelist is None:
+            return policy
+        root_ends = MAX_LIMIT if root_expires_seconds is None else root_expires_seconds
+        reason = _why_floor(whitelist, root_ends, now_seconds)
+        if reason:
+            return policy._at_the_floor(reason)
+        return replace(policy, ends_seconds=min(whitelist.expires_seconds, root_ends))
 
     @classmethod
     def _of_whitelist(cls, whitelist: Whitelist, signers: tuple[str, ...]) -> Policy:
@@ -262,9 +218,11 @@ class Policy:
             name: min(value, host.limits.get(name, value))
             for name, value in limits_by_name(self.limits).items()
         }
+        own = "" if host == HostRules() else " with the host's own file"
         return replace(
             self,
-            ops=self.ops if host.ops is None else self.ops & host.ops,
+            source=self.source + own,
+            ops=(self.ops if host.ops is None else self.ops & host.ops) - host.denied_ops,
             readable=_both(self.readable, host.readable),
             writable=_both(self.writable, host.writable),
             models=models,
@@ -297,7 +255,7 @@ class Policy:
         """
         limits = self.limits
         if len(graph) > limits.nodes:
-            raise OverBudget(f"{len(graph)} nodes, but {limits.nodes} are allowed by {self.source}")
+            raise OverBudget(f"{len(graph)} nodes, but {limits.nodes} are allowed by {self.who}")
         allowed: set[tuple[bool, str]] = set()
         constants: dict[bytes, int] = {}
         for node_id, node in graph.nodes.items():
@@ -307,7 +265,7 @@ class Policy:
         if sum(constants.values()) > limits.const_bytes:
             raise OverBudget(
                 f"constants of {sum(constants.values())} bytes, but {limits.const_bytes} are "
-                f"allowed by {self.source}"
+                f"allowed by {self.who}"
             )
 
     def _check_node(self, node_id: NodeId, node: Node, allowed: set[tuple[bool, str]]) -> None:
@@ -330,14 +288,14 @@ class Policy:
         if step >= self.limits.steps:
             raise OverBudget(
                 f"node {node_id}: step {step} of a generation, but {self.limits.steps} steps are "
-                f"allowed by {self.source}",
+                f"allowed by {self.who}",
                 node=node_id,
             )
 
     def _op_refused(self, node_id: NodeId, name: str) -> str:
         near = difflib.get_close_matches(name[:64], self.ops, n=3, cutoff=0.0)
         hint = f"the nearest allowed: {', '.join(near)}" if near else "no op is allowed"
-        return f"node {node_id}: the op {name[:64]!r} is not allowed here by {self._who}; {hint}"
+        return f"node {node_id}: the op {name[:64]!r} is not allowed here by {self.who}; {hint}"
 
     def _module_refused(self, node_id: NodeId, node: Node, module: str) -> str:
         writes = isinstance(node, Write | Skip)
@@ -354,10 +312,11 @@ class Policy:
             else f"no module may be {what}"
         )
         name = repr(module[:128]) if module else "the model itself"
-        return f"node {node_id}: {done} {name} is not allowed here by {self._who}; {hint}"
+        return f"node {node_id}: {done} {name} is not allowed here by {self.who}; {hint}"
 
     @property
-    def _who(self) -> str:
+    def who(self) -> str:
+        """Whose policy it is, in words, with why only the floor counts."""
         return f"{self.source} ({self.floor_reason})" if self.floor_reason else self.source
 
     def allows_model(self, model_id: str) -> bool:
@@ -372,6 +331,26 @@ class Policy:
                 f"the model {name!r} with manifest {model_id[:16]}... is not allowed by "
                 f"{self.source}; allowed: {names}"
             )
+
+    def check_client(self, key: PeerId) -> None:
+        """Return if the client may use this host. Raises NotAllowed."""
+        if self.is_revoked(key, "client"):
+            raise NotAllowed(
+                f"the client {key} may not use this host by {self.source}; ask whoever "
+                "signs that, or use another key"
+            )
+
+    def check_peer(self, key: PeerId) -> None:
+        """Return if the peer may work with this host. Raises NotAllowed."""
+        if self.is_revoked(key, "peer"):
+            raise NotAllowed(
+                f"the peer {key} may not work with this host by {self.source}; leave it out "
+                "with avoid="
+            )
+
+    def capped(self, limits: Limits) -> Policy:
+        """The same with no number above that of `limits`."""
+        return replace(self, limits=self.limits.narrowed(limits))
 
     def is_revoked(self, key: str, role: Literal["peer", "client"]) -> bool:
         """Whether the key of this peer id may not be a host ("peer") or a client any more."""
@@ -445,8 +424,10 @@ def _diff_of_maps(name: str, old: Mapping[_K, object], new: Mapping[_K, object])
     return lines
 
 
-def _why_floor(whitelist: Whitelist, now_seconds: float) -> str:
+def _why_floor(whitelist: Whitelist, root_expires_seconds: int, now_seconds: float) -> str:
     """Why only the floor counts now; empty if the whitelist is in force."""
+    if now_seconds >= root_expires_seconds:
+        return f"the root expired at {_moment(root_expires_seconds)}"
     if now_seconds >= whitelist.expires_seconds:
         return f"the whitelist expired at {_moment(whitelist.expires_seconds)}"
     if now_seconds < whitelist.issued_seconds - FUTURE_SECONDS:

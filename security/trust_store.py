@@ -108,23 +108,16 @@ class TrustStore:
         behind = self._state.root.version - version
         return self._state.roots[-behind:] if 0 < behind < len(self._state.roots) else ()
 
+    def refresh(self) -> None:
+        """Take up what other processes on this folder have taken. Raises BadTrustStore."""
+        self._newest()
+
     def accept_roots(self, documents: Sequence[bytes]) -> bool:
         """Take the roots that follow the trusted one, all or none; whether there are any.
 
         Raises what `verify_root_chain` raises, and BadTrustStore.
         """
-        with self._locked():
-            state = self._newest()
-            if len(state.roots) + len(documents) > MAX_ROOTS:
-                raise BadTrustStore(f"more than {MAX_ROOTS} roots; begin with a later first root")
-            if not documents:
-                return False
-            root = verify_root_chain(state.root, documents, self._clock())
-            whitelist = self._open(root, state.highest, state.document, state.body)
-            self._write(
-                replace(state, roots=(*state.roots, *documents), root=root, whitelist=whitelist)
-            )
-            return True
+        return self.accept(documents, None)
 
     def accept_whitelist(self, document: bytes, body: bytes) -> bool:
         """Take a whitelist if it is newer than the held one; whether it was.
@@ -132,32 +125,65 @@ class TrustStore:
         Raises what `verify_whitelist` raises, WrongVersion for one that the held whitelist revokes
         or that differs from it under the same version, and BadTrustStore.
         """
+        return self.accept((), (document, body))
+
+    def accept(
+        self,
+        roots: Sequence[bytes],
+        whitelist: tuple[bytes, bytes] | None,
+        *,
+        after: int | None = None,
+    ) -> bool:
+        """Take roots and the whitelist (document, body) behind them; whether anything was new.
+
+        `after` is the version of the root that they follow, if some may be known here by now.
+        They count in one step: a root that takes a key away leaves no moment without a whitelist
+        if one that was signed anew comes with it. Good roots are taken even if the whitelist is
+        not. Raises what `accept_roots` and `accept_whitelist` raise.
+        """
         with self._locked():
-            state = self._newest()
-            new = verify_whitelist(
-                state.root,
-                document,
-                body,
-                swarm=self._swarm,
-                least_version=state.highest,
-                now_seconds=self._clock(),
-            )
-            version = new.whitelist.version
-            held = state.whitelist
-            if held is not None and version in held.whitelist.revoked_versions:
-                raise WrongVersion(f"whitelist {version} is revoked; sign a newer one")
-            if version == state.highest:
-                if body != state.body:
-                    raise WrongVersion(
-                        f"got another whitelist {version} than the one that is known here; "
-                        "sign the next version"
-                    )
-                if held is not None:
-                    return False
-            self._write(
-                replace(state, highest=version, document=document, body=body, whitelist=new)
-            )
-            return True
+            old = self._newest()
+            known = 0 if after is None else max(old.root.version - after, 0)
+            state = self._with_roots(old, roots[known:])
+            try:
+                if whitelist is not None:
+                    state = self._with_whitelist(state, *whitelist)
+            finally:
+                if state is not old:
+                    self._write(state)
+            return state is not old
+
+    def _with_roots(self, state: _State, documents: Sequence[bytes]) -> _State:
+        if len(state.roots) + len(documents) > MAX_ROOTS:
+            raise BadTrustStore(f"more than {MAX_ROOTS} roots; begin with a later first root")
+        if not documents:
+            return state
+        root = verify_root_chain(state.root, documents, self._clock())
+        whitelist = self._open(root, state.highest, state.document, state.body)
+        return replace(state, roots=(*state.roots, *documents), root=root, whitelist=whitelist)
+
+    def _with_whitelist(self, state: _State, document: bytes, body: bytes) -> _State:
+        new = verify_whitelist(
+            state.root,
+            document,
+            body,
+            swarm=self._swarm,
+            least_version=state.highest,
+            now_seconds=self._clock(),
+        )
+        version = new.whitelist.version
+        held = state.whitelist
+        if held is not None and version in held.whitelist.revoked_versions:
+            raise WrongVersion(f"whitelist {version} is revoked; sign a newer one")
+        if version == state.highest:
+            if body != state.body:
+                raise WrongVersion(
+                    f"got another whitelist {version} than the one that is known here; "
+                    "sign the next version"
+                )
+            if held is not None:
+                return state
+        return replace(state, highest=version, document=document, body=body, whitelist=new)
 
     # The file
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +25,14 @@ from glasshive.graph.errors import GlasshiveError
 from glasshive.joining import join
 from glasshive.models import ModelUnavailableError, find_model
 from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended
+from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
+from glasshive.security.policy import Policy
+from glasshive.security.trust_store import TrustStore
 from glasshive.settings import Settings
+from glasshive.swarm_trust import host_rules, open_store, own_rules
 from glasshive.terminal import LogFormat, byte_bar, console, print_error
+from glasshive.trust_keeper import TrustKeeper
 
 if TYPE_CHECKING:
     from glasshive.peer.served_model import ServedModel
@@ -116,6 +122,13 @@ class _Process:
         finally:
             await transport.close()
 
+    def keeper(
+        self, transport: HivemindTransport, store: TrustStore, own: HostRules | None = None
+    ) -> TrustKeeper:
+        """What will keep `store` current, with the bootstrap peers as neighbours."""
+        bootstraps = [PeerAddress.parse(one) for one in self.life.settings.bootstraps]
+        return TrustKeeper(transport, store, bootstraps, own=own)
+
     def _say_waiting(self, why: str, seconds: float) -> None:
         if self.life.log_format == "json":
             log.warning("waiting_for_bootstrap", why=why, again_in_seconds=seconds)
@@ -204,8 +217,13 @@ async def _until_stopped(life: Life, work: Callable[[_Process], Awaitable[None]]
 
 
 async def _bootstrap(process: _Process) -> None:
-    async with process.transport(may_be_alone=True) as transport:
+    store = open_store(process.life.settings)
+    async with contextlib.AsyncExitStack() as ends:
+        transport = await ends.enter_async_context(process.transport(may_be_alone=True))
         await serve_directory(transport)
+        if store is not None:
+            keeper = await ends.enter_async_context(process.keeper(transport, store))
+            log.info("policy", policy=keeper.policy.who, whitelist_version=keeper.policy.version)
         address = transport.addresses[0]
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
@@ -221,16 +239,32 @@ async def _bootstrap(process: _Process) -> None:
 
 
 async def _host(process: _Process, options: ServeOptions) -> None:
-    _check(options)  # before anybody is waited for
-    async with process.transport() as transport:
+    settings = process.life.settings
+    # Before anybody is waited for.
+    _check(options)
+    store, own = open_store(settings), own_rules(settings)
+    async with contextlib.AsyncExitStack() as ends:
+        transport = await ends.enter_async_context(process.transport())
+        policy = host_rules(None, own, time.time()) if store is None else Policy.floor()
+        keeper = None
+        if store is not None:
+            keeper = process.keeper(transport, store, own)
+            policy = await keeper.start()
+            ends.push_async_callback(keeper.close)
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         served = await asyncio.get_running_loop().run_in_executor(
-            pool, _load, options, process.life.log_format == "pretty"
+            pool, _load, options, process.life.log_format == "pretty", policy
         )
         from glasshive.peer.serving import Serving
 
         identity = Identity.load_or_create(process.life.key)
-        serving = Serving(transport, identity, served)
+        if keeper is not None:
+            policy = keeper.policy  # there may be a newer one since
+        serving = Serving(transport, identity, served, policy=policy)
+        if keeper is not None:
+            keeper.on_policy = lambda new: _apply(process, serving, new)
+        if keeper is not None or own is not None:
+            _say_policy(process, serving.host.policy)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
             await serving.start()
@@ -255,13 +289,14 @@ def _check(options: ServeOptions) -> None:
         check_span(*options.blocks, Checkpoint(folder).n_blocks, name)
 
 
-def _load(options: ServeOptions, show: bool) -> ServedModel:
+def _load(options: ServeOptions, show: bool, policy: Policy) -> ServedModel:
     from glasshive.graph.dtypes import DType
     from glasshive.graph.kernels import to_torch_dtype
     from glasshive.graph.plan import Span
     from glasshive.manifest_cache import known_manifest, model_name
     from glasshive.peer.device import find_device
     from glasshive.peer.served_model import load_served_model
+    from glasshive.security.manifest import ModelId
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
@@ -271,6 +306,7 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
         manifest = known_manifest(folder, name, on_hashing)
+    policy.check_model(ModelId(manifest.model_id), name)
     with byte_bar(f"loading {name}", show=show) as on_loading:
         return load_served_model(
             folder,
@@ -282,6 +318,31 @@ def _load(options: ServeOptions, show: bool) -> ServedModel:
             manifest=manifest,
             on_loading=on_loading,
         )
+
+
+def _apply(process: _Process, serving: Serving, policy: Policy) -> None:
+    """Have the host keep to a policy that came while it runs, and say so."""
+    serving.apply(policy)
+    _say_policy(process, serving.host.policy)
+    if not policy.allows_model(serving.record.model):
+        log.warning(
+            "model_not_allowed", model=serving.record.model_name, model_id=serving.record.model
+        )
+
+
+def _say_policy(process: _Process, policy: Policy) -> None:
+    """Exactly what others can and cannot run here, and who signed that."""
+    if process.life.log_format == "json":
+        log.info(
+            "policy",
+            policy=policy.who,
+            whitelist_version=policy.version,
+            signers=list(policy.signers),
+            rules=policy.describe(),
+        )
+        return
+    for line in policy.describe():
+        console.print(line, markup=False, highlight=False)
 
 
 def _say_ready(process: _Process, serving: Serving) -> None:

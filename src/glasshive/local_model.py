@@ -23,7 +23,7 @@ from glasshive.models import cache_dir, find_model
 from glasshive.peer.checkpoint import Attention, Checkpoint
 from glasshive.peer.device import find_device
 from glasshive.peer.errors import BadSpan
-from glasshive.peer.host import HostLimits
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel, load_served_model, make_manifest
 from glasshive.peer.serving import Serving
 from glasshive.security.keys import Identity

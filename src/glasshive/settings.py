@@ -4,10 +4,13 @@
     bootstraps = ["/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW..."]
     key = "client.key"                                   # a researcher's; relative to this file
     host_key = "host.key"                                # a host's
+    root = "root.json"                                   # who may sign the swarm's whitelist
+    policy = "policy.toml"                               # what a host lends less of than that
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
-GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY).
+GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
+GLASSHIVE_ROOT, GLASSHIVE_POLICY).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from glasshive.graph.errors import GlasshiveError
 from glasshive.security.envelope import PUBLIC_SWARM
 
 CONFIG_VARIABLE = "GLASSHIVE_CONFIG"
+DATA_VARIABLE = "GLASSHIVE_DATA"
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -40,6 +44,8 @@ _WANTED = {
     "bootstraps": 'a list of addresses, such as ["/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW..."]',
     "key": 'a path in quotes, such as "client.key"',
     "host_key": 'a path in quotes, such as "host.key"',
+    "root": 'a path in quotes, such as "root.json"',
+    "policy": 'a path in quotes, such as "policy.toml"',
 }
 
 
@@ -56,6 +62,8 @@ class Settings(BaseSettings):
     bootstraps: Annotated[tuple[str, ...], NoDecode] = ()
     key: Path | None = None
     host_key: Path | None = None
+    root: Path | None = None
+    policy: Path | None = None
 
     @field_validator("bootstraps", mode="before")
     @classmethod
@@ -91,7 +99,7 @@ def load_settings(config: str | os.PathLike[str] | None = None, **flags: Any) ->
             '`bootstraps = ["/ip4/.../tcp/.../p2p/12D3KooW..."]` and, for a swarm of your own, '
             '`swarm = "its name"`'
         )
-    for name in ("key", "host_key"):
+    for name in ("key", "host_key", "root", "policy"):
         if isinstance(found.get(name), str):
             found[name] = place.parent / Path(found[name]).expanduser()
 
@@ -138,7 +146,10 @@ def config_path(config: str | os.PathLike[str] | None = None) -> Path:
 
 
 def data_dir() -> Path:
-    """The folder of what must last: keys."""
+    """The folder of what must last: keys, and what is known of whitelists."""
+    given = os.environ.get(DATA_VARIABLE)
+    if given:
+        return Path(given).expanduser()
     return platformdirs.user_data_path("glasshive", appauthor=False)
 
 

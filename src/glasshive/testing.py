@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from typing import Any, Literal
 import psutil  # type: ignore[import-untyped]
 
 from glasshive.graph.errors import GlasshiveError
+from glasshive.settings import DATA_VARIABLE, Settings
+from glasshive.swarm_trust import open_store
 
 _POLL_SECONDS = 0.02
 _TAIL_LINES = 30
@@ -39,6 +42,21 @@ _TAIL_LINES = 30
 
 class SwarmNotReady(GlasshiveError):
     """A process of a local swarm that ended or was not ready in time, with the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTrust:
+    """Who may sign in a local swarm, and what they signed.
+
+    `swarm` is the name that they signed for, `root` the first root's document. `whitelist`
+    (document, body) is known to the bootstrap from its start; `policy` is the text of the file that
+    each host has of its own.
+    """
+
+    swarm: str
+    root: bytes
+    whitelist: tuple[bytes, bytes] | None = None
+    policy: str | None = None
 
 
 class LocalPeer:
@@ -197,7 +215,8 @@ class LocalSwarm:
 
     `spans[i]` is served by `hosts[i]`; with `replicas=2` again by `hosts[len(spans) + i]`, and so
     on. Hosts compute with `threads` threads each, else with as many as torch takes by itself:
-    results are equal to the bit only at equal numbers of threads.
+    results are equal to the bit only at equal numbers of threads. With `trust` they keep to a
+    whitelist, and each peer has a data folder of its own, as on a machine of its own.
     """
 
     def __init__(
@@ -211,6 +230,7 @@ class LocalSwarm:
         replicas: int = 1,
         threads: int | None = None,
         name: str | None = None,
+        trust: LocalTrust | None = None,
         start_seconds: float = 120.0,
     ) -> None:
         if not spans or replicas < 1:
@@ -221,6 +241,7 @@ class LocalSwarm:
         self._spans = list(spans) * replicas
         self._start_seconds = start_seconds
         self._threads = threads
+        self._trust = trust
         self._options = [
             *("--dtype", dtype, "--attention", attention, "--device", device),
             *("--name", self.model_name),
@@ -283,7 +304,11 @@ class LocalSwarm:
                 del env[variable]  # the user's own swarm
         env["GLASSHIVE_CONFIG"] = str(folder / "host.toml")
         swarm = f"local-{os.getpid()}-{time.time_ns() % 10**9}"
-        (folder / "host.toml").write_text(f'swarm = "{swarm}"\n')
+        lines = []
+        if self._trust is not None:
+            swarm = self._trust.swarm
+            lines = _write_trust(folder, self._trust)
+        (folder / "host.toml").write_text("\n".join([f"swarm = {json.dumps(swarm)}", *lines, ""]))
         self._env = env
         deadline = time.monotonic() + self._start_seconds
         self.bootstrap = self._peer("bootstrap", "bootstrap")
@@ -295,7 +320,8 @@ class LocalSwarm:
             host.wait_ready(max(deadline - time.monotonic(), 0.1))
         self.config = folder / "hive.toml"
         self.config.write_text(
-            f'swarm = "{swarm}"\nbootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
+            f"swarm = {json.dumps(swarm)}\n"
+            f'bootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
         )
 
     def _peer(self, name: str, *arguments: str) -> LocalPeer:
@@ -305,8 +331,28 @@ class LocalSwarm:
         common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
         full = [*arguments, "--key", str(folder / f"{name}.key"), *common]
         log = folder / f"{name}.log"
+        env = self._env | {DATA_VARIABLE: str(_data_of(folder, name))}
         # Others know the bootstrap by its address, also after a restart.
-        return LocalPeer(name, full, log, self._env, keeps_address=name == "bootstrap")
+        return LocalPeer(name, full, log, env, keeps_address=name == "bootstrap")
+
+
+def _data_of(folder: Path, name: str) -> Path:
+    """The data folder of the peer of this name."""
+    return folder / f"data-{name}"
+
+
+def _write_trust(folder: Path, trust: LocalTrust) -> list[str]:
+    """The lines of the peers' config; what these need is written into `folder`."""
+    root = folder / "root.json"
+    root.write_bytes(trust.root)
+    store = open_store(Settings(swarm=trust.swarm, root=root), data=_data_of(folder, "bootstrap"))
+    if store is not None and trust.whitelist is not None:
+        store.accept_whitelist(*trust.whitelist)
+    lines = [f'root = "{root.name}"']
+    if trust.policy is not None:
+        (folder / "policy.toml").write_text(trust.policy)
+        lines.append('policy = "policy.toml"')
+    return lines
 
 
 def _events(text: str) -> list[dict[str, Any]]:

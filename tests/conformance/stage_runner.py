@@ -31,7 +31,7 @@ from glasshive.graph.twin import build_twin, scan
 from glasshive.peer.admission import Admission
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.executor import Executor, PassInputs
-from glasshive.peer.host import HostLimits
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel

@@ -40,7 +40,7 @@ from glasshive.graph.errors import (
 )
 from glasshive.models import ModelNotFoundError
 from glasshive.peer.errors import BadSpan
-from glasshive.peer.host import HostLimits
+from glasshive.peer.host_limits import HostLimits
 
 # Order -------------------------------------------------------------------------------------------
 

@@ -22,6 +22,10 @@ from glasshive.dht.messages import (
     Prepare,
     Run,
     Saved,
+    TrustEnd,
+    TrustRoot,
+    TrustVersions,
+    TrustWhitelist,
     Value,
     decode,
     encode,
@@ -41,6 +45,10 @@ SAMPLES: list[Any] = [
     Cancel(),
     Opening(b"\4" * 16, 0, 1),
     Value(-1, 0, "float32", [1, 4, 8], [0, 1, 2]),
+    TrustVersions(3, 17),
+    TrustRoot(2),
+    TrustWhitelist(17, 667),
+    TrustEnd(),
 ]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import glasshive
 from glasshive.client.provenance import Hop, Provenance
-from glasshive.settings import CONFIG_VARIABLE, Settings
+from glasshive.settings import CONFIG_VARIABLE, DATA_VARIABLE, Settings
 from glasshive.testing import LocalSwarm
 
 ROOT = Path(__file__).parents[3]
@@ -110,7 +110,11 @@ def test_tables_are_those_of_the_code() -> None:
     assert first_column("## hive.toml") == list(Settings.model_fields)
     assert first_column("## model.trace\n") == list(real(glasshive.Model.trace).parameters)
     variables = [CONFIG_VARIABLE, *(f"GLASSHIVE_{one.upper()}" for one in Settings.model_fields)]
-    assert re.findall(r"^\| `(GLASSHIVE_\w+)` \|", PAGE, re.M) == [*variables, "GLASSHIVE_CACHE"]
+    assert re.findall(r"^\| `(GLASSHIVE_\w+)` \|", PAGE, re.M) == [
+        *variables,
+        "GLASSHIVE_CACHE",
+        DATA_VARIABLE,
+    ]
 
 
 def test_no_variable_is_left_out() -> None:

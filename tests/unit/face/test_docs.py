@@ -18,7 +18,7 @@ import glasshive
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
 from glasshive.peer import const_cache, file_server
-from glasshive.peer.host import HostLimits
+from glasshive.peer.host_limits import HostLimits
 from glasshive.security import envelope, manifest
 
 ROOT = Path(__file__).parents[3]

@@ -42,7 +42,7 @@ def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -
         yield home.transport
 
     monkeypatch.setattr(_Process, "transport", transport)
-    monkeypatch.setattr(host_process, "_load", lambda options, show: served)
+    monkeypatch.setattr(host_process, "_load", lambda options, show, policy: served)
     return home
 
 

@@ -33,7 +33,8 @@ from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
-from glasshive.peer.host import Host, HostLimits
+from glasshive.peer.host import Host
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 

@@ -14,7 +14,7 @@ from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.peer.admission import Admission
 from glasshive.peer.errors import TraceEnded
-from glasshive.peer.host import HostLimits
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.served_model import ServedModel
 

@@ -48,7 +48,8 @@ from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.client_stream import ClientStream
-from glasshive.peer.host import Host, HostLimits
+from glasshive.peer.host import Host
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 

@@ -28,9 +28,10 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.ops import OPS
 from glasshive.security.errors import BadPolicy, NotAllowed
+from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
-from glasshive.security.policy import PROTOCOL, HostRules, Policy, diff_whitelists
+from glasshive.security.policy import PROTOCOL, Policy, diff_whitelists
 from glasshive.security.whitelist import LIMIT_NAMES, limits_by_name
 
 R0 = Ref(NodeId(0))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile import Mutator
@@ -26,7 +27,7 @@ from signers import (
 from soak import SEED, count
 
 from glasshive.security import trust_store
-from glasshive.security.errors import BadTrustStore, NotCurrent, WrongVersion
+from glasshive.security.errors import BadTrustStore, NotCurrent, UnderThreshold, WrongVersion
 from glasshive.security.trust_root import next_root
 from glasshive.security.trust_store import TrustStore
 
@@ -107,6 +108,32 @@ def test_roots_are_taken_all_or_none(tmp_path: Path) -> None:
     with pytest.raises(WrongVersion, match="root 3 is wanted"):
         store.accept_roots([SECOND, fourth])
     assert store.root.version == open_store(tmp_path).root.version == 1
+
+
+def test_a_root_and_the_whitelist_behind_it_count_in_one_step(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    class Looking(TrustStore):
+        def _write(self, state: Any) -> None:
+            super()._write(state)
+            held = self.whitelist
+            seen.append((self.root.version, held and held.whitelist.version))
+
+    store = Looking(tmp_path, swarm=SWARM, root=FIRST, clock=Clock())
+    store.accept_whitelist(*signed_whitelist(7, signed_by=(CAT, DAN)))
+    anew = signed_whitelist(7, root=SECOND_ROOT, signed_by=(DAN, EVE))
+    assert store.accept([SECOND], anew)
+    assert seen == [(1, 7), (2, 7)]  # never a root without a whitelist
+    assert not store.accept([SECOND], anew, after=1)  # known by now
+    with pytest.raises(WrongVersion, match="root 3 is wanted"):
+        store.accept([SECOND], None)
+
+
+def test_a_good_root_is_taken_though_the_whitelist_behind_it_is_not(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with pytest.raises(UnderThreshold):
+        store.accept([SECOND], signed_whitelist(7, signed_by=(CAT, DAN)))
+    assert (open_store(tmp_path).root.version, open_store(tmp_path).highest_version) == (2, 0)
 
 
 def test_two_processes_on_one_folder_never_undercut_each_other(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""How much of a host a client gets: the host's own limits, and what the swarm's policy leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from glasshive.graph.budget import Budget
+from glasshive.graph.codec import GraphLimits
+from glasshive.security.policy import Policy
+from glasshive.security.whitelist import Limits, limits_by_name
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """One number for each thing that a client can ask for."""
+
+    graph: GraphLimits = field(default_factory=GraphLimits)
+    traces: int = 16
+    traces_per_client: int = 8
+    trace_seconds: float = 600.0
+    prepare_seconds: float = 60.0
+    batch_rows: int = 256
+    context_tokens: int = 8192
+    const_cache_bytes: int = 1 << 30
+    budget: Budget = field(
+        default_factory=lambda: Budget(
+            peak_bytes=4 << 30, flops=10**13, saved_bytes=2 << 30, seconds=300.0
+        )
+    )
+
+    stage_least_seconds: float = 60.0
+    stage_factor: float = 3.0
+    node_seconds: float = 240.0
+
+    def stage_seconds(self, estimated_seconds: float) -> float:
+        """How long a stage may take of a part that was thought to take so long.
+
+        It is ended then at its next node, so the estimate is given the benefit of the doubt.
+        """
+        return self.stage_least_seconds + self.stage_factor * estimated_seconds
+
+    def runaway_seconds(self, estimated_seconds: float) -> float:
+        """After how long a node that still runs is a runaway: the process is ended."""
+        return self.stage_seconds(estimated_seconds) + self.node_seconds
+
+    def numbers(self) -> Limits:
+        """The same in a whitelist's terms, rounded up to whole numbers."""
+        budget = self.budget
+        return Limits(
+            graph_bytes=self.graph.graph_bytes,
+            nodes=self.graph.nodes,
+            const_bytes=budget.peak_bytes,  # they are part of it
+            peak_bytes=budget.peak_bytes,
+            flops=budget.flops,
+            seconds=math.ceil(min(budget.seconds, self.trace_seconds)),
+            saved_bytes=budget.saved_bytes,
+            steps=self.graph.steps,
+            batch_rows=self.batch_rows,
+            context_tokens=self.context_tokens,
+            traces_per_client=min(self.traces_per_client, self.traces),
+            generations_per_client=0,  # this release runs none
+        )
+
+    def under(self, policy: Policy) -> HostLimits:
+        """The smaller of these limits and the policy's, number by number."""
+        own = limits_by_name(self.numbers())
+        told = policy.limits
+        smaller = {name for name, value in limits_by_name(told).items() if value < own[name]}
+        by = MappingProxyType({name: f" by limits.{name} of {policy.who}" for name in smaller})
+        return replace(
+            self,
+            graph=replace(
+                self.graph,
+                graph_bytes=min(self.graph.graph_bytes, told.graph_bytes),
+                nodes=min(self.graph.nodes, told.nodes),
+                steps=min(self.graph.steps, told.steps),
+            ),
+            traces_per_client=min(self.traces_per_client, told.traces_per_client),
+            batch_rows=min(self.batch_rows, told.batch_rows),
+            context_tokens=min(self.context_tokens, told.context_tokens),
+            budget=replace(
+                self.budget,
+                peak_bytes=min(self.budget.peak_bytes, told.peak_bytes),
+                flops=min(self.budget.flops, told.flops),
+                saved_bytes=min(self.budget.saved_bytes, told.saved_bytes),
+                seconds=min(self.budget.seconds, float(told.seconds)),
+                allowed_by=by,
+            ),
+        )
+
+    def by(self, name: str) -> str:
+        """Whose limit that one is by its name in a whitelist; empty for the host's own."""
+        return self.budget.by(name)

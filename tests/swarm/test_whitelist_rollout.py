@@ -1,0 +1,193 @@
+"""A whitelist changes while a swarm runs: every host keeps to it, none is started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from signers import CAT, DAN, EVE
+from transformers import LlamaConfig, LlamaForCausalLM
+from trust_documents import root_now, whitelist_now
+
+import glasshive
+from glasshive.client.errors import PeerFailed
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.dht.messages import TrustVersions
+from glasshive.dht.transport import PeerAddress
+from glasshive.dht.trust_exchange import exchange_trust
+from glasshive.security.keys import Identity
+from glasshive.security.trust_root import first_root, next_root
+from glasshive.security.trust_store import TrustStore
+from glasshive.testing import LocalPeer, LocalSwarm, LocalTrust
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+]
+
+SWARM = "rollout"
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
+FIRST = root_now()
+ROOT = first_root(FIRST)
+
+
+@pytest.fixture(scope="module")
+def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    """Two hosts of two blocks each, under whitelist 1."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    trust = LocalTrust(
+        SWARM,
+        FIRST,
+        whitelist_now(1, ROOT, swarm=SWARM),
+        policy='deny_ops = ["linalg_svd"]\n[limits]\nbatch_rows = 4\n',
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with LocalSwarm(folder, [(0, 2), (2, 4)], trust=trust, threads=1) as running:
+            yield running
+
+
+def run(model: glasshive.Model, *, relu: bool) -> torch.Tensor:
+    with model.trace(PROMPT):
+        hidden = model.model.layers[3].output
+        saved = (torch.relu(hidden) if relu else hidden * 2).save()  # the line
+    return saved
+
+
+def policies(host: LocalPeer) -> list[dict[str, Any]]:
+    return [one for one in host.events if one.get("event") == "policy"]
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    ends_at = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > ends_at:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+async def publish(hive: LocalSwarm, store: TrustStore) -> TrustVersions:
+    """Bring documents into the swarm, as any neighbour does."""
+    transport = await HivemindTransport.create(
+        Identity.generate(), listen=(), dht="none", swarm=SWARM
+    )
+    try:
+        return await exchange_trust(transport, PeerAddress.parse(hive.bootstrap.address), store)
+    finally:
+        await transport.close()
+
+
+@contextlib.contextmanager
+def meanwhile(hive: LocalSwarm, wanted: torch.Tensor) -> Iterator[list[str]]:
+    """What came of the traces of another user, who runs one after the other inside it."""
+    ends, came = threading.Event(), list[str]()
+
+    def work() -> None:
+        with glasshive.connect(hive.config) as swarm:
+            model = swarm.model(hive.model_name)
+            while not ends.is_set():
+                try:
+                    same = torch.equal(run(model, relu=False), wanted)
+                    came.append("as before" if same else "another result")
+                except Exception as error:
+                    came.append(repr(error))
+
+    user = threading.Thread(target=work, name="user")
+    user.start()
+    try:
+        wait_for(lambda: came, 20, "the other user's first trace")
+        yield came
+    finally:
+        ends.set()
+        user.join(30)
+
+
+def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: Path) -> None:
+    # What a host says before it announces.
+    for host in hive.hosts:
+        events = [str(one.get("event")) for one in host.events]
+        assert events.index("policy") < events.index("ready")
+        (said,) = policies(host)
+        assert said["policy"] == f"whitelist 1 of swarm {SWARM!r} with the host's own file"
+        assert set(said["signers"]) <= set(ROOT.whitelist_keys)
+        assert len(said["signers"]) == 2
+        rules = "\n".join(said["rules"])
+        assert "Others can't run 1 ops of this release: linalg_svd; nor any other code." in rules
+        assert "batch_rows 4," in rules
+    pids = [host.pids() for host in hive.hosts]
+
+    with glasshive.connect(hive.config) as swarm:
+        model = swarm.model(hive.model_name)
+        before = run(model, relu=False)
+        assert torch.equal(run(model, relu=True), torch.relu(before / 2))
+        assert {one.whitelist_version for one in swarm.records(hive.model_name)} == {1}
+
+        # Cat may not sign any more, and without her relu goes and so does a client.
+        second = root_now(version=2, whitelist_keys=(DAN, EVE), before=ROOT)
+        root = next_root(ROOT, second)
+        gone = Identity.load_or_create(hive.config.parent / "gone.key")
+        store = TrustStore(tmp_path, swarm=SWARM, root=FIRST, clock=time.time)
+        store.accept_roots([second])
+        store.accept_whitelist(
+            *whitelist_now(
+                2,
+                root,
+                swarm=SWARM,
+                signed_by=(DAN, EVE),
+                without=("relu",),
+                revoked_clients=frozenset([gone.peer_id]),
+            )
+        )
+        with meanwhile(hive, before) as traces:
+            assert asyncio.run(publish(hive, store)) == TrustVersions(2, 2)
+
+            def announced() -> set[int]:
+                return {one.whitelist_version for one in swarm.records(hive.model_name)}
+
+            wait_for(lambda: announced() == {2}, 20, "every host announces whitelist 2")
+        assert len(traces) > 1
+        assert set(traces) == {"as before"}
+        with pytest.raises(PeerFailed) as caught:
+            run(model, relu=True)
+        text = str(caught.value)
+        assert caught.value.code == "NotAllowed"
+        assert "test_whitelist_rollout.py" in text.partition(":")[0]
+        assert "# the line" in Path(__file__).read_text().splitlines()[line_of(text) - 1]
+        assert f"the op 'relu' is not allowed here by whitelist 2 of swarm {SWARM!r}" in text
+        assert torch.equal(run(model, relu=False), before)  # who doesn't use it sees nothing of it
+    other = hive.config.with_name("gone.toml")
+    other.write_text(hive.config.read_text().replace("client.key", "gone.key"))
+    with glasshive.connect(other) as swarm:
+        with pytest.raises(PeerFailed, match="may not use this host by whitelist 2 of swarm"):
+            run(swarm.model(hive.model_name), relu=False)
+
+    assert [host.pids() for host in hive.hosts] == pids
+    # What Cat signs now counts nowhere.
+    stale = TrustStore(tmp_path / "stale", swarm=SWARM, root=FIRST, clock=time.time)
+    stale.accept_whitelist(*whitelist_now(3, ROOT, swarm=SWARM, signed_by=(CAT, DAN)))
+    assert asyncio.run(publish(hive, stale)) == TrustVersions(2, 2)
+    assert stale.whitelist is None
+    assert all(policies(host)[-1]["whitelist_version"] == 2 for host in hive.hosts)
+
+
+def line_of(text: str) -> int:
+    """The number of the line that a text begins with, as in `test.py:12: ...`."""
+    return int(text.split(":")[1])

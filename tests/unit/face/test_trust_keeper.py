@@ -1,0 +1,333 @@
+"""The keeper: host and bootstrap stay at the newest whitelist, as long as their clock allows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from signers import DAN, DAY, EVE, FIRST, NOW, ROOT, SWARM, WHITELIST, root_document
+from signers import signed_whitelist as signed
+from structlog.testing import capture_logs
+
+from glasshive.dht.announcer import Announcer
+from glasshive.dht.framing import Stream
+from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.messages import TRUST_PROTOCOL
+from glasshive.dht.records import ModelId, PeerRecord
+from glasshive.dht.transport import PeerAddress
+from glasshive.dht.trust_exchange import serve_trust
+from glasshive.security.errors import BadPolicy, BadTrustStore
+from glasshive.security.host_policy import HostRules
+from glasshive.security.keys import Identity
+from glasshive.security.policy import Policy
+from glasshive.security.trust_root import next_root
+from glasshive.security.trust_store import TrustStore
+from glasshive.settings import ConfigError, Settings
+from glasshive.swarm_trust import host_rules, open_store, own_rules
+from glasshive.trust_keeper import TrustKeeper
+
+SECOND = root_document(version=2, whitelist_keys=(DAN, EVE), before=ROOT)
+SECOND_ROOT = next_root(ROOT, SECOND)
+
+
+class Swarm:
+    """Peers on one network, with one clock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = float(NOW)
+        self.network = MemoryNetwork(clock=lambda: self.now)
+        self.folder = folder
+        self.keepers: list[TrustKeeper] = []
+        self.identities: list[Identity] = []
+
+    def store(self, name: str) -> TrustStore:
+        return TrustStore(self.folder / name, swarm=SWARM, root=FIRST, clock=lambda: self.now)
+
+    def keeper(
+        self, store: TrustStore, *bootstraps: PeerAddress, period: float = 600.0, **options: Any
+    ) -> tuple[TrustKeeper, PeerAddress]:
+        identity = Identity.generate()
+        transport = self.network.transport(identity)
+        made = TrustKeeper(
+            transport, store, bootstraps, clock=lambda: self.now, period_seconds=period, **options
+        )
+        self.keepers.append(made)
+        self.identities.append(identity)
+        return made, PeerAddress(transport.peer_id, transport.addresses)
+
+
+@pytest_asyncio.fixture
+async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
+    made = Swarm(tmp_path)
+    yield made
+    for keeper in made.keepers:
+        await keeper.close()
+        await keeper._transport.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (what it waits for has no event)
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.asyncio
+async def test_a_host_begins_with_what_its_bootstrap_has(swarm: Swarm) -> None:
+    kept = swarm.store("bootstrap")
+    kept.accept_whitelist(*signed())
+    bootstrap, place = swarm.keeper(kept)
+    assert (await bootstrap.start()).version == 7
+    host, _ = swarm.keeper(swarm.store("host"), place)
+    policy = await host.start()
+    assert policy == host.policy
+    assert (policy.version, policy.floor_reason) == (7, "")
+    assert len(policy.signers) == 2
+    assert set(policy.signers) <= set(ROOT.whitelist_keys)
+    assert swarm.store("host").highest_version == 7  # and keeps it for its next start
+
+
+@pytest.mark.asyncio
+async def test_what_one_learns_all_learn_and_are_told_of(swarm: Swarm) -> None:
+    kept = swarm.store("bootstrap")
+    kept.accept_whitelist(*signed())
+    bootstrap, place = swarm.keeper(kept)
+    await bootstrap.start()
+    told: list[Policy] = []
+    host, host_place = swarm.keeper(swarm.store("host"), place, on_policy=told.append)
+    await host.start()
+    assert told == []
+    # A neighbour brings news to the host, and it goes on to the bootstrap without a period between.
+    neighbour = swarm.store("neighbour")
+    neighbour.accept_roots([SECOND])
+    neighbour.accept_whitelist(*signed(8, root=SECOND_ROOT, signed_by=(DAN, EVE), ops={"add": 1}))
+    other, _ = swarm.keeper(neighbour, host_place)
+    await other.start()
+    await until(lambda: told and kept.whitelist and kept.whitelist.whitelist.version == 8)
+    assert [one.version for one in told] == [8]
+    assert told[0].ops == {"add"}
+    await until(lambda: bootstrap.policy.version == 8)
+    assert kept.root.version == 2
+
+
+@pytest.mark.asyncio
+async def test_a_neighbour_that_was_away_is_told_at_once_of_news(swarm: Swarm) -> None:
+    ahead = swarm.store("ahead")
+    ahead.accept_whitelist(*signed(8))
+    leader, place = swarm.keeper(ahead)
+    await leader.start()
+    behind = swarm.store("behind")
+    busy, busy_place = swarm.keeper(behind)
+
+    async def handle(stream: Stream) -> None:
+        await serve_trust(busy._transport, behind)  # from the next time on
+        await stream.refuse("busy")
+
+    await busy._transport.serve(TRUST_PROTOCOL, handle)
+    between, _ = swarm.keeper(swarm.store("between"), busy_place, place)
+    await between.start()
+    await until(lambda: behind.highest_version == 8)
+
+
+@pytest.mark.asyncio
+async def test_hosts_that_announce_a_newer_version_are_asked(swarm: Swarm) -> None:
+    ahead = swarm.store("ahead")
+    ahead.accept_whitelist(*signed(8))
+    leader, place = swarm.keeper(ahead)
+    await leader.start()
+    record = PeerRecord(
+        model=ModelId("ab" * 32),
+        model_name="tiny",
+        start=0,
+        end=2,
+        n_blocks=2,
+        dtype="float32",
+        backend="cpu",
+        attention="eager",
+        throughput_tokens_per_second=1.0,
+        addresses=place.addresses,
+        whitelist_version=8,
+        load=0.0,
+        software_version="0",
+        peer_id=place.peer_id,
+        expires_at_seconds=swarm.now,
+    )
+    async with Announcer(leader._transport, swarm.identities[0], record):
+        lonely, _ = swarm.keeper(swarm.store("lonely"), period=0.01)
+        assert (await lonely.start()).floor_reason == "there is no whitelist"
+        await until(lambda: lonely.policy.version == 8)
+
+
+@pytest.mark.asyncio
+async def test_the_clock_ends_a_whitelist_and_then_a_root(swarm: Swarm) -> None:
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, on_policy=told.append, period=0.01)
+    assert (await host.start()).ends_seconds == WHITELIST.expires_seconds
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: told)
+    assert told[0].floor_reason == "the whitelist expired at 2027-02-13 08:00 UTC"
+    assert told[0].writable == ()
+    swarm.now = ROOT.expires_seconds
+    await until(lambda: len(told) == 2)
+    assert told[1].floor_reason.startswith("the root expired at ")
+
+
+@pytest.mark.asyncio
+async def test_time_is_up_to_the_moment_whatever_neighbours_do(swarm: Swarm) -> None:
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    neighbour, place = swarm.keeper(swarm.store("neighbour"))
+    await neighbour.start()
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, place, on_policy=told.append)  # of 600 s between rounds
+    ended = asyncio.Event()
+
+    async def silent(stream: Stream) -> None:
+        try:
+            while True:
+                await stream.receive(60)
+        finally:
+            ended.set()
+
+    swarm.now = WHITELIST.expires_seconds - 0.05
+    await host.start()
+    await neighbour._transport.serve(TRUST_PROTOCOL, silent)
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: told)
+    assert not ended.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_store_that_is_damaged_does_not_stop_the_clock(swarm: Swarm) -> None:
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, on_policy=told.append, period=0.01)
+    await host.start()
+    (swarm.folder / "host" / "trust").write_bytes(b"nonsense")
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: told)
+    assert "expired" in told[0].floor_reason
+
+
+@pytest.mark.asyncio
+async def test_what_another_process_of_this_machine_took_counts(swarm: Swarm) -> None:
+    host, _ = swarm.keeper(swarm.store("shared"), period=0.01)
+    assert (await host.start()).version == 0
+    swarm.store("shared").accept_whitelist(*signed())
+    await until(lambda: host.policy.version == 7)
+
+
+@pytest.mark.asyncio
+async def test_a_bootstrap_that_is_away_or_lies_leaves_what_is_kept(swarm: Swarm) -> None:
+    liar = swarm.store("liar")
+    liar.accept_whitelist(*signed(8))
+    swarm.now = WHITELIST.expires_seconds  # what the liar has is out of date by the host's clock
+    _, liars_place = swarm.keeper(liar)
+    await swarm.keepers[0].start()
+    gone = PeerAddress(Identity.generate().peer_id, ("/ip4/127.0.0.1/tcp/1",))
+    host, _ = swarm.keeper(swarm.store("host"), gone, liars_place, period=0.01)
+    with capture_logs() as logs:
+        policy = await host.start()
+        await until(lambda: host._said)
+        for _ in range(50):  # some rounds: the same trouble is told once
+            await asyncio.sleep(0.001)
+    assert policy.floor_reason == "there is no whitelist"
+    said = [one["error"] for one in logs if one["event"] == "trust_exchange_failed"]
+    assert len(said) == 2
+    assert any("can't be reached" in one for one in said)
+    assert any("whitelist 8 expired at" in one for one in said)
+
+
+# The host's own file ----------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_an_own_file_that_is_too_wide_stops_the_start_and_not_the_service(
+    swarm: Swarm,
+) -> None:
+    own = HostRules.from_text('ops = ["add", "sort"]')
+    kept = swarm.store("host")
+    host, _ = swarm.keeper(kept, own=own, period=0.01)
+    assert (await host.start()).ops == {"add"}  # of the floor
+    with capture_logs() as logs:
+        kept.accept_whitelist(*signed(ops={"add": 1}))
+        await until(lambda: host.policy.version == 7)
+    assert host.policy.ops == {"add"}
+    (said,) = [one["error"] for one in logs if one["event"] == "own_policy_is_wider"]
+    assert "allows the op 'sort', which whitelist 7 of swarm 'public' does not" in said
+    await host.close()
+    again, _ = swarm.keeper(kept, own=own)
+    with pytest.raises(BadPolicy, match="allows the op 'sort', which whitelist 7"):
+        await again.start()
+
+
+def test_rules_without_a_root_are_those_of_the_release() -> None:
+    own = HostRules.from_text('deny_ops = ["add"]')
+    assert host_rules(None, None, NOW) == Policy.of_release()
+    assert host_rules(None, own, NOW) == Policy.of_release(own)
+
+
+# Settings ---------------------------------------------------------------------------------------
+
+
+def settings(tmp_path: Path, **changes: Any) -> Settings:
+    root = tmp_path / "root.json"
+    with contextlib.suppress(FileExistsError):
+        with root.open("xb") as file:
+            file.write(FIRST)
+    return Settings(**{"swarm": SWARM, "root": root, **changes})
+
+
+def test_each_root_and_swarm_has_a_folder_that_lasts(tmp_path: Path) -> None:
+    def opened(**changes: Any) -> TrustStore:
+        found = open_store(settings(tmp_path, **changes), data=tmp_path, clock=lambda: NOW)
+        assert found is not None
+        return found
+
+    opened().accept_whitelist(*signed())
+    assert opened().highest_version == 7
+    assert opened(swarm="other").highest_version == 0
+    assert open_store(Settings(swarm=SWARM)) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "can't be read: No such file or directory; check `root` in hive.toml"),
+        (b"x" * 16385, "has more than 16384 bytes; is it another file?"),
+        (b"{}", "; get it from who runs the swarm"),
+    ],
+)
+def test_a_root_that_is_none_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
+    place = tmp_path / "mine.json"
+    if content is not None:
+        place.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        open_store(settings(tmp_path, root=place), data=tmp_path)
+    assert str(caught.value).startswith(f"the root {place}")
+    assert says in str(caught.value)
+
+
+def test_a_store_that_can_not_be_believed_is_named(tmp_path: Path) -> None:
+    wanted = settings(tmp_path)
+    store = open_store(wanted, data=tmp_path, clock=lambda: NOW + DAY)
+    assert store is not None
+    store.accept_whitelist(*signed())
+    (file,) = (tmp_path / "trust").glob("*/trust")
+    file.write_bytes(b"nonsense")
+    with pytest.raises(BadTrustStore, match="is damaged or of another release"):
+        open_store(wanted, data=tmp_path)
+
+
+def test_own_rules_come_from_the_file_that_is_configured(tmp_path: Path) -> None:
+    place = tmp_path / "policy.toml"
+    place.write_text('deny_ops = ["add"]')
+    assert own_rules(settings(tmp_path, policy=place)) == HostRules(denied_ops=frozenset(["add"]))
+    assert own_rules(settings(tmp_path)) is None
