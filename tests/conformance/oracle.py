@@ -160,7 +160,7 @@ class _Site:
             if edit.mode == "set":
                 if replacement is None:
                     raise TypeError(f"an edit of mode 'set' at {edit.path} returned nothing")
-                structure = _put(structure, leaf, replacement)
+                structure = _put(structure, leaf, replacement.to(_get(structure, leaf).device))
         self._read(structure, default, "after")
         return structure
 
