@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
-HEAVY = 300  # matrix products: some seconds
+HEAVY = 1000  # matrix products: 4 s on two quick cores
 NAME = "tiny-llama"
 SPANS = [(0, 2), (2, 4), (4, 6), (2, 4)]
 
@@ -315,8 +315,8 @@ def test_interrupting_a_client_frees_every_host(
         busy = the_one_that_computes(hive, before)
         os.killpg(client.pid, signal.SIGINT)
         said, _ = client.communicate(timeout=20)
-        assert said.split(b"\n")[:2] == [b"interrupted", b"again 7"]
-        assert client.returncode == 0
+        lines = said.decode().splitlines()
+        assert (lines, client.returncode) == (["interrupted", "again 7"], 0)
     finally:
         client.kill()
         client.wait()
