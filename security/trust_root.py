@@ -58,17 +58,21 @@ from glasshive.security.whitelist import (
 __all__ = [
     "KeyId",
     "RoleSignatures",
+    "RootTerms",
     "TrustedRoot",
     "VerifiedWhitelist",
     "add_root_signature",
     "add_whitelist_signature",
     "first_root",
     "key_id_of",
+    "merge_root_signatures",
+    "merge_whitelist_signatures",
     "new_root",
     "new_whitelist_document",
     "next_root",
     "open_whitelist",
     "root_signatures",
+    "root_terms",
     "verify_root_chain",
     "verify_whitelist",
     "whitelist_signatures",
@@ -91,6 +95,18 @@ _HEX_128: Final = re.compile(r"[0-9a-f]{128}")
 
 
 @dataclass(frozen=True, slots=True)
+class RootTerms:
+    """What a root's document says, whoever signed it: for people to read before they sign."""
+
+    version: int
+    expires_seconds: int
+    root_keys: tuple[KeyId, ...]
+    root_threshold: int
+    whitelist_keys: tuple[KeyId, ...]
+    whitelist_threshold: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrustedRoot:
     """A root whose signatures were verified, and the bytes of its document."""
 
@@ -102,6 +118,13 @@ class TrustedRoot:
     whitelist_threshold: int
     document: bytes = field(repr=False)
     _signed: Root = field(repr=False, compare=False)
+
+    def public_key(self, key_id: KeyId) -> bytes:
+        """The 32 bytes of a key that this root names. Raises BadTrustDocument."""
+        key = self._signed.keys.get(key_id)
+        if key is None:
+            raise BadTrustDocument(f"root {self.version} names no key {key_id[:16]}...")
+        return bytes.fromhex(key.keyval["public"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +228,21 @@ def add_whitelist_signature(
     return _with_signature(metadata, key, set(root.whitelist_keys))
 
 
+def merge_root_signatures(document: bytes, other: bytes, before: TrustedRoot | None) -> bytes:
+    """The root document with the good signatures that `other`, a copy of it, has besides.
+
+    Raises what `root_signatures` raises, and BadTrustDocument for a copy of something else.
+    """
+    signed = {one for state in root_signatures(other, before) for one in state.signed}
+    return _merged(_parse_root(document), _parse_root(other), signed)
+
+
+def merge_whitelist_signatures(document: bytes, other: bytes, root: TrustedRoot) -> bytes:
+    """The same for a whitelist's document. Raises BadTrustDocument."""
+    signed = set(whitelist_signatures(other, root).signed)
+    return _merged(_parse_whitelist(document), _parse_whitelist(other), signed)
+
+
 def root_signatures(document: bytes, before: TrustedRoot | None) -> tuple[RoleSignatures, ...]:
     """What a root document's thresholds have and lack. Raises BadTrustDocument, WrongVersion."""
     metadata = _parse_root(document)
@@ -227,6 +265,11 @@ def whitelist_signatures(document: bytes, root: TrustedRoot) -> RoleSignatures:
 
 
 # Verifying --------------------------------------------------------------------------------------
+
+
+def root_terms(document: bytes) -> RootTerms:
+    """What the document says, with no signature looked at. Raises BadTrustDocument."""
+    return _terms(_parse_root(document).signed)
 
 
 def first_root(document: bytes) -> TrustedRoot:
@@ -327,15 +370,28 @@ def _trusted(document: bytes, before: TrustedRoot | None) -> TrustedRoot:
                 f"root {root.version} is signed by {len(part.signed)} of the keys of {whose}, "
                 f"wanted {part.threshold}; ask their holders for the rest"
             )
+    terms = _terms(root)
     return TrustedRoot(
-        version=root.version,
-        expires_seconds=_expiry(root),
-        root_keys=tuple(map(KeyId, root.roles[_ROOT].keyids)),
-        root_threshold=root.roles[_ROOT].threshold,
-        whitelist_keys=tuple(map(KeyId, root.roles[_WHITELIST].keyids)),
-        whitelist_threshold=root.roles[_WHITELIST].threshold,
+        version=terms.version,
+        expires_seconds=terms.expires_seconds,
+        root_keys=terms.root_keys,
+        root_threshold=terms.root_threshold,
+        whitelist_keys=terms.whitelist_keys,
+        whitelist_threshold=terms.whitelist_threshold,
         document=document,
         _signed=root,
+    )
+
+
+def _terms(root: Root) -> RootTerms:
+    own, whitelist = root.roles[_ROOT], root.roles[_WHITELIST]
+    return RootTerms(
+        version=root.version,
+        expires_seconds=_expiry(root),
+        root_keys=tuple(map(KeyId, own.keyids)),
+        root_threshold=own.threshold,
+        whitelist_keys=tuple(map(KeyId, whitelist.keyids)),
+        whitelist_threshold=whitelist.threshold,
     )
 
 
@@ -486,6 +542,17 @@ def _with_signature(metadata: Metadata[Any], key: SigningKey, counting: set[str]
             f"{', '.join(sorted(one[:16] for one in counting))}"
         )
     metadata.signatures[keyid] = Signature(keyid, key.sign(metadata.signed_bytes).hex())
+    return _rendered(metadata)
+
+
+def _merged(metadata: Metadata[Any], other: Metadata[Any], signed: set[KeyId]) -> bytes:
+    if metadata.signed_bytes != other.signed_bytes:
+        raise BadTrustDocument(
+            f"got a copy of version {other.signed.version} that says something else than the one "
+            "here; find out which is meant, and sign that"
+        )
+    for keyid in sorted(signed):
+        metadata.signatures[keyid] = other.signatures[keyid]
     return _rendered(metadata)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from glasshive import swarm_commands, whitelist_commands
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
 from glasshive.settings import Settings, data_dir, load_settings
@@ -38,8 +39,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(swarm_commands.app)
+app.add_typer(whitelist_commands.app)
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-BOOTSTRAP_LISTEN = "/ip4/127.0.0.1/tcp/31330"
+BOOTSTRAP_LISTEN = swarm_commands.BOOTSTRAP_LISTEN
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="A hive.toml; else the default one, if there.")

@@ -1,0 +1,374 @@
+"""`glasshive whitelist`: reading, comparing, changing, signing and publishing whitelists."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from glasshive.swarm_commands import (
+    HERE,
+    FilesArgument,
+    FolderOption,
+    PassphraseOption,
+    SigningKeyOption,
+    YesOption,
+    open_folder,
+)
+from glasshive.terminal import set_up_logging
+from glasshive.trust_words import confirm, moment, say, say_waiting
+
+if TYPE_CHECKING:
+    from glasshive.security.trust_store import TrustStore
+    from glasshive.security.whitelist import Whitelist
+    from glasshive.settings import Settings
+    from glasshive.trust_files import WhitelistFile
+    from glasshive.trust_folder import TrustFolder
+    from glasshive.whitelist_report import Standing
+
+app = typer.Typer(
+    name="whitelist",
+    help="What the hosts of a swarm may run, and who says so.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PUBLISH_SECONDS: Final = 60.0
+_MAX_TEXT_BYTES: Final = 1 << 20
+
+WhichArgument = Annotated[
+    str | None,
+    typer.Argument(help="A version, or a file; else the newest that is signed, or waits."),
+]
+ListOption = list[str] | None
+
+
+@app.command()
+def show(
+    which: WhichArgument = None,
+    folder: FolderOption = HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_toml: Annotated[
+        bool, typer.Option("--toml", help="Print the text that `bump --edit` reads.")
+    ] = False,
+) -> None:
+    """What others can and cannot run by a whitelist, until when, and who signed it."""
+    set_up_logging("pretty")
+    trust = open_folder(folder)
+    file = _chosen(trust, which)
+    if as_toml:
+        from glasshive.security.whitelist import whitelist_to_text
+
+        print(whitelist_to_text(file.whitelist), end="")
+        return
+    _show(trust, file, as_json=as_json)
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(metavar="A", help="A version, a file, or a TOML text.")],
+    new: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    folder: FolderOption = HERE,
+) -> None:
+    """What B takes (-), gives (+) and changes (~) against A."""
+    set_up_logging("pretty")
+    _print_diff(_read(old, folder), _read(new, folder))
+
+
+@app.command()
+def verify(which: WhichArgument = None, folder: FolderOption = HERE) -> None:
+    """Whether a host would take a whitelist now: signatures, threshold, version, swarm, dates."""
+    set_up_logging("pretty")
+    trust = open_folder(folder)
+    file = _chosen(trust, which)
+    found = trust.verify(file)
+    say(
+        f"whitelist {found.whitelist.version} of {trust.swarm!r} is good until "
+        f"{moment(found.whitelist.expires_seconds)}, by root {trust.root().version}; signed by "
+        f"{', '.join(map(trust.name_of, found.signers))}"
+    )
+
+
+@app.command()
+def sign(
+    files: FilesArgument = None,
+    folder: FolderOption = HERE,
+    key: SigningKeyOption = None,
+    yes: YesOption = False,
+    passphrase_file: PassphraseOption = None,
+) -> None:
+    """Sign the whitelist that waits; files of other signers add their signatures first."""
+    set_up_logging("pretty")
+    from glasshive.passphrases import load_signing_key
+    from glasshive.trust_files import read_whitelist_file
+    from glasshive.trust_folder import SigningRefused
+
+    if not files and key is None:
+        raise typer.BadParameter("name your key with --key, or files that others signed")
+    trust = open_folder(folder)
+    before = trust.newest_whitelist()
+    taken = [read_whitelist_file(one) for one in files or ()]
+    for one in taken:
+        if trust.pending_whitelist() is None and before != trust.newest_whitelist():
+            break  # the signatures of the files before it were enough
+        trust.take_whitelist(one)
+    file = trust.pending_whitelist()
+    if key is not None and (file is not None or not files):
+        if file is None:
+            raise SigningRefused(
+                f"no whitelist waits for signatures in {folder}; `glasshive whitelist bump` makes "
+                "the next one, and a file that you were sent is named before --key"
+            )
+        trust.root()  # nothing is asked of the signer if nothing can be signed yet
+        _show(trust, file)
+        if before is not None:
+            say(f"\nagainst whitelist {before.whitelist.version}:")
+            _print_diff(before.whitelist, file.whitelist)
+        confirm(yes)
+        trust.sign_whitelist(load_signing_key(key, passphrase_file), file)
+    _say_done(trust)
+
+
+@app.command()
+def bump(
+    add_op: Annotated[ListOption, typer.Option(help="Allow an op.")] = None,
+    remove_op: Annotated[ListOption, typer.Option(help="Take an op away.")] = None,
+    add_model: Annotated[
+        ListOption,
+        typer.Option(help="Allow a model (folder, fetched one, ID=NAME) and none not named."),
+    ] = None,
+    remove_model: Annotated[ListOption, typer.Option(help="By name or manifest id.")] = None,
+    every_model: Annotated[bool, typer.Option("--every-model", help="Allow each model.")] = False,
+    add_read: Annotated[ListOption, typer.Option(help="A pattern of modules to read.")] = None,
+    remove_read: Annotated[ListOption, typer.Option(help="Such a pattern.")] = None,
+    add_write: Annotated[ListOption, typer.Option(help="A pattern of modules to write.")] = None,
+    remove_write: Annotated[ListOption, typer.Option(help="Such a pattern.")] = None,
+    limit: Annotated[ListOption, typer.Option(help="NAME=NUMBER, such as seconds=60.")] = None,
+    revoke_host: Annotated[ListOption, typer.Option(help="A peer id: no host any more.")] = None,
+    revoke_client: Annotated[ListOption, typer.Option(help="A peer id: no client now.")] = None,
+    restore: Annotated[ListOption, typer.Option(help="A peer id that was revoked.")] = None,
+    revoke_version: Annotated[
+        list[int] | None, typer.Option(min=1, help="A whitelist's version.")
+    ] = None,
+    min_protocol: Annotated[int | None, typer.Option(min=1, help="Of hosts.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=366, help="How long it holds; else as long as before.")
+    ] = None,
+    edit: Annotated[
+        Path | None, typer.Option(help="A text of `show --toml` that you changed, to begin with.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Drop the whitelist that waits, for a higher version.")
+    ] = False,
+    folder: FolderOption = HERE,
+) -> None:
+    """Make the next version of the whitelist, which then waits for signatures. Options repeat."""
+    set_up_logging("pretty")
+    from glasshive.first_whitelist import DAY_SECONDS, named_models
+    from glasshive.next_whitelist import Changes, next_whitelist
+    from glasshive.trust_files import WhitelistFile
+
+    trust = open_folder(folder)
+    changes = Changes(
+        add_op or (), remove_op or (), add_read or (), remove_read or (), add_write or (),
+        remove_write or (), named_models(add_model or ()), remove_model or (), every_model,
+        limit or (), revoke_host or (), revoke_client or (), restore or (), revoke_version or (),
+        min_protocol, None if days is None else days * DAY_SECONDS,
+    )  # fmt: skip
+    before, above = _base(trust, replace)
+    text = before if edit is None else _read(str(edit), folder)
+    if text.swarm != trust.swarm:
+        raise typer.BadParameter(
+            f"the text is of the swarm {text.swarm!r}, and the folder of {trust.swarm!r}",
+            param_hint="--edit",
+        )
+    after = next_whitelist(text, changes, now_seconds=int(time.time()), above=above)
+    trust.put_whitelist(WhitelistFile.unsigned(after), replace=replace)
+    _print_diff(before, after)
+    say_waiting(trust)
+
+
+@app.command()
+def publish(
+    folder: FolderOption = HERE,
+    only_here: Annotated[
+        bool, typer.Option("--only-here", help="Ask no bootstrap peer; hosts here take it up.")
+    ] = False,
+) -> None:
+    """Bring roots and the newest whitelist to this machine's hosts and the bootstrap peers.
+
+    From them every host of the swarm has it, without a restart.
+    """
+    set_up_logging("pretty")
+    from glasshive.settings import load_settings
+    from glasshive.swarm_trust import open_store
+
+    trust = open_folder(folder)
+    newest = trust.newest_whitelist()
+    if newest is None:
+        trust.whitelist_file(1)  # says what is missing
+        raise typer.BadParameter("whitelist 1 waits for signatures; have it signed first")
+    roots = trust.roots()
+    settings = load_settings(trust.hive, swarm=trust.swarm, root=trust.root_path(1))
+    store = open_store(settings)
+    if store is None:  # for the type checker: a root is given
+        raise typer.Abort
+    documents = [one.document for one in roots[1:]]
+    store.accept(documents, (newest.document, newest.body), after=roots[0].version)
+    say(
+        f"hosts and bootstrap peers of this machine take up root {store.root.version} and "
+        f"whitelist {store.highest_version} within seconds"
+    )
+    if not only_here:
+        _tell(settings, store)
+
+
+# What they share ---------------------------------------------------------------------------------
+
+
+def _chosen(trust: TrustFolder, which: str | None) -> WhitelistFile:
+    """The whitelist that is meant. Raises TrustFolderError, BadWhitelist."""
+    from glasshive.trust_files import read_whitelist_file
+
+    if which is not None:
+        if which.isdecimal():
+            return trust.whitelist_file(int(which))
+        return read_whitelist_file(Path(which))
+    return trust.newest_whitelist() or trust.pending_whitelist() or trust.whitelist_file(1)
+
+
+def _read(which: str, folder: Path) -> Whitelist:
+    """A whitelist by version, file or TOML text. Raises TrustFolderError, BadWhitelist."""
+    from glasshive.security.errors import BadWhitelist
+    from glasshive.security.whitelist import whitelist_from_text
+    from glasshive.trust_files import read_text, read_whitelist_file
+
+    if which.isdecimal():
+        return open_folder(folder).whitelist_file(int(which)).whitelist
+    place = Path(which)
+    if place.suffix != ".toml":
+        return read_whitelist_file(place).whitelist
+    try:
+        return whitelist_from_text(read_text(place, _MAX_TEXT_BYTES))
+    except BadWhitelist as error:
+        raise BadWhitelist(f"{place}: {error}") from None
+
+
+def _base(trust: TrustFolder, replace: bool) -> tuple[Whitelist, int]:
+    """What the next whitelist is made from, and which version it must be above.
+
+    A version that waited may be complete at another signer, so it is never used for another.
+    """
+    from glasshive.trust_folder import SigningRefused
+
+    newest, waiting = trust.newest_whitelist(), trust.pending_whitelist()
+    if waiting is not None and not replace:
+        raise SigningRefused(
+            f"whitelist {waiting.whitelist.version} waits for signatures in {trust.place} already; "
+            "have it signed, or drop it with --replace"
+        )
+    base = newest or waiting or trust.whitelist_file(1)
+    return base.whitelist, 0 if waiting is None else waiting.whitelist.version
+
+
+def _show(trust: TrustFolder, file: WhitelistFile, *, as_json: bool = False) -> None:
+    from rich.console import Console
+
+    from glasshive.whitelist_report import print_report, report_of
+
+    report = report_of(file.whitelist, _standing(trust, file), time.time())
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, Console())
+
+
+def _standing(trust: TrustFolder, file: WhitelistFile) -> Standing:
+    from glasshive.security.errors import SecurityError, UnderThreshold
+    from glasshive.security.trust_root import whitelist_signatures
+    from glasshive.whitelist_report import Standing
+
+    roots = trust.roots()
+    if not roots:
+        return Standing("waits for signatures", False, (), "root 1 is not complete yet")
+    state = whitelist_signatures(file.document, roots[-1])
+    signers = tuple(map(trust.name_of, state.signed))
+    try:
+        trust.verify(file)
+    except UnderThreshold:
+        return Standing("waits for signatures", False, signers, trust.in_words(state))
+    except SecurityError as error:
+        return Standing(f"not in force: {error}", False, signers, trust.in_words(state))
+    return Standing("signed and in force", True, signers, trust.in_words(state))
+
+
+def _print_diff(old: Whitelist, new: Whitelist) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from glasshive.security.policy import diff_whitelists
+
+    colours = {"-": "red", "+": "green", "~": "yellow"}
+    console = Console(highlight=False, soft_wrap=True)
+    lines = diff_whitelists(old, new)
+    for line in lines:
+        console.print(Text(line, style=colours[line[0]]))
+    if not lines:
+        console.print("they are equal")
+
+
+def _say_done(trust: TrustFolder) -> None:
+    """What signing a whitelist has come to."""
+    newest = trust.newest_whitelist()
+    if not say_waiting(trust) and newest is not None:
+        version = newest.whitelist.version
+        say(f"whitelist {version} is complete: {trust.whitelist_path(version)}")
+        say(f"bring it to the hosts: glasshive whitelist publish --folder {trust.place}")
+
+
+def _tell(settings: Settings, store: TrustStore) -> None:
+    """Exchange with the bootstrap peers. Raises PeerUnreachable if none of them answers."""
+    import asyncio
+
+    from glasshive.dht.errors import PeerUnreachable, SwarmError
+    from glasshive.dht.hivemind_transport import HivemindTransport
+    from glasshive.dht.transport import PeerAddress
+    from glasshive.dht.trust_exchange import exchange_trust
+    from glasshive.security.keys import Identity
+
+    bootstraps = [PeerAddress.parse(one) for one in settings.bootstraps]
+
+    async def tell() -> list[str]:
+        told: list[str] = []
+        transport = await HivemindTransport.create(
+            Identity.generate(), listen=(), dht="none", swarm=settings.swarm
+        )
+        try:
+            for one in bootstraps:
+                try:
+                    theirs = await exchange_trust(transport, one, store)
+                except SwarmError as error:
+                    say(f"bootstrap peer {one.peer_id}: {error}")
+                else:
+                    told.append(one.peer_id)
+                    say(f"bootstrap peer {one.peer_id} has whitelist {theirs.whitelist}")
+        finally:
+            await transport.close()
+        return told
+
+    async def in_time() -> list[str]:
+        async with asyncio.timeout(_PUBLISH_SECONDS):
+            return await tell()
+
+    try:
+        told = asyncio.run(in_time())
+    except TimeoutError:
+        told = []
+    if not told:
+        raise PeerUnreachable(
+            "no bootstrap peer took it; start one (`glasshive bootstrap`), and publish again"
+        )
