@@ -364,7 +364,8 @@ def _trusted(document: bytes, before: TrustedRoot | None) -> TrustedRoot:
     result = root.get_root_verification_result(
         None if before is None else before._signed, metadata.signed_bytes, metadata.signatures
     )
-    for part, whose in ((result.first, "the root before it"), (result.second, "its own")):
+    old = "its own" if before is None else "the root before it"
+    for part, whose in ((result.first, old), (result.second, "its own")):
         if not part.verified:
             raise UnderThreshold(
                 f"root {root.version} is signed by {len(part.signed)} of the keys of {whose}, "

@@ -33,14 +33,24 @@ def open_store(
     if settings.root is None:
         return None
     document = _read(settings.root)
-    name = hashlib.sha256(f"{settings.swarm}\0".encode() + document).hexdigest()[:32]
     try:
-        folder = (data or data_dir()) / "trust" / name
-        return TrustStore(folder, swarm=settings.swarm, root=document, clock=clock)
+        return store_of(settings.swarm, document, data=data, clock=clock)
     except TrustRefused as error:
         raise ConfigError(
             f"the root {settings.root}: {error}; get it from who runs the swarm"
         ) from None
+
+
+def store_of(
+    swarm: str,
+    root: bytes,
+    *,
+    data: Path | None = None,
+    clock: Callable[[], float] = time.time,
+) -> TrustStore:
+    """What is kept of the swarm whose first root is this document. Raises what TrustStore does."""
+    name = hashlib.sha256(f"{swarm}\0".encode() + root).hexdigest()[:32]
+    return TrustStore((data or data_dir()) / "trust" / name, swarm=swarm, root=root, clock=clock)
 
 
 def own_rules(settings: Settings) -> HostRules | None:

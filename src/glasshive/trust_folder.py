@@ -402,6 +402,9 @@ class TrustFolder:
             next_root(roots[-1], document) if roots else first_root(document)
             _write(self._trust / name, document)
             self._drop("root.json")
+            waiting = self.pending_whitelist()
+            if waiting is not None:
+                self._put_whitelist(waiting)  # by the new thresholds it may be complete
         else:
             _write(self._pending / name, document)
         return states

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -84,14 +86,21 @@ def say_root_done(folder: TrustFolder) -> None:
         if newest is None:
             pass  # the first waits, and is told of below
         elif whitelist_stands(root, newest):
-            say(f"bring it to the hosts: glasshive whitelist publish --folder {folder.place}")
+            say_publish(folder)
         else:
             say(
                 f"whitelist {newest.whitelist.version} has too few signatures of its keys, so a "
-                "host with this root alone falls to the floor.\nMake the next whitelist with "
-                "`glasshive whitelist bump`, have it signed, and publish both together."
+                "host with this root alone falls to the floor:"
             )
+            if folder.pending_whitelist() is None:
+                say("  make the next whitelist with `glasshive whitelist bump`,")
+            say("  have the next whitelist signed, and publish both together")
     say_waiting(folder)
+
+
+def say_publish(folder: TrustFolder) -> None:
+    """How hosts get what is complete."""
+    say(f"bring it to the hosts: glasshive whitelist publish --folder {_quoted(folder.place)}")
 
 
 def say_made(folder: TrustFolder, new: NewSwarm, *, public: bool) -> None:
@@ -120,10 +129,15 @@ def say_made(folder: TrustFolder, new: NewSwarm, *, public: bool) -> None:
 
 def say_start(folder: TrustFolder, listen: str) -> None:
     """The commands that start a swarm whose first whitelist is complete."""
-    place, config = folder.place, folder.hive
+    place, config = _quoted(folder.place), _quoted(folder.hive)
+    own = _quoted(folder.keys / "bootstrap.key")
     say(f"  glasshive whitelist show --folder {place}")
-    own = folder.keys / "bootstrap.key"
     say(f"  glasshive bootstrap --config {config} --key {own} --listen {listen}")
     say(f"  glasshive whitelist publish --folder {place}    # and after every new whitelist")
     say(f"  glasshive serve MODEL --config {config}")
-    say(f'  glasshive.connect("{config}")                   # in Python')
+    say(f"  glasshive status --config {config}")
+
+
+def _quoted(path: Path) -> str:
+    """A path as it is written in a command."""
+    return shlex.quote(str(path))

@@ -19,7 +19,7 @@ from glasshive.swarm_commands import (
     open_folder,
 )
 from glasshive.terminal import set_up_logging
-from glasshive.trust_words import confirm, moment, say, say_waiting
+from glasshive.trust_words import confirm, moment, say, say_publish, say_waiting
 
 if TYPE_CHECKING:
     from glasshive.security.trust_store import TrustStore
@@ -198,6 +198,13 @@ def publish(
     only_here: Annotated[
         bool, typer.Option("--only-here", help="Ask no bootstrap peer; hosts here take it up.")
     ] = False,
+    root_alone: Annotated[
+        bool,
+        typer.Option(
+            "--root-alone",
+            help="The newest root, though its keys signed no whitelist: hosts fall to the floor.",
+        ),
+    ] = False,
 ) -> None:
     """Bring roots and the newest whitelist to this machine's hosts and the bootstrap peers.
 
@@ -205,23 +212,31 @@ def publish(
     """
     set_up_logging("pretty")
     from glasshive.settings import load_settings
-    from glasshive.swarm_trust import open_store
+    from glasshive.swarm_trust import store_of
+    from glasshive.trust_files import TrustFolderError
 
     trust = open_folder(folder)
-    newest = trust.newest_whitelist()
-    if newest is None:
-        trust.whitelist_file(1)  # says what is missing
-        raise typer.BadParameter("whitelist 1 waits for signatures; have it signed first")
-    roots = trust.roots()
-    settings = load_settings(trust.hive, swarm=trust.swarm, root=trust.root_path(1))
-    store = open_store(settings)
-    if store is None:  # for the type checker: a root is given
-        raise typer.Abort
-    documents = [one.document for one in roots[1:]]
-    store.accept(documents, (newest.document, newest.body), after=roots[0].version)
+    trust.root()
+    roots, newest = trust.roots(), trust.newest_whitelist()
+    if newest is None and not root_alone:
+        raise TrustFolderError(
+            f"no whitelist of {folder} has its signatures yet; sign it with `glasshive whitelist "
+            "sign`"
+        )
+    whitelist = None
+    if newest is not None and not root_alone:
+        # First: a host that takes the root and can't take the whitelist is at the floor.
+        trust.verify(newest)
+        whitelist = newest.document, newest.body
+    settings = load_settings(trust.hive, swarm=trust.swarm)
+    store = store_of(trust.swarm, roots[0].document)
+    store.accept([one.document for one in roots[1:]], whitelist, after=roots[0].version)
     say(
         f"hosts and bootstrap peers of this machine take up root {store.root.version} and "
         f"whitelist {store.highest_version} within seconds"
+        if store.whitelist is not None
+        else f"hosts and bootstrap peers of this machine take up root {store.root.version} within "
+        "seconds, and have no whitelist under it: they are at the floor"
     )
     if not only_here:
         _tell(settings, store)
@@ -327,7 +342,7 @@ def _say_done(trust: TrustFolder) -> None:
     if not say_waiting(trust) and newest is not None:
         version = newest.whitelist.version
         say(f"whitelist {version} is complete: {trust.whitelist_path(version)}")
-        say(f"bring it to the hosts: glasshive whitelist publish --folder {trust.place}")
+        say_publish(trust)
 
 
 def _tell(settings: Settings, store: TrustStore) -> None:

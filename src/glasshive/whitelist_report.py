@@ -98,14 +98,18 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     )
     line(f"signed by: {escape(', '.join(report['signers']) or 'nobody')}")
     line(f"  {escape(report['signatures'])}")
-    days = report["expires_in_seconds"] // 86_400
+    days = round(report["expires_in_seconds"] / 86_400)
     left = f"{days} days left" if report["expires_in_seconds"] > 0 else "that is past"
     line(f"issued {report['issued']}, ends {report['expires']} ({left})")
     line(f"hosts speak protocol {report['min_protocol']} or newer\n")
     line("[bold]Others can run[/] ops, by what they cost:")
     _print_ops(report, console)
-    refused = ", ".join(report["ops_refused"]) or "none"
-    line(f"[bold]They can't run[/] {escape(refused)} of this release's ops, nor any other code.")
+    refused = report["ops_refused"]
+    if refused:
+        count = f"{len(refused)} ops of this release: {', '.join(refused)}; nor"
+        line(f"[bold]They can't run[/] {escape(count)} any other code.")
+    else:
+        line("[bold]They can't run[/] any other code.")
     if report["ops_of_other_releases"]:
         others = ", ".join(report["ops_of_other_releases"])
         line(f"Allowed, and not in this release: {escape(others)}.")

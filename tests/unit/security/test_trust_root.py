@@ -38,10 +38,13 @@ from glasshive.security.trust_root import (
     add_whitelist_signature,
     first_root,
     key_id_of,
+    merge_root_signatures,
+    merge_whitelist_signatures,
     new_root,
     new_whitelist_document,
     next_root,
     root_signatures,
+    root_terms,
     verify_root_chain,
     verify_whitelist,
     whitelist_signatures,
@@ -206,3 +209,40 @@ def test_a_body_that_is_signed_but_no_whitelist_is_refused() -> None:
 def test_a_first_root_is_signed_by_its_own_threshold() -> None:
     with pytest.raises(UnderThreshold, match=r"signed by 1 of the keys of .*, wanted 2"):
         first_root(root_document(signed_by=(ANN,)))
+
+
+def test_signatures_of_copies_are_put_together() -> None:
+    ann, ben = (root_document(signed_by=(one,)) for one in (ANN, BEN))
+    assert merge_root_signatures(ann, ben, None) == FIRST
+    assert merge_root_signatures(FIRST, ann, None) == FIRST
+    document, body = signed_whitelist()
+    cat, dan = (signed_whitelist(signed_by=(one,))[0] for one in (CAT, DAN))
+    merged = merge_whitelist_signatures(cat, dan, ROOT)
+    assert set(whitelist_signatures(merged, ROOT).signed) == ids(CAT, DAN)
+    verify_whitelist(ROOT, merged, body, swarm=SWARM, least_version=7, now_seconds=NOW)
+    assert document == merged
+
+
+def test_copies_of_something_else_and_bad_signatures_are_not_put_together() -> None:
+    with pytest.raises(BadTrustDocument, match="a copy of version 1 that says something else"):
+        merge_root_signatures(FIRST, root_document(root_threshold=1), None)
+    with pytest.raises(BadTrustDocument, match="a copy of version 8 that says something else"):
+        merge_whitelist_signatures(signed_whitelist()[0], signed_whitelist(8)[0], ROOT)
+    document, _ = signed_whitelist(signed_by=(CAT,))
+    tree = json.loads(signed_whitelist(signed_by=(DAN, EVE))[0])
+    tree["signatures"][0]["sig"] = tree["signatures"][1]["sig"]
+    bad = json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()
+    merged = merge_whitelist_signatures(document, bad, ROOT)
+    signers = {one["keyid"] for one in json.loads(merged)["signatures"]}
+    assert signers == {*ids(CAT), tree["signatures"][1]["keyid"]}
+
+
+def test_terms_are_what_a_document_says_whoever_signed_it() -> None:
+    terms = root_terms(root_document(signed_by=()))
+    assert (terms.version, terms.expires_seconds) == (1, ROOT.expires_seconds)
+    assert (terms.root_keys, terms.root_threshold) == (ROOT.root_keys, ROOT.root_threshold)
+    assert terms.whitelist_keys == ROOT.whitelist_keys
+    assert terms.whitelist_threshold == ROOT.whitelist_threshold
+    assert ROOT.public_key(ROOT.root_keys[0]) in {ANN.public_key, BEN.public_key, CAT.public_key}
+    with pytest.raises(BadTrustDocument, match="root 1 names no key"):
+        ROOT.public_key(key_id_of(SigningKey.generate().public_key))
