@@ -14,6 +14,7 @@ import pytest
 
 import glasshive
 from glasshive.client.provenance import Hop, Provenance
+from glasshive.passphrases import PASSPHRASE_VARIABLE
 from glasshive.settings import CONFIG_VARIABLE, DATA_VARIABLE, Settings
 from glasshive.testing import LocalSwarm
 
@@ -114,6 +115,7 @@ def test_tables_are_those_of_the_code() -> None:
         *variables,
         "GLASSHIVE_CACHE",
         DATA_VARIABLE,
+        PASSPHRASE_VARIABLE,
     ]
 
 
