@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, final
@@ -158,6 +158,10 @@ class TrustFolder:
         """What a key's holder is called here, and the beginning of the key's id."""
         holder = self.holders().get(key_id)
         return f"{holder.name if holder else 'unnamed'} ({key_id[:16]})"
+
+    def names_of(self, key_ids: Iterable[KeyId]) -> list[str]:
+        """The same of several keys, by name."""
+        return sorted(map(self.name_of, key_ids))
 
     # What is in force
 
@@ -361,10 +365,10 @@ class TrustFolder:
                 f"pass it on: {'; '.join(self.in_words(state) for state in states)}"
             )
         if not any(key_id in state.missing for state in states):
-            wanted = sorted({one for state in states for one in state.missing})
+            wanted = {one for state in states for one in state.missing}
             raise SigningRefused(
                 f"the key {self.name_of(key_id)} may not sign this {what}; those who may and have "
-                f"not: {', '.join(map(self.name_of, wanted))}"
+                f"not: {', '.join(self.names_of(wanted))}"
             )
 
     def _changed(self, what: str) -> SigningRefused:
@@ -375,11 +379,11 @@ class TrustFolder:
 
     def in_words(self, state: RoleSignatures) -> str:
         """What a threshold has and lacks, with the names of the holders."""
-        signed = ", ".join(map(self.name_of, state.signed)) or "nobody"
+        signed = ", ".join(self.names_of(state.signed)) or "nobody"
         text = f"{state.role}: {len(state.signed)} of {state.threshold} signatures, by {signed}"
         if state.complete:
             return f"{text}; complete"
-        missing = ", ".join(map(self.name_of, state.missing))
+        missing = ", ".join(self.names_of(state.missing))
         count = state.threshold - len(state.signed)
         return f"{text}; {count} more {'is' if count == 1 else 'are'} missing, of: {missing}"
 

@@ -89,7 +89,7 @@ def verify(which: WhichArgument = None, folder: FolderOption = HERE) -> None:
     say(
         f"whitelist {found.whitelist.version} of {trust.swarm!r} is good until "
         f"{moment(found.whitelist.expires_seconds)}, by root {trust.root().version}; signed by "
-        f"{', '.join(map(trust.name_of, found.signers))}"
+        f"{', '.join(trust.names_of(found.signers))}"
     )
 
 
@@ -311,7 +311,7 @@ def _standing(trust: TrustFolder, file: WhitelistFile) -> Standing:
     if not roots:
         return Standing("waits for signatures", False, (), "root 1 is not complete yet")
     state = whitelist_signatures(file.document, roots[-1])
-    signers = tuple(map(trust.name_of, state.signed))
+    signers = tuple(trust.names_of(state.signed))
     try:
         trust.verify(file)
     except UnderThreshold:

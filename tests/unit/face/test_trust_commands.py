@@ -248,6 +248,13 @@ def test_wrong_usage_of_init(arguments: tuple[str, ...], said: str) -> None:
     assert not Path("lab").exists()
 
 
+def test_a_key_that_signs_nothing_is_no_key_of_a_swarm() -> None:
+    secret, _ = key("eve")
+    text = refused("swarm", "init", "lab", "--holder=ann", "--key", secret, kind=KeyFileError)
+    assert "of --key is of none of the holders (ann); name its .pub file with --holder" in text
+    assert not Path("lab").exists()
+
+
 def test_a_name_is_no_path() -> None:
     for name in ("../ann", "a/b", "", "a.b", "-a", "a" * 33):
         assert "of a key's holder, wanted 1 to 32" in refused("swarm", "key", "--", name)
@@ -297,7 +304,7 @@ def test_two_of_three_sign_files_that_are_passed_around(three: list[Path]) -> No
     said = run("whitelist", "sign", waiting, "--folder=lab", "--key", three[0], "--yes")
     assert "whitelist 1 is complete: lab/trust/1.whitelist" in said
     assert not list((lab / "trust/pending").iterdir())
-    assert "signed by ben (" in run("whitelist", "verify", "--folder=lab")
+    assert "signed by ann (" in run("whitelist", "verify", "--folder=lab")
     # What is left over in Ben's copy waits no more once he has what is complete.
     shutil.copy(lab / "trust/1.whitelist", bens / "trust")
     assert "waits" not in run("swarm", "show", "--folder", bens)
@@ -412,6 +419,21 @@ def test_a_whitelist_of_another_swarm_is_not_signed(signed: list[Path]) -> None:
         kind=SigningRefused,
     )
     assert text.startswith("got a whitelist of the swarm 'other', and lab is the folder of 'lab'")
+
+
+def test_a_revoked_version_is_not_signed(signed: list[Path]) -> None:
+    bens = copy_of(Path("lab"), "ben")
+    run("whitelist", "bump", "--folder", bens, *SVD)
+    run("whitelist", "bump", "--folder", bens, *SVD, "--replace")
+    third = bens / "trust/pending/3.whitelist"
+    run("whitelist", "bump", "--folder=lab", "--revoke-version=3")
+    for one in signed[:2]:
+        run("whitelist", "sign", "--folder=lab", "--yes", "--key", one)
+    text = refused(
+        *("whitelist", "sign", third, "--folder=lab", "--yes", "--key", signed[0]),
+        kind=SigningRefused,
+    )
+    assert text.startswith("whitelist 3 is revoked by 2; make the next one with")
 
 
 def test_nobody_signs_unasked(signed: list[Path]) -> None:

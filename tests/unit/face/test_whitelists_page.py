@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from glasshive import cli
 from glasshive.security.host_policy import HostRules
 from glasshive.security.policy import Policy
 from glasshive.security.whitelist import LIMIT_NAMES
@@ -17,23 +20,27 @@ from glasshive.trust_folder import TrustFolder
 PAGE = (Path(__file__).parents[3] / "docs" / "whitelists.md").read_text()
 
 
-def test_the_commands_run_as_they_are_written(tmp_path: Path) -> None:
-    script = "\n".join(re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.DOTALL))
-    assert script.count("glasshive ") >= 20
+def test_the_commands_run_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passphrase = tmp_path / "passphrase"
     passphrase.write_text("correct horse battery staple")
     passphrase.chmod(0o600)
-    env = {
-        **os.environ,
-        "GLASSHIVE_PASSPHRASE_FILE": str(passphrase),
-        "GLASSHIVE_DATA": str(tmp_path / "data"),
-        "RUN": sys.executable,
-    }
-    command = 'glasshive() { echo y | "$RUN" -m glasshive.cli "$@"; }\nset -e\n' + script
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("GLASSHIVE_PASSPHRASE_FILE", str(passphrase))
+    monkeypatch.setenv("GLASSHIVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("glasshive.swarm_commands.set_up_logging", lambda form: None)
+    monkeypatch.setattr("glasshive.whitelist_commands.set_up_logging", lambda form: None)
+    monkeypatch.chdir(tmp_path)
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.DOTALL))
+    lines = [line for line in script.splitlines() if line and line[0] != "#"]
+    assert sum(line.startswith("glasshive ") for line in lines) >= 20
+    for line in lines:
+        first, *arguments = shlex.split(line)
+        if first == "glasshive":
+            done = CliRunner().invoke(cli.app, arguments, input="y\n")
+            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception}"
+        else:
+            subprocess.run(["bash", "-c", line], check=True)
     for name, root, whitelist in (("lab", 1, 1), ("duo", 1, 2), ("trio", 2, 2)):
         folder = TrustFolder(tmp_path / name, time.time)
         assert folder.root().version == root
