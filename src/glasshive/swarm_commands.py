@@ -164,7 +164,8 @@ def show(folder: FolderOption = HERE) -> None:
     say(f"swarm {trust.swarm!r} in {trust.place}")
     roots = trust.roots()
     if roots:
-        say_terms(trust, roots[-1], "in force")
+        past = time.time() >= roots[-1].expires_seconds
+        say_terms(trust, roots[-1], "is past its end" if past else "is in force")
     document = trust.pending_root()
     if document is not None:
         say_terms(trust, root_terms(document), "waits for signatures")
@@ -194,8 +195,10 @@ def sign(
     trust = open_folder(folder)
     for one in files or ():
         trust.take_root(read_bounded(one, MAX_DOCUMENT_BYTES))
+        if trust.pending_root() is None:
+            break  # that was enough
     document = trust.pending_root()
-    if key is not None and not (document is None and files):
+    if key is not None and (document is not None or not files):
         if document is None:
             raise SigningRefused(
                 f"no root waits for signatures in {folder}; `glasshive swarm rotate` makes the next"
@@ -259,9 +262,12 @@ def rotate(
     for one in new:
         trust.add_holder(one)
     trust.put_root(document)
+    waiting: bytes | None = document
     for signer in keys:
-        trust.sign_root(signer, document)
-        document = trust.pending_root() or document
+        if waiting is None:
+            break  # the others' signatures were enough
+        trust.sign_root(signer, waiting)
+        waiting = trust.pending_root()
     say_root_done(trust)
 
 

@@ -83,11 +83,9 @@ def say_root_done(folder: TrustFolder) -> None:
         root = folder.root()
         say(f"root {root.version} is complete: {folder.root_path(root.version)}")
         newest = folder.newest_whitelist()
-        if newest is None:
-            pass  # the first waits, and is told of below
-        elif whitelist_stands(root, newest):
+        if newest is not None and whitelist_stands(root, newest):
             say_publish(folder)
-        else:
+        elif newest is not None:
             say(
                 f"whitelist {newest.whitelist.version} has too few signatures of its keys, so a "
                 "host with this root alone falls to the floor:"

@@ -111,11 +111,10 @@ def sign(
         raise typer.BadParameter("name your key with --key, or files that others signed")
     trust = open_folder(folder)
     before = trust.newest_whitelist()
-    taken = [read_whitelist_file(one) for one in files or ()]
-    for one in taken:
-        if trust.pending_whitelist() is None and before != trust.newest_whitelist():
-            break  # the signatures of the files before it were enough
-        trust.take_whitelist(one)
+    for one in files or ():
+        trust.take_whitelist(read_whitelist_file(one))
+        if trust.pending_whitelist() is None:
+            break  # that was enough
     file = trust.pending_whitelist()
     if key is not None and (file is not None or not files):
         if file is None:

@@ -752,6 +752,23 @@ def test_a_whitelist_that_a_new_threshold_completes_is_complete(signed: list[Pat
     assert "by root 2; signed by cat (" in run("whitelist", "verify", "--folder=lab")
 
 
+def test_more_keys_and_copies_than_needed_do_no_harm(signed: list[Path]) -> None:
+    everybody = [part for one in signed for part in ("--key", one)]
+    said = run("swarm", "rotate", "--folder=lab", "--yes", *everybody)
+    assert "root 2 is complete" in said
+    assert "root 2 is in force" in run("swarm", "show", "--folder=lab")
+    for what, arguments in (("swarm", ("rotate",)), ("whitelist", ("bump", *SVD))):
+        run(what, *arguments, "--folder=lab")
+        kind = "root.json" if what == "swarm" else "whitelist"
+        copies = []
+        for one in signed:
+            place = copy_of(Path("lab"), f"{one.stem}-{what}")
+            run(what, "sign", "--folder", place, "--yes", "--key", one)
+            copies += place.glob(f"trust/pending/*.{kind}")
+        assert len(copies) == 3
+        assert "is complete" in run(what, "sign", *copies, "--folder=lab", "--key", signed[0])
+
+
 def test_rotations_that_make_no_sense(signed: list[Path]) -> None:
     rotate = ("swarm", "rotate", "--folder=lab")
     assert refused(*rotate, "--remove=eve").startswith(
