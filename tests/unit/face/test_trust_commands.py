@@ -21,6 +21,7 @@ from glasshive import cli
 from glasshive.graph.errors import GlasshiveError
 from glasshive.graph.ops import OPS
 from glasshive.models import ModelUnavailableError
+from glasshive.new_swarm import new_folder
 from glasshive.security.errors import (
     BadTrustDocument,
     BadWhitelist,
@@ -224,6 +225,16 @@ def test_a_swarm_is_never_written_over() -> None:
     assert bytes_of(Path("lab")) == before
     Path("mine").mkdir()
     assert refused("swarm", "init", "mine").startswith("mine is there already; choose a new folder")
+
+
+def test_a_folder_that_came_meanwhile_is_not_taken(tmp_path: Path) -> None:
+    """Between the command's first look and the end of its questions; an empty one, too."""
+    Path("lab").mkdir()
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(TrustFolderError, match="lab is there already"):
+        with new_folder(Path("lab")):
+            pass
+    assert {*tmp_path.iterdir()} == before
 
 
 def test_a_swarm_that_fails_leaves_nothing(tmp_path: Path) -> None:
