@@ -240,6 +240,7 @@ class Job:
                 hop.compute_seconds = message.compute_seconds
                 hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
                 hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
+                await stream.stream.close()
                 return
             spec = spec_of(message.dtype, message.shape)
             wanted = self.expected.get(message.name)

@@ -102,7 +102,6 @@ async def serve_directory(transport: Transport) -> None:
                 if len(cache) > MAX_CACHED:
                     cache.popitem(last=False)
         await stream.send([_VERSION, answer.complete], answer.body)
-        await _closed_by_remote(stream)
 
     await transport.serve(DIRECTORY_PROTOCOL, handle)
 
@@ -338,11 +337,3 @@ def _requested_model(header: object) -> str | None:
     if model is not None and (type(model) is not str or not _MODEL.fullmatch(model)):
         raise BadFrame("got a directory request for what can't be a model's name")
     return model
-
-
-async def _closed_by_remote(stream: Stream) -> None:
-    """Waits for the client to end the stream, so that the answer is not cut off."""
-    try:
-        await stream.receive(REQUEST_DEADLINE_SECONDS)
-    except SwarmError:
-        return

@@ -16,8 +16,8 @@ Rules:
    nothing follows. The receiver raises StreamRefused.
 4. Long bodies are written in slices, so that a short frame on another stream of the same
    connection doesn't wait for all of one.
-5. There is no half-close: closing ends both directions, and what is still on its way to the side
-   that closes is lost. So a protocol says in a frame that it is done, and who closes first.
+5. There is no half-close: closing ends both directions, and what is still on its way may be lost in
+   both. So a protocol says in a frame that it is done, and whoever received the last frame closes.
 6. A frame that was cut short by an error, a deadline or a cancellation ends the stream.
 """
 
@@ -47,6 +47,7 @@ __all__ = ["ByteReader", "ByteWriter", "Frame", "FrameLimits", "Stream"]
 SEND_DEADLINE_SECONDS: Final = 60.0
 CLOSE_DEADLINE_SECONDS: Final = 5.0
 REFUSAL_DEADLINE_SECONDS: Final = 2.0
+FINISH_DEADLINE_SECONDS: Final = 60.0
 SLICE_BYTES: Final = 256 * 1024
 MAX_REFUSAL_BYTES: Final = 200
 
@@ -242,15 +243,28 @@ class Stream:
                 await within(REFUSAL_DEADLINE_SECONDS, self._linger(), "refusing a stream")
         await self.close()
 
+    async def finish(self) -> None:
+        """Ends the stream once the other side has, for whoever sent the last frame.
+
+        Never raises. See `close`.
+        """
+        if not self.closed:
+            with contextlib.suppress(TransportError, *_LINK_ERRORS):
+                await within(FINISH_DEADLINE_SECONDS, self._linger(), "finishing a stream")
+        await self.close()
+
     async def _linger(self) -> None:
-        """Reads away what the other side sent: closing over unread bytes would lose ours."""
+        """Reads away what the other side sends until it has ended the stream."""
         await self._writer.drain()
-        for _ in range(16):
-            if not await self._reader.read(SLICE_BYTES):
-                return
+        while await self._reader.read(SLICE_BYTES):
+            pass
 
     async def close(self) -> None:
-        """Ends the stream after what was sent has left. Never raises; may be called again."""
+        """Ends the stream. Never raises; may be called again.
+
+        What was sent before may be lost on its way: p2pd closes a stream for reading as well, takes
+        that for a failure of its own, and sends a reset that may overtake the last frames.
+        """
         self._end_soft("it was closed here")
         self._writer.close()
         try:

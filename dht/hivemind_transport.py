@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
+
+_PREPARING: Final = threading.Lock()
 
 
 @final
@@ -139,9 +142,7 @@ class HivemindTransport:
         return self
 
     async def _start(self) -> None:
-        serializer.install()
-        hardening.patch_storage()
-        daemon_control.detach_daemons()
+        _prepare_hivemind()
         from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
         try:
@@ -520,6 +521,17 @@ class HivemindTransport:
         if self._node is None:
             raise NoDht("this transport has no DHT node; ask a peer for its directory")
         return self._node
+
+
+def _prepare_hivemind() -> None:
+    """Import hivemind and put our bounds into it, once for all threads.
+
+    Its packages import each other in a circle, which fails if two threads are in it at a time.
+    """
+    with _PREPARING:
+        serializer.install()
+        hardening.patch_storage()
+        daemon_control.detach_daemons()
 
 
 def check_loopback(address: str) -> None:

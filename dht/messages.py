@@ -233,6 +233,11 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """Peer to peer, last on an edge stream, from its receiver: every value has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
 class More:
     """The next slice of the tensor before it."""
 
@@ -295,6 +300,7 @@ _CODES: Final[dict[int, type[Any]]] = {
     20: Opening,
     21: Value,
     22: More,
+    23: Received,
     30: AskFile,
     31: File,
     40: TrustVersions,

@@ -68,6 +68,7 @@ class HandlerTasks:
         finished = False
         try:
             await handler(stream)
+            await stream.finish()
             finished = True
         except SwarmError as error:
             logger.info("stream_ended protocol=%s peer=%s: %s", protocol, stream.peer_id, error)
@@ -79,8 +80,6 @@ class HandlerTasks:
                 del self._open[stream.peer_id]
             if not finished:
                 stream.reset()
-        if finished:
-            await stream.close()
 
     async def close(self) -> None:
         """Cancels every handler and waits until all have ended."""

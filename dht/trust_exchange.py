@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from glasshive.dht.deadline import within
-from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.errors import MalformedMessage
 from glasshive.dht.framing import FrameLimits, Stream
 from glasshive.dht.messages import (
     TRUST_PROTOCOL,
@@ -142,7 +142,6 @@ async def serve_trust(
             if versions_of(store) != before:
                 on_news()
         await stream.send(encode(versions_of(store)), b"", deadline_seconds)
-        await _closed_by_remote(stream, deadline_seconds)
 
     async def handle(stream: Stream) -> None:
         if turns.locked():
@@ -212,11 +211,3 @@ async def _receive(
                 f"{MAX_DOCUMENT_BYTES} and its body 1 to {MAX_BODY_BYTES}"
             )
         whitelist = document, body
-
-
-async def _closed_by_remote(stream: Stream, deadline_seconds: float) -> None:
-    """Waits for the other side to end the stream, so that the answer is not cut off."""
-    try:
-        await stream.receive(deadline_seconds)
-    except SwarmError:
-        return

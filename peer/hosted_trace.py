@@ -23,6 +23,7 @@ from glasshive.dht.messages import (
     EDGE_PROTOCOL,
     Done,
     Opening,
+    Received,
     Saved,
     Value,
     decode,
@@ -154,7 +155,7 @@ class HostedTrace:
         return Done(self.compute_seconds, traffic)
 
     async def receive_from(self, sender: int, stream: Stream) -> None:
-        """Park what the peer `sender` pushes until it closes the stream.
+        """Park what the peer `sender` pushes, and tell it when everything has arrived.
 
         Raises MalformedMessage for anything that is not on the plan.
         """
@@ -169,7 +170,8 @@ class HostedTrace:
             for _ in range(sum(1 for one in self._expected.values() if one == sender)):
                 await self._park_next(sender, stream)
         finally:
-            del self._incoming[sender]
+            del self._incoming[sender]  # its end may be the trace's, and this is still to arrive
+        await stream.send(encode(Received()), b"", self.left_seconds + TELL_SECONDS)
 
     async def _park_next(self, sender: int, stream: Stream) -> None:
         frame = await stream.receive(self.left_seconds)
@@ -273,6 +275,9 @@ class HostedTrace:
                     opening = Opening(self.trace_id, self.part.index, receiver)
                     await stream.send(encode(opening), b"", self.left_seconds)
                 await self._send_value(stream, item, self._traffic[receiver])
+            if stream is not None:
+                # Only now nothing can be lost on its way, unseen here and waited for there.
+                decode((await stream.receive(self.left_seconds)).header, Received)
         except SwarmError as error:
             raise self._lost(receiver, error) from error
         finally:

@@ -448,3 +448,39 @@ def test_it_works_from_synchronous_code() -> None:
         loop.run(client.close(), 10)
         loop.run(host.close(), 10)
     assert not any(one.name == "glasshive-network" for one in threading.enumerate())
+
+
+def test_threads_may_make_the_first_transports() -> None:
+    """In a process of its own, where nothing has imported hivemind, whose packages form a circle.
+
+    Without the lock one of the threads that begin near the end of the first one's import fails.
+    """
+    script = """
+        import threading
+        from glasshive.dht.hivemind_transport import _prepare_hivemind
+
+        failed, prepared = [], threading.Event()
+
+        def prepare():
+            try:
+                _prepare_hivemind()
+            except ImportError as error:
+                failed.append(error)
+            prepared.set()
+
+        threads = []
+        while not prepared.wait(0.02):
+            threads.append(threading.Thread(target=prepare))
+            threads[-1].start()
+        for one in threads:
+            one.join()
+        print(len(threads) > 2, failed)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.stdout == "True []\n", ended.stderr

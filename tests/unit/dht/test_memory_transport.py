@@ -108,7 +108,7 @@ async def test_who_is_not_there_is_unreachable() -> None:
 
 
 @pytest.mark.asyncio
-async def test_what_was_sent_before_a_close_arrives() -> None:
+async def test_whoever_sent_the_last_frame_waits_for_the_other_to_close() -> None:
     _, alice, bob = pair()
 
     async def answers_once(stream: Stream) -> None:
@@ -119,8 +119,13 @@ async def test_what_was_sent_before_a_close_arrives() -> None:
     stream = await alice.open_stream(address_of(bob), "once/1", 5)
     await stream.send([])
     assert len((await stream.receive(5)).body) == 100_000
-    with pytest.raises(StreamClosed):
-        await stream.receive(5)
+    with pytest.raises(DeadlineExceeded):
+        await stream.receive(0.05)
+    await stream.send(["nobody listens"])
+    (handling,) = bob._tasks._tasks
+    assert not handling.done()
+    await stream.close()
+    await asyncio.wait_for(handling, 5)
 
 
 @pytest.mark.asyncio

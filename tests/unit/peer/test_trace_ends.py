@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from glasshive.dht.errors import StreamClosed
+from glasshive.dht.errors import DeadlineExceeded, StreamClosed
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import PIPE_BYTES, MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
@@ -30,6 +30,7 @@ from glasshive.dht.messages import (
     Need,
     Opening,
     Prepare,
+    Received,
     Run,
     Saved,
     Value,
@@ -339,6 +340,60 @@ async def test_a_constant_that_is_held_is_as_the_part_says(swarm: Swarm) -> None
     assert failed.text == "a constant of int8[1] with the hash of one of int8[64]"
 
 
+def sending(served: ServedModel) -> Part:
+    """Part 1 sends part 0 a value."""
+    value = NodeId(0)
+    graph = Graph({value: Op("full", ((4,), 7.0, DType.FLOAT32))})
+    stage = Stage(BEFORE_PASSES, (value,), exports=((value, 0),))
+    return Part(1, Span(0, 2), graph, (stage,), {})
+
+
+@pytest.mark.asyncio
+async def test_who_has_taken_all_values_says_so(swarm: Swarm) -> None:
+    client = await swarm.running(waiting())
+    edge = await swarm.edge()
+    await send_tensor(edge, Value(0, -1, "float32", [4], [0]), bytes(16), 5)
+    assert decode((await edge.receive(5)).header, Received) == Received()
+    await client.close()
+
+
+@pytest.mark.asyncio
+async def test_a_sender_is_done_when_its_values_have_arrived(swarm: Swarm) -> None:
+    edges: asyncio.Queue[Stream] = asyncio.Queue()
+    received = asyncio.Event()
+
+    async def take(stream: Stream) -> None:
+        decode((await stream.receive(5)).header, Opening)
+        decode((await stream.receive(5)).header, Value)
+        edges.put_nowait(stream)
+        async with asyncio.timeout(5):
+            await received.wait()
+        await stream.send(encode(Received()))
+
+    await swarm.other.serve(EDGE_PROTOCOL, take)
+    client = await swarm.running(sending(swarm.served))
+    edge = await asyncio.wait_for(edges.get(), 5)
+    assert not edge.closed
+    with pytest.raises(DeadlineExceeded):
+        await client.receive(0.1)
+    received.set()
+    assert decode((await news(client)).header, Done).traffic == [[0, 0, 16]]
+    await client.close()
+
+
+@pytest.mark.asyncio
+async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: Swarm) -> None:
+    async def lose(stream: Stream) -> None:
+        stream.reset()  # before its Opening, as a daemon does that can't hand it on
+
+    await swarm.other.serve(EDGE_PROTOCOL, lose)
+    client = await swarm.running(sending(swarm.served))
+    failed = decode((await news(client)).header, Failed)
+    assert failed.code == "NeighbourLost"
+    assert swarm.other.peer_id in failed.text
+    await client.close()
+
+
 # Nothing is left --------------------------------------------------------------------------------
 
 
@@ -371,6 +426,8 @@ async def test_no_failure_is_left_for_asyncio_to_complain_of(swarm: Swarm) -> No
         await until(lambda one=trace: len(one._incoming) == 1)  # type: ignore[misc]
         await end(swarm, client, edge)
         del trace
+        if end is not cancelled:
+            client.reset()
         await until(lambda: swarm.host.load == 0.0)
         await until(lambda: len(swarm.home._tasks) <= 1)
     await until(lambda: len(swarm.home._tasks) == 0)
