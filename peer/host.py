@@ -244,17 +244,16 @@ class Host:
                 f"model {prepare.model_id[:16]!r}... is not served here; this peer serves "
                 f"{self._manifest.model_id[:16]}... ({self._manifest.name})"
             )
-        policy = self._admission.policy
-        policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
         ours = from_torch_dtype(self._model.dtype).value
         if prepare.dtype != ours:
             raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
         peers = _peers(prepare)
-        for peer in peers:
-            policy.check_peer(peer.peer_id)
-        part, passes, bill = await self._check(partial(self._admitted, body, peers))
-        consts = await self._take_consts(client, part)
-        seconds = min(prepare.deadline_seconds, limits.trace_seconds)
+        ends_at = self._clock() + min(prepare.deadline_seconds, limits.trace_seconds)
+        admission, checked = await self._checked(client.peer_id, peers, body)
+        consts = await self._take_consts(client, checked[0], ends_at)
+        if admission is not self._admission:  # a policy came meanwhile
+            admission, checked = await self._checked(client.peer_id, peers, body)
+        part, passes, bill = checked
         trace = HostedTrace(
             trace_id=prepare.trace_id,
             client=client,
@@ -270,15 +269,34 @@ class Host:
                 self._torch.run, limit_seconds=limits.runaway_seconds(bill.seconds)
             ),
             stage_seconds=limits.stage_seconds(bill.seconds),
-            ends_at=self._clock() + seconds,
+            ends_at=ends_at,
             clock=self._clock,
         )
         return trace, bill
 
+    async def _checked(
+        self, client: PeerId, peers: tuple[PeerAddress, ...], body: bytearray
+    ) -> tuple[Admission, tuple[Part, Passes, Bill]]:
+        """What the part is and takes, by the admission that is in force when this returns."""
+        while True:
+            admission = self._admission
+            policy = admission.policy
+            policy.check_client(client)
+            policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
+            for peer in peers:
+                policy.check_peer(peer.peer_id)
+            checked = await self._check(partial(self._admitted, admission, body, peers))
+            if admission is self._admission:
+                return admission, checked
+
     def _admitted(
-        self, body: bytearray, peers: tuple[PeerAddress, ...], go_on: Callable[[], None]
+        self,
+        admission: Admission,
+        body: bytearray,
+        peers: tuple[PeerAddress, ...],
+        go_on: Callable[[], None],
     ) -> tuple[Part, Passes, Bill]:
-        model, admission = self._model, self._admission
+        model = self._model
         limits = self._own_limits.under(admission.policy)  # of one policy, if another comes now
         part, passes = decode_part(body, self._own_limits.graph)
         _check_graph_bytes(part, len(body), limits)
@@ -298,7 +316,9 @@ class Host:
         slots(part.graph, self._outline, passes)
         return part, passes, admission.admit(part, passes, body, go_on)
 
-    async def _take_consts(self, client: ClientStream, part: Part) -> Mapping[bytes, Tensor]:
+    async def _take_consts(
+        self, client: ClientStream, part: Part, ends_at: float
+    ) -> Mapping[bytes, Tensor]:
         wanted: dict[bytes, TensorSpec] = {
             node.digest: TensorSpec(node.dtype, node.shape)
             for node in part.graph.nodes.values()
@@ -314,12 +334,16 @@ class Host:
         missing = [name for name in wanted if name not in held]
         await client.send(encode(Need(missing)))
         for name in missing:
-            frame = await client.receive(self._limits.prepare_seconds)
+            # Each constant has its time, and all have that of the trace.
+            if (left_seconds := ends_at - self._clock()) <= 0:
+                raise TraceEnded("the trace's deadline passed before every constant had come")
+            patience_seconds = min(self._limits.prepare_seconds, left_seconds)
+            frame = await client.receive(patience_seconds)
             message = decode(frame.header, Constant)
             spec = spec_of(message.dtype, message.shape)
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
-            data = await receive_tensor(client, frame, spec, self._limits.prepare_seconds)
+            data = await receive_tensor(client, frame, spec, patience_seconds)
             if await self._check(partial(_digest, spec, data)) != name:
                 raise BadGraph("a constant whose bytes do not have the announced hash")
             tensor = tensor_from_bytes(spec, data)

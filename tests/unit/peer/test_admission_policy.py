@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from glasshive.dht.messages import (
     encode,
 )
 from glasshive.dht.tensor_frames import send_tensor
-from glasshive.dht.transport import PeerAddress, Stream
+from glasshive.dht.transport import PeerAddress
 from glasshive.graph.codec import encode_graph
 from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import (
@@ -88,9 +89,17 @@ class Client:
         self._number = 0
 
     async def ask(
-        self, *nodes: Node, rows: int = 1, seq: int = 3, peers: Sequence[str] = ("p",)
+        self,
+        *nodes: Node,
+        rows: int = 1,
+        seq: int = 3,
+        peers: Sequence[str] = ("p",),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Accepted | Failed:
-        """What the host says to a graph of these nodes and a save of the first."""
+        """What the host says to a graph of these nodes and a save of the first.
+
+        `meanwhile` is called when it has checked the graph and waits for constants.
+        """
         self._number += 1
         graph = Graph({NodeId(i): one for i, one in enumerate([*nodes, Save(R0, "s")])})
         stop = self._served.outline.event(BLOCK)
@@ -106,12 +115,10 @@ class Client:
         )
         stream = await self._transport.open_stream(self._home, TRACE_PROTOCOL, 5)
         await stream.send(encode(message), encode_part(part, passes))
-        return await self._answer(stream)
-
-    async def _answer(self, stream: Stream) -> Accepted | Failed:
         answer = decode((await stream.receive(10)).header, Need, Failed)
         if isinstance(answer, Failed):
             return answer
+        meanwhile()
         for _ in answer.digests:
             await send_tensor(stream, Constant("float32", [64]), tensor_to_bytes(TENSOR), 5)
         return decode((await stream.receive(10)).header, Accepted, Failed)
@@ -119,11 +126,14 @@ class Client:
 
 @asynccontextmanager
 async def client_of(
-    served: ServedModel, rules: Policy, limits: HostLimits | None = None
+    served: ServedModel,
+    rules: Policy,
+    limits: HostLimits | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Client]:
     network = MemoryNetwork()
     home = network.transport(Identity.generate())
-    host = Host(home, served, limits=limits, policy=rules)
+    host = Host(home, served, limits=limits, policy=rules, clock=clock)
     await host.start()
     client = Client(host, served, network, home)
     try:
@@ -314,6 +324,48 @@ async def test_a_newer_policy_counts_from_the_next_admission_on(served: ServedMo
         assert client.host.load == 1 / 16  # the first goes on
         client.host.apply(policy(9))
         assert isinstance(await client.ask(*nodes), Accepted)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", ["op", "client", "peer", "model"])
+async def test_a_newer_policy_counts_for_whoever_still_sends(
+    served: ServedModel, what: str
+) -> None:
+    async with client_of(served, policy()) as client:
+        me = client.identity.peer_id
+        changes: dict[str, Any] = {
+            "op": {"ops": {name: one for name, one in ALL_OPS.items() if name != "relu"}},
+            "client": {"revoked_clients": frozenset([me])},
+            "peer": {"revoked_peers": frozenset([me])},
+            "model": {"models": {ModelId("ab" * 32): "other"}},
+        }[what]
+
+        def change() -> None:
+            client.host.apply(policy(8, **changes))
+
+        nodes = (READ, CONST, Op("relu", (R0,)))
+        said = await client.ask(*nodes, peers=("p", me), meanwhile=change)
+        assert isinstance(said, Failed)
+        assert said.code == "NotAllowed"
+        assert "by whitelist 8 of swarm 'public'" in said.text
+        assert client.host.load == 0.0
+
+
+@pytest.mark.asyncio
+async def test_constants_have_the_time_of_the_trace(served: ServedModel) -> None:
+    now = 100.0
+    other = TENSOR + 1
+    second = Const(digest(spec_of(other), tensor_to_bytes(other)), DType.FLOAT32, (64,))
+    async with client_of(served, policy(), clock=lambda: now) as client:
+
+        def wait() -> None:
+            nonlocal now
+            now += 31.0  # of 30
+
+        said = await client.ask(READ, CONST, second, meanwhile=wait)
+        assert isinstance(said, Failed)
+        assert said.code == "TraceEnded"
+        assert "before every constant had come" in said.text
 
 
 @pytest.mark.asyncio
