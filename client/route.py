@@ -142,7 +142,7 @@ def _why_none(
     lost = ""
     if avoid:
         many = "1 peer is" if len(avoid) == 1 else f"{len(avoid)} peers are"
-        lost = f"; {many} left out, as lost or named in avoid="
+        lost = f"; {many} left out, as lost, revoked or named in avoid="
     return (
         f"{text} (served now: {', '.join(who) or 'nothing'}{lost}); start the missing part with "
         f"{_commands(kinds, needed, n_blocks)}"

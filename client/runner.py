@@ -171,9 +171,15 @@ class ModelRunner:
         )
 
     def _plan(self, experiment: Experiment, route: Route) -> Plan:
+        """The plan, in which every part is what the swarm's policy allows."""
         outline, graph = experiment.outline, experiment.graph
+        policy = self._swarm.policy
         try:
-            return split(graph, outline, experiment.passes, route.spans, experiment.specs)
+            plan = split(graph, outline, experiment.passes, route.spans, experiment.specs)
+            if policy is not None and policy.version:  # before any whitelist, hosts have the word
+                for part in plan.parts:
+                    policy.check_graph(part.graph)
+            return plan
         except GraphError as error:
             if (line := experiment.line_of(error.node)) is not None:
                 error.args = (f"{line}: {error}",)
@@ -198,17 +204,24 @@ class ModelRunner:
         known = self._records(fresh=True, ends_at=ends_at)
         with contextlib.suppress(NoRoute):
             return self._choose(known, needed, avoid)
-        return choose_route(known, needed, self._n_blocks, avoid=frozenset(avoid))
+        return self._choose(known, needed, avoid, also_lost=True)
 
     def _choose(
-        self, known: list[PeerRecord], needed: Collection[int], avoid: Collection[PeerId]
+        self,
+        known: list[PeerRecord],
+        needed: Collection[int],
+        avoid: Collection[PeerId],
+        *,
+        also_lost: bool = False,
     ) -> Route:
-        lost = {
-            one.peer_id
-            for one in known
-            if one.expires_at_seconds <= self._lost.get(one.peer_id, 0.0)
-        }
-        return choose_route(known, needed, self._n_blocks, avoid=lost.union(avoid))
+        left_out = self._swarm.revoked(known).union(avoid)
+        if not also_lost:
+            left_out |= {
+                one.peer_id
+                for one in known
+                if one.expires_at_seconds <= self._lost.get(one.peer_id, 0.0)
+            }
+        return choose_route(known, needed, self._n_blocks, avoid=left_out)
 
     def _remember_lost(self, peer: PeerId, route: Route) -> None:
         now = self._swarm.transport.now()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
@@ -20,15 +20,28 @@ from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, scan
+from glasshive.security.keys import PeerId
+from glasshive.security.policy import Policy
 
 _DIRECTORY_SECONDS: Final = 20.0
 _FILES_SECONDS: Final = 120.0
 
 
+class PolicyKeeper(Protocol):
+    """Knows what the swarm's signers allow, and learns of what they change."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+
+    async def close(self) -> None:
+        """Stop. Never raises."""
+
+
 class Swarm:
     """A swarm as a researcher uses it. A context manager; `close` ends it.
 
-    `transport` lives on `loop`; `bootstraps` are peers whose directory is asked.
+    `transport` and `keeper` live on `loop`; `bootstraps` are peers whose directory is asked.
     """
 
     def __init__(
@@ -37,8 +50,10 @@ class Swarm:
         transport: Transport,
         bootstraps: Sequence[PeerAddress],
         cache: Path,
+        keeper: PolicyKeeper | None = None,
     ) -> None:
         self._loop = loop
+        self._keeper = keeper
         self._transport = transport
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
@@ -60,8 +75,23 @@ class Swarm:
         if self._closed:
             return
         self._closed = True
+        if self._keeper is not None:
+            self._loop.run(self._keeper.close(), 15.0)
         self._loop.run(self._transport.close(), 15.0)
         self._loop.close()
+
+    @property
+    def policy(self) -> Policy | None:
+        """What the swarm's signers allow now; None where no root is configured.
+
+        `print(*swarm.policy.describe(), sep="\\n")` says it in words. A host may allow less.
+        """
+        return None if self._keeper is None else self._keeper.policy
+
+    def revoked(self, records: Sequence[PeerRecord]) -> set[PeerId]:
+        """Those of these peers that are not to be used by the swarm's policy."""
+        policy = self.policy
+        return {one.peer_id for one in records if policy and policy.is_revoked(one.peer_id, "peer")}
 
     def records(
         self, model: str | None = None, within_seconds: float = _DIRECTORY_SECONDS
@@ -82,10 +112,19 @@ class Swarm:
 
         `dtype` and `attention` choose among the number formats and attention backends that it is
         served in; they are needed only if several are, and a trace never mixes them. Configuration
-        and tokenizer come from a peer the first time. Raises NoRoute, BadModelFiles, and what
-        `records` raises.
+        and tokenizer come from a peer the first time. Raises NotAllowed for a model outside the
+        swarm's policy, NoRoute, BadModelFiles, and what `records` raises.
         """
         mine = self.records(name)
+        if self.policy is not None:
+            self.policy.check_model(mine[0].model, mine[0].model_name)
+            revoked = self.revoked(mine)
+            if len(revoked) == len({one.peer_id for one in mine}):
+                raise NoRoute(
+                    f"{name} is served only by peers that are revoked by {self.policy.source}: "
+                    f"{', '.join(sorted(revoked)):.300}"
+                )
+            mine = [one for one in mine if one.peer_id not in revoked]
         for what, wanted in (("dtype", dtype), ("attention", attention)):
             served = sorted({str(getattr(one, what)) for one in mine})
             if wanted is None and len(served) > 1:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 _START_SECONDS = 90.0
+_KEEP_SECONDS = 30.0  # between two looks for a newer whitelist: clients are many
 # What is meant as an address, well formed or not: a multiaddr, a URL, a host with a port.
 _ADDRESS = re.compile(r"/(ip4|ip6|dns\w*)/|[a-z]+://|[\w.-]+:\d+$")
 
@@ -22,9 +23,11 @@ def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swar
 
     `where` is the path of a hive.toml; or the address of a bootstrap peer (or several), such as
     `/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW...`; or nothing, for the default config. Nobody is asked
-    for anything before the first call. The client's key is made at the first connection.
+    for anything before the first call, but the bootstrap peers for the newest whitelist if the
+    config names a root. The client's key is made at the first connection.
 
-    Raises ConfigError, KeyFileError, and a TransportError if the network daemon can't be started.
+    Raises ConfigError, KeyFileError, BadTrustStore, and a TransportError if the network daemon
+    can't be started.
     """
     return open_swarm(settings_of(where))
 
@@ -60,16 +63,31 @@ def open_swarm(settings: Settings) -> Swarm:
     from glasshive.dht.transport import PeerAddress
     from glasshive.models import cache_dir
     from glasshive.security.keys import Identity
+    from glasshive.swarm_trust import open_store
+    from glasshive.trust_keeper import TrustKeeper
 
+    store = open_store(settings)
     bootstraps = [PeerAddress.parse(address) for address in settings.bootstraps]
     identity = Identity.load_or_create(settings.client_key_path)
     loop = LoopThread("glasshive-client")
-    try:
-        transport = loop.run(
-            HivemindTransport.create(identity, listen=(), dht="none", swarm=settings.swarm),
-            _START_SECONDS,
+
+    async def start() -> tuple[HivemindTransport, TrustKeeper | None]:
+        transport = await HivemindTransport.create(
+            identity, listen=(), dht="none", swarm=settings.swarm
         )
+        if store is None:
+            return transport, None
+        keeper = TrustKeeper(transport, store, bootstraps, period_seconds=_KEEP_SECONDS)
+        try:
+            await keeper.start()
+        except BaseException:
+            await transport.close()
+            raise
+        return transport, keeper
+
+    try:
+        transport, keeper = loop.run(start(), _START_SECONDS)
     except BaseException:
         loop.close()
         raise
-    return Swarm(loop, transport, bootstraps, cache_dir() / "files")
+    return Swarm(loop, transport, bootstraps, cache_dir() / "files", keeper)

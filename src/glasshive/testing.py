@@ -322,6 +322,7 @@ class LocalSwarm:
         self.config.write_text(
             f"swarm = {json.dumps(swarm)}\n"
             f'bootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
+            + "".join(f"{line}\n" for line in lines if line.startswith("root ="))
         )
 
     def _peer(self, name: str, *arguments: str) -> LocalPeer:

@@ -17,12 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trust_documents import root_now, whitelist_now
 
 import glasshive
-from glasshive.client.errors import PeerFailed
+from glasshive.client.errors import NoRoute, PeerFailed
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.messages import TrustVersions
 from glasshive.dht.transport import PeerAddress
 from glasshive.dht.trust_exchange import exchange_trust
+from glasshive.security.errors import NotAllowed
 from glasshive.security.keys import Identity
+from glasshive.security.manifest import ModelId
 from glasshive.security.trust_root import first_root, next_root
 from glasshive.security.trust_store import TrustStore
 from glasshive.testing import LocalPeer, LocalSwarm, LocalTrust
@@ -61,6 +63,7 @@ def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GLASSHIVE_DATA", str(tmp_path_factory.mktemp("data")))
         with LocalSwarm(folder, [(0, 2), (2, 4)], trust=trust, threads=1) as running:
             yield running
 
@@ -70,6 +73,14 @@ def run(model: glasshive.Model, *, relu: bool) -> torch.Tensor:
         hidden = model.model.layers[3].output
         saved = (torch.relu(hidden) if relu else hidden * 2).save()  # the line
     return saved
+
+
+def without_root(hive: LocalSwarm, key: str = "client.key") -> Path:
+    """The config of a client that knows no root, so that only hosts hold it to the whitelist."""
+    lines = hive.config.read_text().replace("client.key", key).splitlines(keepends=True)
+    config = hive.config.with_name(f"{key}.toml")
+    config.write_text("".join(one for one in lines if not one.startswith("root =")))
+    return config
 
 
 def policies(host: LocalPeer) -> list[dict[str, Any]]:
@@ -101,7 +112,7 @@ def meanwhile(hive: LocalSwarm, wanted: torch.Tensor) -> Iterator[list[str]]:
     ends, came = threading.Event(), list[str]()
 
     def work() -> None:
-        with glasshive.connect(hive.config) as swarm:
+        with glasshive.connect(without_root(hive)) as swarm:
             model = swarm.model(hive.model_name)
             while not ends.is_set():
                 try:
@@ -134,7 +145,8 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
         assert "batch_rows 4," in rules
     pids = [host.pids() for host in hive.hosts]
 
-    with glasshive.connect(hive.config) as swarm:
+    with glasshive.connect(without_root(hive)) as swarm:
+        assert swarm.policy is None
         model = swarm.model(hive.model_name)
         before = run(model, relu=False)
         assert torch.equal(run(model, relu=True), torch.relu(before / 2))
@@ -173,9 +185,7 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
         assert "# the line" in Path(__file__).read_text().splitlines()[line_of(text) - 1]
         assert f"the op 'relu' is not allowed here by whitelist 2 of swarm {SWARM!r}" in text
         assert torch.equal(run(model, relu=False), before)  # who doesn't use it sees nothing of it
-    other = hive.config.with_name("gone.toml")
-    other.write_text(hive.config.read_text().replace("client.key", "gone.key"))
-    with glasshive.connect(other) as swarm:
+    with glasshive.connect(without_root(hive, "gone.key")) as swarm:
         with pytest.raises(PeerFailed, match="may not use this host by whitelist 2 of swarm"):
             run(swarm.model(hive.model_name), relu=False)
 
@@ -186,6 +196,42 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
     assert asyncio.run(publish(hive, stale)) == TrustVersions(2, 2)
     assert stale.whitelist is None
     assert all(policies(host)[-1]["whitelist_version"] == 2 for host in hive.hosts)
+
+    # A client that knows the root asks for the whitelist, and keeps to it before it asks a host.
+    with glasshive.connect(hive.config) as swarm:
+        assert swarm.policy is not None
+        assert swarm.policy.source == f"whitelist 2 of swarm {SWARM!r}"
+        model = swarm.model(hive.model_name)
+        assert torch.equal(run(model, relu=False), before)
+        with pytest.raises(NotAllowed) as refused:
+            run(model, relu=True)
+        text = str(refused.value)
+        assert "# the line" in Path(__file__).read_text().splitlines()[line_of(text) - 1]
+        assert f"the op 'relu' is not allowed here by whitelist 2 of swarm {SWARM!r}" in text
+
+    def next_whitelist(version: int, **changes: Any) -> None:
+        signed = whitelist_now(version, root, swarm=SWARM, signed_by=(DAN, EVE), **changes)
+        store.accept_whitelist(*signed)
+        assert asyncio.run(publish(hive, store)) == TrustVersions(2, version)
+
+    # The second host's key has been stolen: no client goes there any more.
+    hosts = [one.peer_id for one in hive.hosts]
+    next_whitelist(3, revoked_peers=frozenset(hosts[1:]))
+    with glasshive.connect(hive.config) as swarm:
+        model = swarm.model(hive.model_name)
+        with pytest.raises(NoRoute, match="1 peer is left out, as lost, revoked or named in"):
+            run(model, relu=False)
+        with model.trace(PROMPT):
+            first = model.model.layers[1].output.save()
+        assert first.shape == (1, 7, 32)
+    next_whitelist(4, revoked_peers=frozenset(hosts))
+    with glasshive.connect(hive.config) as swarm:
+        with pytest.raises(NoRoute, match="only by peers that are revoked by whitelist 4 of swarm"):
+            swarm.model(hive.model_name)
+    next_whitelist(5, models={ModelId("ab" * 32): "other"})
+    with glasshive.connect(hive.config) as swarm:
+        with pytest.raises(NotAllowed, match=r"by whitelist 5 of .*; allowed: other"):
+            swarm.model(hive.model_name)
 
 
 def line_of(text: str) -> int:

@@ -84,7 +84,7 @@ def test_a_peer_to_avoid() -> None:
     lost, spare = record(0, 30), record(0, 30, load=0.9)
     route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id})
     assert route.records == (spare,)
-    with pytest.raises(NoRoute, match="1 peer is left out, as lost or named in avoid="):
+    with pytest.raises(NoRoute, match="1 peer is left out, as lost, revoked or named in avoid="):
         choose_route([lost], ALL, BLOCKS, avoid={lost.peer_id})
 
 

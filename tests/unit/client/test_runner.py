@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from glasshive.client import runner
+from glasshive.client import swarm as client_swarm
 from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
@@ -16,6 +17,7 @@ from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
+from glasshive.security.policy import Policy
 
 BLOCKS = 4
 
@@ -31,6 +33,9 @@ class Experiment:
 
 class Swarm:
     """Knows three peers that serve everything, and notes how long it was given to say so."""
+
+    policy: Policy | None = None
+    revoked = client_swarm.Swarm.revoked
 
     def __init__(self) -> None:
         self.transport: MemoryTransport = MemoryNetwork().transport(Identity.generate())
