@@ -276,10 +276,7 @@ def root_terms(document: bytes) -> RootTerms:
 
 
 def root_digest(document: bytes) -> str:
-    """The SHA-256 of what a root says: the same whoever signed it, and no signature is looked at.
-
-    Raises BadTrustDocument.
-    """
+    """The SHA-256 of what a root says, whoever signed it or not. Raises BadTrustDocument."""
     return hashlib.sha256(_parse_root(document).signed_bytes).hexdigest()
 
 
@@ -475,10 +472,9 @@ def _parse(document: bytes) -> Metadata[Any]:
     try:
         metadata: Metadata[Any] = Metadata.from_bytes(document)
         rendered = _rendered(metadata)
-    except (DeserializationError, SerializationError):
-        # The library's text would quote what a stranger wrote.
+    except (DeserializationError, SerializationError):  # whose text quotes what a stranger wrote
         raise BadTrustDocument(
-            "got bytes that are no root or whitelist document; get it anew from where it came from"
+            "no root or whitelist document; get it anew from its source"
         ) from None
     if rendered != document:
         raise BadTrustDocument("a document's bytes are not its only rendering; sign it anew")
@@ -515,7 +511,7 @@ def _check_root(root: Root) -> None:
                 raise BadTrustDocument(f"the role {title} has keys, but it is not used")
         elif not 1 <= role.threshold <= len(role.keyids):
             raise BadTrustDocument(
-                f"the role {title} wants {str(role.threshold)[:20]} signatures of "
+                f"the role {title} wants {role.threshold!s:.20} signatures of "
                 f"{len(role.keyids)} keys"
             )
         used.update(role.keyids)
