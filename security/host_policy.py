@@ -13,8 +13,9 @@ TOML with these fields and no others, each of them optional:
     [limits]                              # each at most what the whitelist says
     seconds = 60
 
-Such a file can only narrow. What is wider in it than the whitelist is an error that names it. So is
-a denied op that this release doesn't have: it may be a misspelt one, which would stay allowed.
+Such a file can only narrow. What is wider in it than the whitelist counts for nothing: whitelists
+come and go, and a host that was started with an op must start again when that is taken away. An op
+that this release doesn't have is an error: it may be a misspelt one, which would stay allowed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from glasshive.security.manifest import ModelId
 from glasshive.security.module_patterns import covered_by
 from glasshive.security.whitelist import (
     LIMIT_NAMES,
+    MANIFEST_ID,
     MAX_LIMIT,
     MAX_MODELS,
     MAX_OPS,
@@ -80,15 +82,11 @@ class HostRules:
         ops, models = tree.get("ops"), tree.get("models")
         read, write = tree.get("read"), tree.get("write")
         return cls(
-            ops=None if ops is None else frozenset(texts(ops, "ops", MAX_OPS, BadPolicy)),
-            denied_ops=_denied(tree.get("deny_ops", [])),
+            ops=None if ops is None else _ops(ops, "ops"),
+            denied_ops=_ops(tree.get("deny_ops", []), "deny_ops"),
             readable=None if read is None else patterns(read, "read", BadPolicy),
             writable=None if write is None else patterns(write, "write", BadPolicy),
-            models=(
-                None
-                if models is None
-                else frozenset(map(ModelId, texts(models, "models", MAX_MODELS, BadPolicy)))
-            ),
+            models=None if models is None else _models(models),
             refused_peers=peer_ids(tree.get("refuse_peers", []), "refuse_peers", BadPolicy),
             refused_clients=peer_ids(tree.get("refuse_clients", []), "refuse_clients", BadPolicy),
             limits=MappingProxyType(
@@ -145,11 +143,22 @@ def read_host_rules(path: Path) -> HostRules:
         raise BadPolicy(f"the host's own file {path}: {error}") from None
 
 
-def _denied(tree: object) -> frozenset[str]:
-    names = texts(tree, "deny_ops", MAX_OPS, BadPolicy)
+def _ops(tree: object, where: str) -> frozenset[str]:
+    names = texts(tree, where, MAX_OPS, BadPolicy)
     for name in names:
         if name not in OPS:
             near = difflib.get_close_matches(name[:64], OPS, n=1)
             hint = f"did you mean {near[0]}?" if near else "take it out"
-            raise BadPolicy(f"deny_ops has {name[:64]!r}, which is no op of this release; {hint}")
+            raise BadPolicy(f"{where} has {name[:64]!r}, which is no op of this release; {hint}")
     return frozenset(names)
+
+
+def _models(tree: object) -> frozenset[ModelId]:
+    ids = texts(tree, "models", MAX_MODELS, BadPolicy)
+    for one in ids:
+        if not MANIFEST_ID.fullmatch(one):
+            raise BadPolicy(
+                f"models has {one[:64]!r}, which is no manifest id (64 hexadecimal digits); "
+                "`glasshive manifest MODEL` prints it"
+            )
+    return frozenset(map(ModelId, ids))

@@ -22,6 +22,7 @@ __all__ = ["check_pattern", "common", "covered_by", "matches", "nearest_patterns
 
 MAX_PATTERN_CHARS: Final = 128
 MAX_PARTS: Final = 16
+MAX_COMMON: Final = 128
 
 _PART: Final = re.compile(r"[A-Za-z0-9_]+|\*")
 
@@ -55,14 +56,21 @@ def covered_by(pattern: str, others: Iterable[str]) -> bool:
 
 
 def common(some: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
-    """The patterns of what both sides match, in the order of their names."""
+    """The patterns of what both sides match, in the order of their names.
+
+    The widest MAX_COMMON: two lists that cross can have thousands in common, and each is asked
+    about each module. What is left out is not allowed.
+    """
     others = tuple(others)
-    both = {_common(one, other) for one in some for other in others} - {None}
-    found = sorted(pattern for pattern in both if pattern is not None)
+    met = (_common(one, other) for one in some for other in others)
+    both = {pattern for pattern in met if pattern is not None}
+    found = sorted(both, key=lambda pattern: (_narrowness(pattern), pattern))[:MAX_COMMON]
     return tuple(
-        pattern
-        for pattern in found
-        if not covered_by(pattern, (other for other in found if other != pattern))
+        sorted(
+            pattern
+            for pattern in found
+            if not covered_by(pattern, (other for other in found if other != pattern))
+        )
     )
 
 
@@ -77,6 +85,12 @@ def _split(pattern: str) -> tuple[list[str], bool]:
     if parts[-1] == "**":
         return parts[:-1], True
     return parts, False
+
+
+def _narrowness(pattern: str) -> tuple[int, bool]:
+    """For a pattern that covers another no more than for that one."""
+    head, open_end = _split(pattern)
+    return sum(part != "*" for part in head), not open_end
 
 
 def _common(one: str, other: str) -> str | None:

@@ -5,8 +5,8 @@ Rules:
 1. Nothing is allowed that one of the three doesn't allow. No field means "the rest".
 2. A host's own file (host_policy.py) can only narrow.
 3. A whitelist that is expired, or whose root is, or that was issued more than 10 minutes in the
-   clock's future, or that wants a newer protocol, allows only what the floor allows too: ten pure
-   ops, reads, small limits. Revoked stays revoked.
+   clock's future, or that wants a newer protocol, or whose keys a newer root took away, allows
+   only what the floor allows too: ten pure ops, reads, small limits. Revoked stays revoked.
 4. Who is revoked by one side is revoked.
 5. Where no root is configured, as in a swarm on one machine, there is no whitelist: this release
    and the host's own file are what counts.
@@ -50,7 +50,7 @@ from glasshive.security.whitelist import (
     limits_by_name,
 )
 
-__all__ = ["PROTOCOL", "Policy", "diff_whitelists"]
+__all__ = ["PROTOCOL", "Policy", "diff_whitelists", "why_floor"]
 
 PROTOCOL: Final = 1
 """The protocol that this release speaks: the number at the end of its streams' names."""
@@ -165,24 +165,25 @@ class Policy:
         host: HostRules | None = None,
         signers: Iterable[str] = (),
         root_expires_seconds: int | None = None,
-        strict: bool = True,
+        dropped: str = "",
     ) -> Policy:
         """What `whitelist`, the host's own rules and this release allow together.
 
         `signers` are the ids of the keys whose signatures were verified, and
-        `root_expires_seconds` is when the root that names them expires. With `strict`, rules of
-        the host that are wider than the whitelist raise BadPolicy; without, for a whitelist that
-        came while the host runs, what is wider is left out, as all that one side doesn't allow.
+        `root_expires_seconds` is when the root that names them expires. `dropped` is why the
+        whitelist counts no more, if it doesn't: then it only takes away from the floor. What is
+        wider in the host's rules than in the whitelist is left out, as all that one side doesn't
+        allow; `HostRules.check_narrows` names it.
         """
         policy = cls.floor() if whitelist is None else cls._of_whitelist(whitelist, tuple(signers))
         if host is not None:
-            if strict:
-                host.check_narrows(policy)
             policy = policy._narrowed_by(host)
         if whitelist is None:
             return policy
+        if dropped:
+            return replace(policy._at_the_floor(dropped), version=0)  # none is in force
         root_ends = MAX_LIMIT if root_expires_seconds is None else root_expires_seconds
-        reason = _why_floor(whitelist, root_ends, now_seconds)
+        reason = why_floor(whitelist, root_ends, now_seconds)
         if reason:
             return policy._at_the_floor(reason)
         return replace(policy, ends_seconds=min(whitelist.expires_seconds, root_ends))
@@ -369,10 +370,15 @@ class Policy:
             lines.append(f"Only the floor is allowed: {self.floor_reason}.")
         refused = sorted(OPS.keys() - self.ops)
         numbers = limits_by_name(self.limits)
+        if refused:
+            lines += [
+                f"Others can run {len(self.ops)} ops: {', '.join(sorted(self.ops)) or 'none'}.",
+                f"Others can't run {len(refused)} ops of this release: {', '.join(refused)}; nor "
+                "any other code.",
+            ]
+        else:
+            lines.append(f"Others can run all {len(OPS)} ops of this release, and no other code.")
         lines += [
-            f"Others can run {len(self.ops)} ops: {', '.join(sorted(self.ops)) or 'none'}.",
-            f"Others can't run {len(refused)} ops of this release: {', '.join(refused) or 'none'}; "
-            "nor any other code.",
             f"Others can read {_words(self.readable)}.",
             f"Others can write {_words(self.writable)}.",
             f"Models: {_models_in_words(self.models)}.",
@@ -424,7 +430,7 @@ def _diff_of_maps(name: str, old: Mapping[_K, object], new: Mapping[_K, object])
     return lines
 
 
-def _why_floor(whitelist: Whitelist, root_expires_seconds: int, now_seconds: float) -> str:
+def why_floor(whitelist: Whitelist, root_expires_seconds: int, now_seconds: float) -> str:
     """Why only the floor counts now; empty if the whitelist is in force."""
     if now_seconds >= root_expires_seconds:
         return f"the root expired at {_moment(root_expires_seconds)}"

@@ -12,12 +12,14 @@ Rules:
 5. Every document has one rendering. Bytes that are not it, with a field that this release doesn't
    know, a doubled one, or other white space, are refused, so what is parsed is what was signed.
 6. Documents are named by (role, version), never by their hash: signatures can be added to them.
+   Where two of one version must be told apart, what counts is the hash of what is signed.
 
 Nothing here knows files or the time of day; times come as arguments, in Unix seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +73,7 @@ __all__ = [
     "new_whitelist_document",
     "next_root",
     "open_whitelist",
+    "root_digest",
     "root_signatures",
     "root_terms",
     "verify_root_chain",
@@ -272,6 +275,11 @@ def root_terms(document: bytes) -> RootTerms:
     return _terms(_parse_root(document).signed)
 
 
+def root_digest(document: bytes) -> str:
+    """The SHA-256 of what a root says, whoever signed it or not. Raises BadTrustDocument."""
+    return hashlib.sha256(_parse_root(document).signed_bytes).hexdigest()
+
+
 def first_root(document: bytes) -> TrustedRoot:
     """The root that trust begins with: from the release, or from a file that a person trusts.
 
@@ -464,8 +472,10 @@ def _parse(document: bytes) -> Metadata[Any]:
     try:
         metadata: Metadata[Any] = Metadata.from_bytes(document)
         rendered = _rendered(metadata)
-    except (DeserializationError, SerializationError) as error:
-        raise BadTrustDocument(f"no root or whitelist document: {error.__cause__}") from None
+    except (DeserializationError, SerializationError):  # whose text quotes what a stranger wrote
+        raise BadTrustDocument(
+            "no root or whitelist document; get it anew from its source"
+        ) from None
     if rendered != document:
         raise BadTrustDocument("a document's bytes are not its only rendering; sign it anew")
     signed = metadata.signed
@@ -501,7 +511,8 @@ def _check_root(root: Root) -> None:
                 raise BadTrustDocument(f"the role {title} has keys, but it is not used")
         elif not 1 <= role.threshold <= len(role.keyids):
             raise BadTrustDocument(
-                f"the role {title} wants {role.threshold} signatures of {len(role.keyids)} keys"
+                f"the role {title} wants {role.threshold!s:.20} signatures of "
+                f"{len(role.keyids)} keys"
             )
         used.update(role.keyids)
     if used != root.keys.keys() or len(used) > MAX_KEYS:

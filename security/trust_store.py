@@ -2,7 +2,8 @@
 
 One file, replaced as a whole: after a crash it is as it was, or as it was to become. It holds every
 root since the first, for neighbours that are behind, and the highest whitelist that was ever taken.
-What is read back is verified again from the first root on.
+What is read back is verified again from the first root on. The first root is known by what it says,
+whichever of its keys have signed a copy of it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from glasshive.security.trust_root import (
     first_root,
     next_root,
     open_whitelist,
+    root_digest,
     verify_root_chain,
     verify_whitelist,
 )
@@ -50,14 +52,19 @@ _MAX_FILE_BYTES: Final = (MAX_ROOTS + 2) * MAX_DOCUMENT_BYTES + MAX_BODY_BYTES
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the file says. `whitelist` is None if the current root's keys no longer stand for it."""
+    """What the file says: `kept` was signed by keys of some root of the chain.
+
+    `whitelist` is the same by keys of the current root; None if these don't stand for it.
+    """
 
     roots: tuple[bytes, ...]
     root: TrustedRoot
-    highest: int
-    document: bytes
-    body: bytes
+    kept: VerifiedWhitelist | None
     whitelist: VerifiedWhitelist | None
+
+    @property
+    def highest(self) -> int:
+        return 0 if self.kept is None else self.kept.whitelist.version
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -85,7 +92,7 @@ class TrustStore:
         self._swarm = swarm
         self._clock = clock
         first = first_root(root)
-        self._state = _State((root,), first, 0, b"", b"", None)
+        self._state = _State((root,), first, None, None)
         self._state = self._newest()
 
     @property
@@ -97,6 +104,14 @@ class TrustStore:
     def whitelist(self) -> VerifiedWhitelist | None:
         """The highest whitelist, signed by keys of the current root; it may be expired."""
         return self._state.whitelist
+
+    @property
+    def kept(self) -> VerifiedWhitelist | None:
+        """The highest whitelist that was ever taken, also if its keys don't count any more.
+
+        Where it is not `whitelist`, it may take away and never give.
+        """
+        return self._state.kept
 
     @property
     def highest_version(self) -> int:
@@ -136,14 +151,19 @@ class TrustStore:
     ) -> bool:
         """Take roots and the whitelist (document, body) behind them; whether anything was new.
 
-        `after` is the version of the root that they follow, if some may be known here by now.
-        They count in one step: a root that takes a key away leaves no moment without a whitelist
-        if one that was signed anew comes with it. Good roots are taken even if the whitelist is
-        not. Raises what `accept_roots` and `accept_whitelist` raise.
+        `after` is the version of the root that they follow, if some may be known here by now; one
+        that says something else than the known one of its version is a WrongVersion. They count in
+        one step: a root that takes a key away leaves no moment without a whitelist if one that was
+        signed anew comes with it.
+
+        Good roots are taken even if the whitelist is not: a root is news by itself, and whoever
+        could keep it away with a bad whitelist behind it could keep a stolen key alive. Raises what
+        `accept_roots` and `accept_whitelist` raise.
         """
         with self._locked():
             old = self._newest()
             known = 0 if after is None else max(old.root.version - after, 0)
+            _check_known(old.roots[len(old.roots) - known :], roots[:known], old.root.version)
             state = self._with_roots(old, roots[known:])
             try:
                 if whitelist is not None:
@@ -159,7 +179,7 @@ class TrustStore:
         if not documents:
             return state
         root = verify_root_chain(state.root, documents, self._clock())
-        whitelist = self._open(root, state.highest, state.document, state.body)
+        whitelist = _kept_by(root, state.kept)
         return replace(state, roots=(*state.roots, *documents), root=root, whitelist=whitelist)
 
     def _with_whitelist(self, state: _State, document: bytes, body: bytes) -> _State:
@@ -175,15 +195,15 @@ class TrustStore:
         held = state.whitelist
         if held is not None and version in held.whitelist.revoked_versions:
             raise WrongVersion(f"whitelist {version} is revoked; sign a newer one")
-        if version == state.highest:
-            if body != state.body:
+        if state.kept is not None and version == state.highest:
+            if body != state.kept.body:
                 raise WrongVersion(
                     f"got another whitelist {version} than the one that is known here; "
                     "sign the next version"
                 )
             if held is not None:
                 return state
-        return replace(state, highest=version, document=document, body=body, whitelist=new)
+        return replace(state, kept=new, whitelist=new)
 
     # The file
 
@@ -224,19 +244,20 @@ class TrustStore:
         if not is_there:
             return None
         roots, highest, document, body = self._parts(data)
-        if roots[0] != self._state.roots[0]:
+        try:
+            is_other = root_digest(roots[0]) != root_digest(self._state.roots[0])
+            chain = [first_root(roots[0])]
+            for one in roots[1:]:
+                chain.append(next_root(chain[-1], one))
+            kept = self._open(chain, highest, document, body)
+        except (TrustRefused, BadWhitelist) as error:
+            raise self._damaged(str(error)) from None
+        if is_other:
             raise BadTrustStore(
                 f"{self._place} begins with another root than the one that was given; each swarm "
                 "has a folder of its own"
             )
-        try:
-            root = first_root(roots[0])
-            for one in roots[1:]:
-                root = next_root(root, one)
-            whitelist = self._open(root, highest, document, body)
-        except (TrustRefused, BadWhitelist) as error:
-            raise self._damaged(str(error)) from None
-        return _State(roots, root, highest, document, body, whitelist)
+        return _State(roots, chain[-1], kept, _kept_by(chain[-1], kept))
 
     def _parts(self, data: bytes) -> tuple[tuple[bytes, ...], int, bytes, bytes]:
         try:
@@ -264,21 +285,23 @@ class TrustStore:
         return documents, highest, document, body
 
     def _open(
-        self, root: TrustedRoot, highest: int, document: bytes, body: bytes
+        self, chain: Sequence[TrustedRoot], highest: int, document: bytes, body: bytes
     ) -> VerifiedWhitelist | None:
-        """The kept whitelist, if enough keys of `root` signed it."""
+        """The kept whitelist, by the newest root whose keys signed it."""
         if not highest:
             return None
-        try:
-            kept = open_whitelist(root, document, body)
-        except UnderThreshold:
-            return None  # a key was taken away since; its version stays the least
+        by_each = (_signed_by(root, document, body) for root in reversed(chain))
+        kept = next((one for one in by_each if one is not None), None)
+        if kept is None:
+            raise self._damaged("keys of no root in it signed the whitelist in it")
         if (kept.whitelist.version, kept.whitelist.swarm) != (highest, self._swarm):
             raise self._damaged("the whitelist in it is not the one that it names")
         return kept
 
     def _write(self, state: _State) -> None:
-        data = encode_plain([_FORMAT, state.roots, state.highest, state.document, state.body])
+        kept = state.kept
+        document, body = (b"", b"") if kept is None else (kept.document, kept.body)
+        data = encode_plain([_FORMAT, state.roots, state.highest, document, body])
         try:
             write_durable(self._place, data)
         except OSError as error:
@@ -293,3 +316,27 @@ class TrustStore:
             f"{self._place} is damaged or of another release: {why}; restore it from a copy. "
             "Without it an older whitelist could come back, so it is not made anew by itself"
         )
+
+
+def _signed_by(root: TrustedRoot, document: bytes, body: bytes) -> VerifiedWhitelist | None:
+    """The whitelist by keys of `root`; None if too few of them signed it."""
+    try:
+        return open_whitelist(root, document, body)
+    except UnderThreshold:
+        return None
+
+
+def _kept_by(root: TrustedRoot, kept: VerifiedWhitelist | None) -> VerifiedWhitelist | None:
+    return None if kept is None else _signed_by(root, kept.document, kept.body)
+
+
+def _check_known(known: Sequence[bytes], offered: Sequence[bytes], last: int) -> None:
+    """Return if these roots, offered again, say what the known ones up to `last` say."""
+    first = last - len(known) + 1
+    for version, (mine, other) in enumerate(zip(known, offered, strict=False), first):
+        if mine != other and root_digest(mine) != root_digest(other):
+            raise WrongVersion(
+                f"got another root {version} than the one that is known here: two were signed; ask "
+                "who holds its keys which one counts, and where the other was taken begin with a "
+                "new first root"
+            )

@@ -54,7 +54,7 @@ MAX_TIME_SECONDS: Final = 253_402_300_799  # the end of the year 9999
 FUTURE_SECONDS: Final = 600  # how far in a clock's future a whitelist may be issued
 
 _OP_NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,63}")
-_MODEL_ID: Final = re.compile(r"[0-9a-f]{64}")
+MANIFEST_ID: Final = re.compile(r"[0-9a-f]{64}")
 _ALL: Final = "*"
 
 
@@ -236,7 +236,7 @@ def _models(tree: object) -> Mapping[ModelId, str] | None:
             f'models is neither "*" nor a table of at most {MAX_MODELS} manifest ids and names'
         )
     for key, name in tree.items():
-        if not isinstance(key, str) or not _MODEL_ID.fullmatch(key):
+        if not isinstance(key, str) or not MANIFEST_ID.fullmatch(key):
             raise BadWhitelist(
                 f"models has {key[:64]!r}, which is no manifest id (64 hexadecimal digits)"
             )
@@ -390,9 +390,22 @@ def read_toml(text: str, refusal: Refusal) -> dict[str, object]:
     if len(text) > 4 * MAX_BODY_BYTES:
         raise refusal(f"a text of {len(text)} characters; {4 * MAX_BODY_BYTES} are allowed")
     try:
-        return tomllib.loads(text)
+        tree = tomllib.loads(text)
+        _check_numbers(tree)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise refusal(f"not TOML: {error}") from None
+    except ValueError:  # Python refuses to read, and to print, a number that is long enough
+        raise refusal("a number has too many digits; 64 bits are the most of any") from None
+    return tree
+
+
+def _check_numbers(tree: object) -> None:
+    """Return if every number has at most 64 bits. Raises ValueError."""
+    if type(tree) is int and tree.bit_length() > 64:
+        raise ValueError
+    if isinstance(tree, dict | list):
+        for one in tree.values() if isinstance(tree, dict) else tree:
+            _check_numbers(one)
 
 
 def _seconds(value: object, where: str) -> int:

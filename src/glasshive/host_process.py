@@ -228,10 +228,17 @@ async def _bootstrap(process: _Process) -> None:
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
         else:
+            if store is None:
+                how = "--bootstrap ADDRESS\nwhere ADDRESS is the line below."
+            else:
+                # With the address alone a host would have no root, and be of the public swarm.
+                how = (
+                    "--config hive.toml\nwhere hive.toml is this swarm's: it names the root and "
+                    "the address below."
+                )
             console.print(
                 f"bootstrap peer of the swarm [bold]{transport.swarm}[/]; others join with\n"
-                f"  glasshive serve MODEL --bootstrap ADDRESS\n"
-                f"where ADDRESS is the line below. Ctrl-C stops it."
+                f"  glasshive serve MODEL {how} Ctrl-C stops it."
             )
             print(address, flush=True)
         await process.serve(transport)
@@ -263,8 +270,7 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         serving = Serving(transport, identity, served, policy=policy)
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
-        if keeper is not None or own is not None:
-            _say_policy(process, serving.host.policy)
+        _say_policy(process, serving.host.policy)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
             await serving.start()

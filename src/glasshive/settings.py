@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ from pydantic_settings import (
 
 from glasshive.graph.errors import GlasshiveError
 from glasshive.security.envelope import PUBLIC_SWARM
+from glasshive.security.whitelist import read_toml
 
 CONFIG_VARIABLE = "GLASSHIVE_CONFIG"
 DATA_VARIABLE = "GLASSHIVE_DATA"
@@ -157,6 +157,11 @@ def _read(place: Path) -> dict[str, Any]:
     try:
         if place.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{place} is larger than {MAX_CONFIG_BYTES} bytes; is it a config?")
-        return tomllib.loads(place.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{place} can't be read as TOML: {error}; correct or remove it") from None
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(place, error) from None
+    return read_toml(text, lambda why: _unreadable(place, why))
+
+
+def _unreadable(place: Path, why: object) -> ConfigError:
+    return ConfigError(f"{place} can't be read: {why}; correct or remove it")

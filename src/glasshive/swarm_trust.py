@@ -13,8 +13,8 @@ from pathlib import Path
 
 from glasshive.security.errors import TrustRefused
 from glasshive.security.host_policy import HostRules, read_host_rules
-from glasshive.security.policy import Policy
-from glasshive.security.trust_root import MAX_DOCUMENT_BYTES
+from glasshive.security.policy import Policy, why_floor
+from glasshive.security.trust_root import MAX_DOCUMENT_BYTES, root_digest
 from glasshive.security.trust_store import TrustStore
 from glasshive.settings import ConfigError, Settings, data_dir
 
@@ -48,8 +48,12 @@ def store_of(
     data: Path | None = None,
     clock: Callable[[], float] = time.time,
 ) -> TrustStore:
-    """What is kept of the swarm whose first root is this document. Raises what TrustStore does."""
-    name = hashlib.sha256(f"{swarm}\0".encode() + root).hexdigest()[:32]
+    """What is kept of the swarm whose first root is this document. Raises what TrustStore does.
+
+    Copies of one root that other signers completed have one folder: a second would be a way back to
+    older versions.
+    """
+    name = hashlib.sha256(f"{swarm}\0{root_digest(root)}".encode()).hexdigest()[:32]
     return TrustStore((data or data_dir()) / "trust" / name, swarm=swarm, root=root, clock=clock)
 
 
@@ -58,26 +62,44 @@ def own_rules(settings: Settings) -> HostRules | None:
     return None if settings.policy is None else read_host_rules(settings.policy)
 
 
-def host_rules(
-    store: TrustStore | None, own: HostRules | None, now_seconds: float, *, strict: bool = False
-) -> Policy:
+def host_rules(store: TrustStore | None, own: HostRules | None, now_seconds: float) -> Policy:
     """What others may run on this host now: the kept whitelist, narrowed by the host's own file.
 
-    Without a store (no root is configured) this release allows all that it can; with one that has
-    no whitelist yet, the floor. Raises BadPolicy for own rules that are wider than this release,
-    and with `strict` than the whitelist; without, what is wider is left out.
+    Without a store (no root is configured) this release allows all that it can, and own rules that
+    are wider than that raise BadPolicy. With one, what is wider in them is left out; if it has no
+    whitelist yet, the floor counts.
     """
     if store is None:
         return Policy.of_release(own)
-    held = store.whitelist
+    kept = store.kept
     return Policy.effective(
-        None if held is None else held.whitelist,
+        None if kept is None else kept.whitelist,
         now_seconds,
         host=own,
-        signers=() if held is None else held.signers,
+        signers=() if store.whitelist is None else store.whitelist.signers,
         root_expires_seconds=store.root.expires_seconds,
-        # Against the floor, before any whitelist has come, every file would be too wide.
-        strict=strict and held is not None,
+        dropped=_why_dropped(store),
+    )
+
+
+def rules_state(store: TrustStore, now_seconds: float) -> tuple[int, int, str]:
+    """What `host_rules` of this store depend on: while it is equal, so are they."""
+    held = store.whitelist
+    reason = (
+        _why_dropped(store)
+        if held is None
+        else why_floor(held.whitelist, store.root.expires_seconds, now_seconds)
+    )
+    return store.root.version, store.highest_version, reason
+
+
+def _why_dropped(store: TrustStore) -> str:
+    """Why the kept whitelist counts no more; empty if it does, or there is none."""
+    if store.kept is None or store.whitelist is not None:
+        return ""
+    return (
+        f"too few keys of root {store.root.version} signed whitelist {store.highest_version}, "
+        "the last that was taken here"
     )
 
 

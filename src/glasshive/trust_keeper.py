@@ -2,8 +2,8 @@
 
 Every few seconds it exchanges versions with some neighbours: the bootstrap peers, hosts that
 announce a newer whitelist than the one here, and a few others. What came from one is told to
-the others at once. When the whitelist changes or expires, whoever runs traces here is told the new
-policy, without a restart.
+the others at once. When the whitelist changes, whoever runs traces here is told the new policy,
+without a restart; when it expires at that moment, whatever the neighbours do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Final, final
 
@@ -27,7 +27,7 @@ from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import PeerId
 from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
-from glasshive.swarm_trust import host_rules
+from glasshive.swarm_trust import host_rules, rules_state
 
 log = structlog.get_logger(__name__)
 
@@ -40,8 +40,8 @@ MAX_ASKED: Final = 4  # hosts in a round, besides the bootstrap peers
 class TrustKeeper:
     """Keeps `store` current over `transport`. An async context manager.
 
-    `on_policy` is called on the loop with each new policy after the one that `start` returned.
-    `clock` gives Unix seconds.
+    `on_policy` is called on the loop with each new policy after the one that `start` returned, and
+    again after a period if it raised. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -59,15 +59,17 @@ class TrustKeeper:
         self.on_policy = on_policy
         self._transport = transport
         self._store = store
-        self._bootstraps = [one for one in bootstraps if one.peer_id != transport.peer_id]
+        self._bootstraps = _each_once(one for one in bootstraps if one.peer_id != transport.peer_id)
         self._own = own
         self._clock = clock
         self._period_seconds = period_seconds
         self._rng = rng or random.Random()  # noqa: S311 (whom to ask next is no secret)
         self._news = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._look = asyncio.Event()  # at the store: what the policy is made of may be other
+        self._tasks: set[asyncio.Task[None]] = set()
         self._said: dict[PeerId, str] = {}  # what each neighbour's last failure was
         self._policy = Policy.floor()
+        self._made_of: tuple[int, int, str] | None = None
 
     @property
     def policy(self) -> Policy:
@@ -75,28 +77,36 @@ class TrustKeeper:
         return self._policy
 
     async def start(self) -> Policy:
-        """The policy in force, once the bootstrap peers were asked; goes on in a task of its own.
+        """The policy in force, once the bootstrap peers were asked; goes on in tasks of its own.
 
-        Raises BadPolicy for a host's own file that is wider than the whitelist, and BadTrustStore.
+        Raises BadTrustStore.
         """
-        await serve_trust(self._transport, self._store, self._news.set)
+        known = [one.peer_id for one in self._bootstraps]
+        await serve_trust(self._transport, self._store, self._on_news, known=known)
         await self._ask(self._bootstraps)
         self._store.refresh()
-        self._policy = host_rules(self._store, self._own, self._clock(), strict=True)
-        self._task = asyncio.create_task(self._go_on())
+        now = self._clock()
+        self._made_of = rules_state(self._store, now)
+        self._policy = host_rules(self._store, self._own, now)
+        self._say_wider()
+        self._tasks = {
+            asyncio.create_task(self._keep_asking()),
+            asyncio.create_task(self._keep_applied()),
+        }
         return self._policy
 
     async def close(self) -> None:
         """Stop. Never raises; may be called again."""
-        task, self._task = self._task, None
-        if task is not None:
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
             task.cancel()
-            await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
-    async def _go_on(self) -> None:
+    async def _keep_asking(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pause_seconds()):
+                async with asyncio.timeout(self._period_seconds):
                     await self._news.wait()
             self._news.clear()
             try:
@@ -110,36 +120,57 @@ class TrustKeeper:
             self._store.refresh()
         except BadTrustStore as error:
             log.error("trust_not_kept", error=str(error))
-        self._apply()  # first: time may be up, whatever the neighbours do
+        self._look.set()
         await self._ask([*self._bootstraps, *await self._hosts()])
-        self._apply()
 
-    def _pause_seconds(self) -> float:
-        """Until the next round, or until the policy ends if that is sooner."""
-        ends = self._policy.ends_seconds
-        if ends is None:
-            return self._period_seconds
-        return max(min(self._period_seconds, ends - self._clock()), 0.0)
+    async def _keep_applied(self) -> None:
+        """Apply what is new at once, and when a policy ends what counts then.
+
+        Beside the rounds: these wait for neighbours that may be slow.
+        """
+        while True:
+            ends = self._policy.ends_seconds
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if ends is None else ends - self._clock()):
+                    await self._look.wait()
+            self._look.clear()
+            try:
+                self._apply()
+            except Exception:
+                log.exception("policy_not_applied")
+                await asyncio.sleep(self._period_seconds)
+                self._look.set()
+
+    def _on_news(self) -> None:
+        self._look.set()  # it counts at once
+        self._news.set()  # and the others are told
 
     def _apply(self) -> None:
         """Tell of the policy that the store stands for now, if it is another."""
-        policy = host_rules(self._store, self._own, self._clock())
-        if policy == self._policy:
+        now = self._clock()
+        made_of = rules_state(self._store, now)
+        if made_of == self._made_of:
             return
-        self._policy = policy
-        held = self._store.whitelist
+        policy = host_rules(self._store, self._own, now)
+        self.on_policy(policy)
+        self._made_of, self._policy = made_of, policy  # not before: who failed is told again
         log.info(
             "policy_changed",
             policy=policy.who,
             root_version=self._store.root.version,
             whitelist_version=policy.version,
         )
-        if self._own is not None and held is not None:
-            try:
-                self._own.check_narrows(Policy.effective(held.whitelist, self._clock()))
-            except BadPolicy as error:
-                log.warning("own_policy_is_wider", error=str(error))  # and counts for nothing there
-        self.on_policy(policy)
+        self._say_wider()
+
+    def _say_wider(self) -> None:
+        """Warn of what the host's own file names in vain, if a whitelist is in force."""
+        held = self._store.whitelist
+        if self._own is None or held is None or self._policy.floor_reason:
+            return
+        try:
+            self._own.check_narrows(Policy.effective(held.whitelist, self._clock()))
+        except BadPolicy as error:
+            log.warning("own_policy_is_wider", error=str(error))
 
     async def _ask(self, neighbours: Sequence[PeerAddress]) -> None:
         """Exchange with all of them, side by side; what fails is logged once for each."""
@@ -158,7 +189,7 @@ class TrustKeeper:
         while len(self._said) > 256:
             del self._said[next(iter(self._said))]
         if versions_of(self._store) != before:
-            self._news.set()  # it counts at once, and the others are told
+            self._on_news()
 
     async def _hosts(self) -> list[PeerAddress]:
         """Some hosts that the DHT knows, first those that announce a newer whitelist than ours."""
@@ -195,3 +226,11 @@ class TrustKeeper:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _each_once(neighbours: Iterable[PeerAddress]) -> list[PeerAddress]:
+    """One address for each peer, with all that are listed: it answers one exchange at a time."""
+    found: dict[PeerId, tuple[str, ...]] = {}
+    for one in neighbours:
+        found[one.peer_id] = found.get(one.peer_id, ()) + one.addresses
+    return [PeerAddress(peer_id, addresses) for peer_id, addresses in found.items()]

@@ -75,7 +75,7 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("swarm = ", "can't be read as TOML"),
+        ("swarm = ", "can't be read: not TOML: "),
         (
             "swarm = 3\n",
             r"setting swarm in .*hive\.toml: wanted the swarm's name in quotes.* got 3$",
@@ -90,7 +90,10 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
             r"setting bootstraps in .*: wanted a list of addresses.* got \[1\]$",
         ),
         ("key = 3\n", "setting key in .*: wanted a path in quotes"),
-        ('swarm = "\udcff"', "can't be read as TOML"),
+        ('swarm = "\udcff"', "can't be read: 'utf-8' codec can't decode"),
+        (f"swarm = {'9' * 5000}", "can't be read: a number has too many digits"),
+        (f"swarm = 0x{'f' * 5000}", "can't be read: a number has too many digits"),
+        (f"key = [[0x{'f' * 5000}]]", "can't be read: a number has too many digits"),
     ],
 )
 def test_what_can_not_be_used_is_named(tmp_path: Path, text: str, said: str) -> None:

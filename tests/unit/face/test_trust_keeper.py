@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from signers import DAN, DAY, EVE, FIRST, NOW, ROOT, SWARM, WHITELIST, root_document
+from signers import ANN, CAT, DAN, DAY, EVE, FIRST, NOW, ROOT, SWARM, WHITELIST, root_document
 from signers import signed_whitelist as signed
 from structlog.testing import capture_logs
 
+from glasshive import trust_keeper
+from glasshive.dht import trust_exchange
 from glasshive.dht.announcer import Announcer
+from glasshive.dht.errors import StreamRefused
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork
 from glasshive.dht.messages import TRUST_PROTOCOL
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.dht.transport import PeerAddress
-from glasshive.dht.trust_exchange import serve_trust
-from glasshive.security.errors import BadPolicy, BadTrustStore
+from glasshive.dht.trust_exchange import exchange_trust, serve_trust
+from glasshive.security.errors import BadTrustStore
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
 from glasshive.security.policy import Policy
@@ -203,6 +206,171 @@ async def test_time_is_up_to_the_moment_whatever_neighbours_do(swarm: Swarm) -> 
     assert not ended.is_set()
 
 
+async def hanging(host: TrustKeeper, neighbour: TrustKeeper) -> asyncio.Event:
+    """Have the neighbour answer nothing from now on, once the host waits for it.
+
+    The event that is returned is set when the host gives up.
+    """
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def silent(stream: Stream) -> None:
+        try:
+            await stream.receive(60)
+            asked.set()
+            await stream.receive(60)
+        finally:
+            ended.set()
+
+    await neighbour._transport.serve(TRUST_PROTOCOL, silent)
+    async with asyncio.timeout(20):
+        await asked.wait()
+    return ended
+
+
+@pytest.mark.asyncio
+async def test_time_is_up_to_the_moment_within_a_round(swarm: Swarm) -> None:
+    """Failed with the time looked at between the rounds only."""
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    neighbour, place = swarm.keeper(swarm.store("neighbour"))
+    await neighbour.start()
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, place, on_policy=told.append, period=0.01)
+    swarm.now = WHITELIST.expires_seconds - 0.05
+    await host.start()
+    ended = await hanging(host, neighbour)
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: told)
+    assert not ended.is_set()
+    assert "expired" in told[0].floor_reason
+
+
+@pytest.mark.asyncio
+async def test_news_within_a_round_count_at_once(swarm: Swarm) -> None:
+    """Failed with the store looked at between the rounds only."""
+    neighbour, place = swarm.keeper(swarm.store("neighbour"))
+    await neighbour.start()
+    told: list[Policy] = []
+    host, host_place = swarm.keeper(swarm.store("host"), place, on_policy=told.append, period=0.01)
+    await host.start()
+    ended = await hanging(host, neighbour)
+    ahead = swarm.store("ahead")
+    ahead.accept_whitelist(*signed(8))
+    leader, _ = swarm.keeper(ahead, host_place)
+    await leader.start()
+    await until(lambda: told)
+    assert not ended.is_set()
+    assert told[0].version == 8
+
+
+@pytest.mark.asyncio
+async def test_who_could_not_take_a_policy_is_told_again(swarm: Swarm) -> None:
+    """Failed with the policy taken as told before it was."""
+    kept = swarm.store("host")
+    tries: list[Policy] = []
+
+    def take(policy: Policy) -> None:
+        tries.append(policy)
+        if len(tries) < 3:
+            raise RuntimeError("a bug")
+
+    host, _ = swarm.keeper(kept, on_policy=take, period=0.01)
+    await host.start()
+    with capture_logs() as logs:
+        kept.accept_whitelist(*signed())
+        await until(lambda: host.policy.version == 7)
+    assert [one.version for one in tries] == [7, 7, 7]
+    assert [one["event"] for one in logs] == ["policy_not_applied"] * 2 + ["policy_changed"]
+
+
+@pytest.mark.asyncio
+async def test_rules_are_made_when_what_they_are_of_has_changed(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failed with the rules made in each round."""
+    made: list[Policy] = []
+
+    def counted(*args: Any) -> Policy:
+        made.append(host_rules(*args))
+        return made[-1]
+
+    monkeypatch.setattr(trust_keeper, "host_rules", counted)
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed())
+    refreshed = 0
+
+    class Counting(TrustStore):
+        def refresh(self) -> None:
+            nonlocal refreshed
+            refreshed += 1
+            super().refresh()
+
+    store = Counting(swarm.folder / "host", swarm=SWARM, root=FIRST, clock=lambda: swarm.now)
+    host, _ = swarm.keeper(store, period=0.001)
+    await host.start()
+    await until(lambda: refreshed > 20)
+    assert len(made) == 1
+    swarm.now = WHITELIST.expires_seconds
+    await until(lambda: len(made) == 2)
+    swarm.now = NOW  # a clock that was set wrong for a while
+    await until(lambda: len(made) == 3)
+    assert made[2] == made[0]
+
+
+@pytest.mark.asyncio
+async def test_a_new_root_that_drops_the_whitelist_gives_nothing(swarm: Swarm) -> None:
+    """Failed with the bare floor under a root whose keys signed no whitelist."""
+    narrow = {"readable": ("model.norm",), "ops": {"mul": 1}}
+    kept = swarm.store("host")
+    kept.accept_whitelist(*signed(**narrow))  # by Cat and Dan
+    told: list[Policy] = []
+    host, _ = swarm.keeper(kept, on_policy=told.append, period=0.01)
+    before = await host.start()
+    kept.accept_roots([SECOND])
+    await until(lambda: told)
+    again, _ = swarm.keeper(swarm.store("host"))
+    for here in (told[0], await again.start()):
+        assert here.floor_reason == (
+            "too few keys of root 2 signed whitelist 7, the last that was taken here"
+        )
+        assert here.ops == {"mul"}
+        assert here.readable == ("model.norm",)
+        assert here.writable == ()
+        assert here.models == before.models == WHITELIST.models
+        assert here.revoked_peers == WHITELIST.revoked_peers
+        assert here.revoked_clients == WHITELIST.revoked_clients
+        assert here.revoked_versions == WHITELIST.revoked_versions
+        assert here.version == 0  # none is in force
+
+
+@pytest.mark.asyncio
+async def test_a_bootstrap_has_a_place_whoever_else_asks(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust_exchange, "MAX_STRANGERS", 0)
+    kept = swarm.store("bootstrap")
+    bootstrap, place = swarm.keeper(kept)
+    stranger, _ = swarm.keeper(swarm.store("stranger"))
+    host, host_place = swarm.keeper(swarm.store("host"), place)
+    await host.start()
+    kept.accept_whitelist(*signed())
+    await exchange_trust(bootstrap._transport, host_place, kept)
+    await until(lambda: host.policy.version == 7)
+    with pytest.raises(StreamRefused, match="busy"):
+        await exchange_trust(stranger._transport, host_place, swarm.store("stranger"))
+
+
+@pytest.mark.asyncio
+async def test_a_bootstrap_with_two_addresses_is_asked_once(swarm: Swarm) -> None:
+    bootstrap, place = swarm.keeper(swarm.store("bootstrap"))
+    await bootstrap.start()
+    other = PeerAddress(place.peer_id, ("/ip4/127.0.0.1/tcp/9/p2p/" + place.peer_id,))
+    host, _ = swarm.keeper(swarm.store("host"), place, other)
+    with capture_logs() as logs:
+        await host.start()
+    assert logs == []
+
+
 @pytest.mark.asyncio
 async def test_a_store_that_is_damaged_does_not_stop_the_clock(swarm: Swarm) -> None:
     kept = swarm.store("host")
@@ -249,9 +417,10 @@ async def test_a_bootstrap_that_is_away_or_lies_leaves_what_is_kept(swarm: Swarm
 
 
 @pytest.mark.asyncio
-async def test_an_own_file_that_is_too_wide_stops_the_start_and_not_the_service(
+async def test_an_own_file_that_is_too_wide_is_warned_of_in_service_and_at_the_start(
     swarm: Swarm,
 ) -> None:
+    """A supervisor starts a host again, whatever was taken out of the whitelist since."""
     own = HostRules.from_text('ops = ["add", "sort"]')
     kept = swarm.store("host")
     host, _ = swarm.keeper(kept, own=own, period=0.01)
@@ -260,12 +429,13 @@ async def test_an_own_file_that_is_too_wide_stops_the_start_and_not_the_service(
         kept.accept_whitelist(*signed(ops={"add": 1}))
         await until(lambda: host.policy.version == 7)
     assert host.policy.ops == {"add"}
-    (said,) = [one["error"] for one in logs if one["event"] == "own_policy_is_wider"]
-    assert "allows the op 'sort', which whitelist 7 of swarm 'public' does not" in said
     await host.close()
     again, _ = swarm.keeper(kept, own=own)
-    with pytest.raises(BadPolicy, match="allows the op 'sort', which whitelist 7"):
-        await again.start()
+    with capture_logs() as more:
+        assert (await again.start()).ops == {"add"}
+    for part in (logs, more):
+        (said,) = [one["error"] for one in part if one["event"] == "own_policy_is_wider"]
+        assert "allows the op 'sort', which whitelist 7 of swarm 'public' does not" in said
 
 
 def test_rules_without_a_root_are_those_of_the_release() -> None:
@@ -292,6 +462,9 @@ def test_each_root_and_swarm_has_a_folder_that_lasts(tmp_path: Path) -> None:
         return found
 
     opened().accept_whitelist(*signed())
+    assert opened().highest_version == 7
+    # Two signers may complete root 1 each: its copies have one folder.
+    (tmp_path / "root.json").write_bytes(root_document(signed_by=(ANN, CAT)))
     assert opened().highest_version == 7
     assert opened(swarm="other").highest_version == 0
     assert open_store(Settings(swarm=SWARM)) is None

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from trust_documents import root_now
 
 from glasshive import host_process
 from glasshive.dht.directory import find_records
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
-from glasshive.host_process import Life, ServeOptions, _host, _Process
+from glasshive.graph.ops import OPS
+from glasshive.host_process import Life, ServeOptions, _bootstrap, _host, _Process
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
@@ -110,6 +112,55 @@ async def test_a_host_without_a_bootstrap_says_how_it_is_found(
     assert "ready; Ctrl-C withdraws the record and stops" in said
     assert ("this host is the first of its swarm" in said) == (not bootstraps)
     assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
+
+
+@pytest.mark.asyncio
+async def test_a_host_without_a_root_says_what_others_can_run(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Failed with only a root or an own file having it said: the widest policy was not."""
+    one = process(tmp_path / "host.key", descriptor)
+    one.stop.set()
+    await _host(one, options(served))
+    said = capfd.readouterr().err
+    assert "Policy: this release (no root is configured), signed by nobody.\n" in said
+    assert f"Others can run all {len(OPS)} ops of this release, and no other code.\n" in said
+    assert said.index("Others can write every module.") < said.index("ready;")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("has_root", [False, True])
+async def test_a_bootstrap_says_how_others_join_its_swarm(
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    has_root: bool,
+) -> None:
+    """Failed, with a root, with an address alone: such a host would be of the public swarm."""
+    monkeypatch.setenv("GLASSHIVE_DATA", str(tmp_path))
+    key = tmp_path / "bootstrap.key"
+    transport = MemoryNetwork().transport(Identity.load_or_create(key))
+
+    @contextlib.asynccontextmanager
+    async def given(self: _Process, *, may_be_alone: bool) -> AsyncIterator[MemoryTransport]:
+        yield transport
+
+    monkeypatch.setattr(_Process, "transport", given)
+    root = tmp_path / "root.json"
+    root.write_bytes(root_now())
+    settings = Settings(root=root if has_root else None)
+    one = _Process(Life(settings, key, "/ip4/127.0.0.1/tcp/0", "pretty", descriptor))
+    one.stop.set()
+    await _bootstrap(one)
+    out, said = capfd.readouterr()
+    assert f"{transport.addresses[0]}\n" in out
+    assert ("glasshive serve MODEL --bootstrap ADDRESS\n" in said) == (not has_root)
+    assert ("glasshive serve MODEL --config hive.toml\n" in said) == has_root
 
 
 @pytest.mark.asyncio

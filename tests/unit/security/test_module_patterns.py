@@ -8,6 +8,7 @@ import re
 import pytest
 
 from glasshive.security.module_patterns import (
+    MAX_COMMON,
     MAX_PARTS,
     MAX_PATTERN_CHARS,
     check_pattern,
@@ -64,6 +65,17 @@ def test_common_of_lists_names_nothing_twice() -> None:
     assert common(["a.*", "b.**"], ["**", "a.b"]) == ("a.*", "b.**")
     assert common(["a.*"], ["b.*"]) == ()
     assert common([], ["**"]) == ()
+
+
+def test_lists_that_cross_have_at_most_so_many_in_common() -> None:
+    """Failed with no bound: there were 4,032, and they took many seconds."""
+    rows = [f"a{number}.*" for number in range(64)]
+    columns = [f"*.b{number}" for number in range(63)]
+    met = common([*rows, "*.*.wide.**"], [*columns, "**"])
+    assert len(met) <= MAX_COMMON
+    assert {*rows, "*.*.wide.**"} <= set(met)  # the widest stay
+    assert all(covered_by(one, rows) or one == "*.*.wide.**" for one in met)
+    assert len(common(rows, columns)) == MAX_COMMON
 
 
 @pytest.mark.parametrize(

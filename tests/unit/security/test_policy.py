@@ -224,6 +224,19 @@ def test_the_floor_gives_nothing_that_the_whitelist_does_not() -> None:
     assert (here.ops, here.readable, here.limits.seconds) == ({"mul"}, ("a",), 2)
 
 
+def test_a_whitelist_that_counts_no_more_only_takes_away() -> None:
+    """Failed with the bare floor given for it."""
+    narrow = replace(WHITELIST, ops={"mul": 1}, readable=("a",), limits=replace(LIMITS, seconds=2))
+    here = Policy.effective(narrow, NOW, dropped="its keys were taken away")
+    assert (here.ops, here.readable, here.writable) == ({"mul"}, ("a",), ())
+    assert here.limits == Policy.floor().limits.narrowed(narrow.limits)
+    assert here.models == WHITELIST.models
+    assert here.is_revoked(BAD_PEER, "peer")
+    assert here.is_revoked(BAD_CLIENT, "client")
+    assert (here.version, here.signers, here.ends_seconds) == (0, (), None)
+    assert "its keys were taken away" in here.who
+
+
 # The host's own file ----------------------------------------------------------------------------
 
 RULES = """
@@ -270,10 +283,10 @@ def test_an_empty_file_changes_nothing() -> None:
 def test_what_is_wider_is_named_and_never_allowed(text: str, wider: str) -> None:
     host = HostRules.from_text(text)
     with pytest.raises(BadPolicy) as caught:
-        Policy.effective(WHITELIST, NOW, host=host)
+        host.check_narrows(policy())
     assert f"the host's own file allows {wider}" in str(caught.value)
     assert "whitelist 7 of swarm 'public' does not" in str(caught.value)
-    here, alone = Policy.effective(WHITELIST, NOW, host=host, strict=False), policy()
+    here, alone = Policy.effective(WHITELIST, NOW, host=host), policy()
     assert here.ops <= alone.ops
     assert set(here.writable) <= set(alone.writable)
     assert set(here.models or ()) <= set(alone.models or ())
@@ -283,7 +296,7 @@ def test_what_is_wider_is_named_and_never_allowed(text: str, wider: str) -> None
 def test_reads_that_are_wider_are_named() -> None:
     narrow = replace(WHITELIST, readable=("model.*",))
     with pytest.raises(BadPolicy, match="reading '\\*\\*', which"):
-        Policy.effective(narrow, NOW, host=HostRules.from_text('read = ["**"]'))
+        HostRules.from_text('read = ["**"]').check_narrows(Policy.effective(narrow, NOW))
 
 
 def test_a_host_chooses_among_all_models() -> None:
@@ -301,6 +314,10 @@ def test_a_host_chooses_among_all_models() -> None:
         ("[limits]\nseconds = 1.5", "limits.seconds is 1.5; a whole number"),
         ('read = ["a*"]', "read has 'a*', which is no pattern"),
         ("ops = [1]", "ops is not a list of different texts"),
+        ('ops = ["ad"]', "ops has 'ad', which is no op of this release; did you mean"),
+        ('models = ["tiny"]', "models has 'tiny', which is no manifest id (64 hexadecimal"),
+        (f"limits.nodes = {'9' * 5000}", "a number has too many digits"),
+        (f"limits.nodes = 0x{'f' * 5000}", "a number has too many digits"),
         ('refuse_peers = ["x"]', "refuse_peers has no peer id"),
         ("ops = [", "not TOML"),
     ],
@@ -330,6 +347,12 @@ def test_description_says_all_that_can_and_cannot_run() -> None:
     assert "tiny (abababababababab...)" in text
     assert all(f"{name} {value:,}" in text for name, value in limits_by_name(LIMITS).items())
     assert "Revoked: 1 hosts, 1 clients, 2 versions." in text
+
+
+def test_all_ops_are_not_listed() -> None:
+    lines = Policy.of_release().describe()
+    assert f"Others can run all {len(OPS)} ops of this release, and no other code." in lines
+    assert not any("softmax" in line for line in lines)
 
 
 def test_difference_says_what_changed_and_nothing_else() -> None:

@@ -43,6 +43,7 @@ from glasshive.security.trust_root import (
     new_root,
     new_whitelist_document,
     next_root,
+    root_digest,
     root_signatures,
     root_terms,
     verify_root_chain,
@@ -142,6 +143,29 @@ def test_rotation_of_a_key_as_a_drill() -> None:
     assert root.version == 3
     document, body = signed_whitelist(8, root=root, signed_by=(DAN, EVE))
     verify_whitelist(root, document, body, swarm=SWARM, least_version=7, now_seconds=NOW)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"signed": {"_type": "\\u001b[31mhostile\\n"}, "signatures": []}',
+        b'{"signatures": [], "signed": {"_type": "root", "version": "\\u001b]0;hostile\\u0007"}}',
+        b"[" * 9000,
+    ],
+)
+def test_what_a_stranger_wrote_is_not_repeated(document: bytes) -> None:
+    """Failed with the text of tuf's own error in ours."""
+    with pytest.raises(BadTrustDocument) as caught:
+        root_terms(document)
+    assert str(caught.value) == "no root or whitelist document; get it anew from its source"
+
+
+def test_the_digest_of_a_root_is_of_what_it_says() -> None:
+    assert root_digest(FIRST) == root_digest(root_document(signed_by=(ANN, BEN, CAT)))
+    assert root_digest(FIRST) == root_digest(root_document(signed_by=()))
+    assert root_digest(FIRST) != root_digest(root_document(root_threshold=1))
+    with pytest.raises(BadTrustDocument):
+        root_digest(b"{}")
 
 
 def test_only_the_last_root_of_a_chain_must_be_current() -> None:

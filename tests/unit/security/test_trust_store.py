@@ -12,6 +12,7 @@ import pytest
 from hostile import Mutator
 from signers import (
     ANN,
+    BEN,
     CAT,
     DAN,
     DAY,
@@ -28,6 +29,7 @@ from soak import SEED, count
 
 from glasshive.security import trust_store
 from glasshive.security.errors import BadTrustStore, NotCurrent, UnderThreshold, WrongVersion
+from glasshive.security.plain import decode_plain, encode_plain
 from glasshive.security.trust_root import next_root
 from glasshive.security.trust_store import TrustStore
 
@@ -134,6 +136,54 @@ def test_a_good_root_is_taken_though_the_whitelist_behind_it_is_not(tmp_path: Pa
     with pytest.raises(UnderThreshold):
         store.accept([SECOND], signed_whitelist(7, signed_by=(CAT, DAN)))
     assert (open_store(tmp_path).root.version, open_store(tmp_path).highest_version) == (2, 0)
+
+
+def test_a_copy_of_the_first_root_with_other_signatures_is_the_same(tmp_path: Path) -> None:
+    """Two signers may complete root 1 each. Failed with the documents compared as they are."""
+    open_store(tmp_path).accept_whitelist(*signed_whitelist())
+    for signed_by in ((ANN, CAT), (ANN, BEN, CAT)):
+        assert open_store(tmp_path, root=root_document(signed_by=signed_by)).highest_version == 7
+
+
+def test_another_root_of_a_known_version_is_refused(tmp_path: Path) -> None:
+    """Failed with the known ones of the offered roots skipped, as they came."""
+    store = open_store(tmp_path)
+    store.accept_roots([SECOND])
+    forked = root_document(version=2, whitelist_keys=(CAT, DAN), before=ROOT)
+    third = root_document(version=3, before=next_root(ROOT, forked))
+    for chain in ([forked], [forked, third]):
+        with pytest.raises(WrongVersion, match="got another root 2 than the one that is known"):
+            store.accept(chain, None, after=1)
+    assert store.root.version == 2
+    # What other signers completed says the same.
+    same = root_document(
+        version=2, whitelist_keys=(DAN, EVE), before=ROOT, signed_by=(ANN, BEN, CAT)
+    )
+    assert not store.accept([same], None, after=1)
+    assert store.accept([same, root_document(version=3, before=SECOND_ROOT)], None, after=1)
+    assert store.root.version == 3
+
+
+def test_what_its_keys_no_longer_stand_for_is_still_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.accept_whitelist(*signed_whitelist(7, signed_by=(CAT, DAN)))
+    store.accept_roots([SECOND])
+    for one in (store, open_store(tmp_path)):
+        assert one.whitelist is None
+        assert one.kept is not None
+        assert one.kept.whitelist == WHITELIST
+
+
+def test_a_kept_whitelist_that_no_root_stands_for_is_damage(tmp_path: Path) -> None:
+    """Failed with what no keys signed taken as signed by keys that were taken away."""
+    store = open_store(tmp_path)
+    store.accept_whitelist(*signed_whitelist())
+    parts = decode_plain((tmp_path / "trust").read_bytes())
+    assert isinstance(parts, list)
+    document, body = signed_whitelist(7, signed_by=(CAT,))
+    (tmp_path / "trust").write_bytes(encode_plain([*parts[:3], document, body]))
+    with pytest.raises(BadTrustStore, match="keys of no root in it signed the whitelist in it"):
+        open_store(tmp_path)
 
 
 def test_two_processes_on_one_folder_never_undercut_each_other(tmp_path: Path) -> None:
@@ -261,7 +311,7 @@ def test_a_damaged_file_is_not_a_new_beginning(tmp_path: Path, data: bytes) -> N
 def test_the_folder_of_another_swarm_is_refused(tmp_path: Path) -> None:
     open_store(tmp_path).accept_whitelist(*signed_whitelist())
     with pytest.raises(BadTrustStore, match="begins with another root"):
-        open_store(tmp_path, root=root_document(signed_by=(ANN, CAT)))
+        open_store(tmp_path, root=root_document(root_threshold=1))
     with pytest.raises(BadTrustStore, match="the whitelist in it is not the one"):
         TrustStore(tmp_path, swarm="lab", root=FIRST, clock=Clock())
 
