@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -147,7 +148,9 @@ def bump(
     add_write: Annotated[ListOption, typer.Option(help="A pattern of modules to write.")] = None,
     remove_write: Annotated[ListOption, typer.Option(help="Such a pattern.")] = None,
     limit: Annotated[ListOption, typer.Option(help="NAME=NUMBER, such as seconds=60.")] = None,
-    revoke_host: Annotated[ListOption, typer.Option(help="A peer id: no host any more.")] = None,
+    revoke_host: Annotated[
+        ListOption, typer.Option(help="A peer id that hosts and clients leave out.")
+    ] = None,
     revoke_client: Annotated[ListOption, typer.Option(help="A peer id: no client now.")] = None,
     restore: Annotated[ListOption, typer.Option(help="A peer id that was revoked.")] = None,
     revoke_version: Annotated[
@@ -345,43 +348,44 @@ def _say_done(trust: TrustFolder) -> None:
 
 
 def _tell(settings: Settings, store: TrustStore) -> None:
-    """Exchange with the bootstrap peers. Raises PeerUnreachable if none of them answers."""
+    """Exchange with the bootstrap peers, side by side. Raises PeerUnreachable if none takes it."""
     import asyncio
 
     from glasshive.dht.errors import PeerUnreachable, SwarmError
     from glasshive.dht.hivemind_transport import HivemindTransport
     from glasshive.dht.transport import PeerAddress
     from glasshive.dht.trust_exchange import exchange_trust
+    from glasshive.security.errors import SecurityError
     from glasshive.security.keys import Identity
 
     bootstraps = [PeerAddress.parse(one) for one in settings.bootstraps]
 
-    async def tell() -> list[str]:
-        told: list[str] = []
+    told: list[str] = []
+
+    async def tell() -> None:
         transport = await HivemindTransport.create(
             Identity.generate(), listen=(), dht="none", swarm=settings.swarm
         )
         try:
-            for one in bootstraps:
-                try:
-                    theirs = await exchange_trust(transport, one, store)
-                except SwarmError as error:
-                    say(f"bootstrap peer {one.peer_id}: {error}")
-                else:
-                    told.append(one.peer_id)
-                    say(f"bootstrap peer {one.peer_id} has whitelist {theirs.whitelist}")
+            await asyncio.gather(*(tell_one(transport, one) for one in bootstraps))
         finally:
             await transport.close()
-        return told
 
-    async def in_time() -> list[str]:
+    async def tell_one(transport: HivemindTransport, peer: PeerAddress) -> None:
+        try:
+            theirs = await exchange_trust(transport, peer, store)
+        except (SwarmError, SecurityError) as error:  # its own trouble, and no other peer's
+            say(f"bootstrap peer {peer.peer_id}: {error}")
+        else:
+            told.append(peer.peer_id)
+            say(f"bootstrap peer {peer.peer_id} has whitelist {theirs.whitelist}")
+
+    async def in_time() -> None:
         async with asyncio.timeout(_PUBLISH_SECONDS):
-            return await tell()
+            await tell()
 
-    try:
-        told = asyncio.run(in_time())
-    except TimeoutError:
-        told = []
+    with contextlib.suppress(TimeoutError):
+        asyncio.run(in_time())
     if not told:
         raise PeerUnreachable(
             "no bootstrap peer took it; start one (`glasshive bootstrap`), and publish again"

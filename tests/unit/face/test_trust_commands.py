@@ -18,6 +18,10 @@ from tuf.api.metadata import Metadata, Root, Targets
 from typer.testing import CliRunner
 
 from glasshive import cli
+from glasshive.dht import trust_exchange
+from glasshive.dht.errors import PeerUnreachable
+from glasshive.dht.messages import TrustVersions
+from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
 from glasshive.graph.ops import OPS
 from glasshive.models import ModelUnavailableError
@@ -797,6 +801,29 @@ def test_rotations_that_make_no_sense(signed: list[Path]) -> None:
     assert "a root waits for signatures in lab already" in refused(*rotate)
     said = run(*rotate, "--replace", "--days=30", "--remove=ben", "--root-threshold=1")
     assert "the next root: 1 of 2 must sign" in said
+
+
+def test_one_bootstrap_s_trouble_is_no_other_s(
+    signed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [Identity.generate().peer_id for _ in range(3)]
+    config = Path("lab/hive.toml")
+    lines = [one for one in config.read_text().splitlines() if not one.startswith("bootstraps")]
+    addresses = [f"/ip4/127.0.0.1/tcp/{31330 + i}/p2p/{one}" for i, one in enumerate(ids)]
+    config.write_text("\n".join([f"bootstraps = {json.dumps(addresses)}", *lines, ""]))
+
+    async def exchange(transport: object, peer: PeerAddress, store: object) -> TrustVersions:
+        if peer.peer_id == ids[0]:
+            raise UnderThreshold("whitelist 7 is signed by 1 of the keys of root 2")
+        if peer.peer_id == ids[1]:
+            raise PeerUnreachable("nothing listens there")
+        return TrustVersions(1, 1)
+
+    monkeypatch.setattr(trust_exchange, "exchange_trust", exchange)
+    said = run("whitelist", "publish", "--folder=lab")
+    assert f"bootstrap peer {ids[0]}: whitelist 7 is signed by 1 of the keys of root 2" in said
+    assert f"bootstrap peer {ids[1]}: nothing listens there" in said
+    assert f"bootstrap peer {ids[2]} has whitelist 1" in said
 
 
 def test_publish_wants_what_is_complete(three: list[Path]) -> None:
