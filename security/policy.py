@@ -357,10 +357,6 @@ class Policy:
         """Whether the key of this peer id may not be a host ("peer") or a client any more."""
         return key in (self.revoked_peers if role == "peer" else self.revoked_clients)
 
-    def is_revoked_version(self, version: int) -> bool:
-        """Whether a peer that announces this version of the whitelist is not to be used."""
-        return version in self.revoked_versions
-
     def describe(self) -> list[str]:
         """Lines for the host: exactly what others can and cannot run here, and who signed that."""
         signed = ", ".join(signer[:16] for signer in self.signers) or "nobody"

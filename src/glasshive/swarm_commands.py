@@ -151,7 +151,7 @@ def key(
         raise
     say(f"secret, yours alone, keep a copy offline: {secret}")
     say(f"public, send it to whoever makes the root: {public}")
-    say(f"its key, to be compared by telephone:      {made.public_key.hex()}")
+    say(f"its id, to be compared by telephone:       {holder.key_id}")
 
 
 @app.command()

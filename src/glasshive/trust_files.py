@@ -52,8 +52,8 @@ class Holder:
     def to_text(self) -> str:
         """The public part file, which `from_text` reads."""
         return (
-            "# The public part of a glasshive signing key: no secret. Compare its digits with its\n"
-            "# holder, by telephone for instance, before you let it sign.\n"
+            "# The public part of a glasshive signing key: no secret. Compare its id, which\n"
+            "# `swarm key` and `swarm show` print, with its holder before you let it sign.\n"
             f'name = "{self.name}"\npublic_key = "{self.public_key.hex()}"\n'
         )
 

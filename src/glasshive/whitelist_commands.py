@@ -188,7 +188,9 @@ def bump(
             f"the text is of the swarm {text.swarm!r}, and the folder of {trust.swarm!r}",
             param_hint="--edit",
         )
-    after = next_whitelist(text, changes, now_seconds=int(time.time()), above=above)
+    after = next_whitelist(
+        text, changes, now_seconds=int(time.time()), above=max(before.version, above)
+    )
     trust.put_whitelist(WhitelistFile.unsigned(after), replace=replace)
     _print_diff(before, after)
     say_waiting(trust)

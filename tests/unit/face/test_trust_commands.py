@@ -598,6 +598,28 @@ def test_a_text_can_be_edited() -> None:
     )
 
 
+def test_an_old_text_becomes_the_next_version(signed: list[Path]) -> None:
+    text = run("whitelist", "show", "1", "--toml", "--folder=lab")
+    Path("old.toml").write_text(text)
+    run("whitelist", "bump", "--folder=lab", *SVD)
+    for one in signed[:2]:
+        run("whitelist", "sign", "--folder=lab", "--yes", "--key", one)
+    said = run("whitelist", "bump", "--edit=old.toml", "--folder=lab")
+    assert "~ version: 2 -> 3\n" in said
+    assert "+ op linalg_svd\n" in said
+    assert "whitelist 3 waits for signatures" in said
+
+
+def test_a_key_has_one_id_wherever_it_is_shown() -> None:
+    Path("ann").mkdir()
+    said = run("swarm", "key", "ann", "--out=ann")
+    (told,) = [one for one in said.splitlines() if "compared by telephone" in one]
+    key_id = told.rpartition(" ")[2]
+    assert len(key_id) == 64
+    run("swarm", "init", "lab", "--holder=ann/ann.pub", "--key=ann/ann.key")
+    assert f"ann ({key_id[:16]})" in run("swarm", "show", "--folder=lab")
+
+
 def test_a_version_that_waited_is_not_used_again() -> None:
     run("swarm", "init", "lab")
     run("whitelist", "bump", "--folder=lab", *SVD)

@@ -158,8 +158,6 @@ def test_models_and_revoked() -> None:
     assert here.is_revoked(BAD_CLIENT, "client")
     assert not here.is_revoked(BAD_PEER, "client")
     assert not here.is_revoked(BAD_CLIENT, "peer")
-    assert here.is_revoked_version(3)
-    assert not here.is_revoked_version(7)
 
 
 # This release -----------------------------------------------------------------------------------
