@@ -416,3 +416,24 @@ def test_pretty_logs_are_lines(capfd: pytest.CaptureFixture[str]) -> None:
     err = capfd.readouterr().err
     assert "ready" in err
     assert "12D3" in err
+
+
+@pytest.mark.parametrize("log_format", ["pretty", "json"])
+def test_no_log_of_an_error_shows_what_variables_hold(log_format: str) -> None:
+    code = f"""
+import logging, torch
+from glasshive.terminal import set_up_logging
+set_up_logging({log_format!r})
+def run(number):
+    token_ids, body = torch.tensor([number]), str(number + 1)
+    raise KeyError("a bug")
+try:
+    run(420_000)
+except KeyError:
+    logging.getLogger("glasshive.peer").exception("host_failed", extra={{"client": "12D3"}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    for shown in ("host_failed", "12D3", "in run", "a bug"):
+        assert shown in done.stderr
+    for hidden in ("420000", "420001"):
+        assert hidden not in done.stderr

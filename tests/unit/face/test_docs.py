@@ -15,11 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import glasshive
+from glasshive import connection, trust_keeper
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
-from glasshive.peer import const_cache, file_server
+from glasshive.peer import const_cache, file_server, host
 from glasshive.peer.host_limits import HostLimits
-from glasshive.security import envelope, manifest
+from glasshive.security import envelope, manifest, whitelist
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -224,6 +225,73 @@ def test_design_names_files_that_exist() -> None:
         for name in re.findall(r"`([\w/]+\.py)`", line):
             folder = name.rpartition("/")[0] or folder
             assert (ROOT / folder / name.rpartition("/")[2]).exists(), name
+
+
+# Threats ----------------------------------------------------------------------------------------
+
+THREATS = DOCS / "threat-model.md"
+
+
+def _tests_in(path: Path) -> set[str]:
+    """The names of a file's tests, those of a class as `Class::test`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}::" if isinstance(node, ast.ClassDef) else ""
+        found |= {
+            prefix + one.name
+            for one in inner
+            if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)
+            and one.name.startswith("test_")
+        }
+    return found
+
+
+def test_threats_are_all_there_with_their_states() -> None:
+    text = THREATS.read_text()
+    parts = re.split(r"^### (T\d+)\. .*: (\w+)$", text.partition("\n## What stays")[0], flags=re.M)
+    names, states, bodies = parts[1::3], parts[2::3], parts[3::3]
+    assert names == [f"T{number}" for number in range(1, 21)]
+    for name, state, body in zip(names, states, bodies, strict=True):
+        assert state in ("holds", "partly", "open"), name
+        assert ("\nMissing: " in body) == (state == "partly"), name
+        if state == "holds":
+            assert "::test_" in body, name
+        if state == "open":
+            assert "Later work." in body, name
+    assert dict(zip(names, states, strict=True))["T10"] == "open"
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/[^`]*?)::([^`]*)`", path.read_text())
+    assert named or path != THREATS
+    for file, name in named:
+        assert name in _tests_in(ROOT / file), f"{file}::{name}"
+
+
+def test_files_that_threats_name_exist() -> None:
+    for name in re.findall(r"`([\w/.]+/[\w.]+\.py)`", THREATS.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", ["for-hosts", "for-researchers"])
+def test_pages_for_the_hurried_are_short(name: str) -> None:
+    assert (DOCS / f"{name}.md").read_text().count("\n") <= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("threat-model", f"at most {host.MAX_FAILURE_CHARS} characters"),
+        ("for-hosts", f"at most {host.MAX_FAILURE_CHARS} characters"),
+        ("threat-model", f"allows {whitelist.MAX_LIFETIME_SECONDS // 86_400} days"),
+        ("threat-model", f"a host looks every {trust_keeper.PERIOD_SECONDS:g} s"),
+        ("threat-model", f"knows the root looks every {connection._KEEP_SECONDS:g} s"),
+    ],
+)
+def test_numbers_of_the_threats_are_the_code(name: str, text: str) -> None:
+    assert text in " ".join((DOCS / f"{name}.md").read_text().split())
 
 
 # The protocol -----------------------------------------------------------------------------------

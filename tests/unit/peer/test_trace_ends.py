@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from glasshive.dht.errors import DeadlineExceeded, StreamClosed
+from glasshive.dht.errors import DeadlineExceeded, StreamClosed, StreamRefused
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import PIPE_BYTES, MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
@@ -129,9 +129,9 @@ class Swarm:
         await stream.send(encode(Run()))
         return stream
 
-    async def edge(self) -> Stream:
-        """The other peer's stream to the trace that runs."""
-        stream = await self.other.open_stream(self.address, EDGE_PROTOCOL, 5)
+    async def edge(self, sender: MemoryTransport | None = None) -> Stream:
+        """The stream of the other peer, or of `sender` in its name, to the trace that runs."""
+        stream = await (sender or self.other).open_stream(self.address, EDGE_PROTOCOL, 5)
         await stream.send(encode(Opening(self._trace_id, 0, 1)))
         return stream
 
@@ -273,6 +273,30 @@ async def test_a_peer_that_lies_is_not_called_lost(swarm: Swarm) -> None:
     failed = decode((await news(client)).header, Failed)
     assert (failed.code, failed.node) == ("BadNeighbour", -1)
     assert failed.text.endswith("broke the protocol: value 7 from part 0 is not expected")
+
+
+@pytest.mark.asyncio
+async def test_another_peer_than_the_plan_s_is_refused(swarm: Swarm) -> None:
+    client = await swarm.running(waiting())
+    edge = await swarm.edge(swarm.client)  # it knows the trace and says that it is part 0
+    with pytest.raises(StreamRefused, match="the plan gives this edge to another peer"):
+        await edge.receive(5)
+    edge = await swarm.edge()
+    await edge.send(encode(Value(0, 0, "float32", [4], [0])), bytes(16))
+    assert decode((await news(client)).header, Saved).name == "s"  # nothing was lost of the trace
+
+
+@pytest.mark.asyncio
+async def test_an_error_that_nobody_expects_stays_in_the_host_s_log(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("in /home/somebody of this machine")
+
+    monkeypatch.setattr(swarm.host._admission, "admit", broken)
+    failed = decode((await news(await swarm.asked(waiting()))).header, Failed)
+    assert failed == Failed("HostFailed", -1, "an error inside the host; its own log says what")
+    assert "in /home/somebody of this machine" in caplog.text
 
 
 @pytest.mark.asyncio
