@@ -179,9 +179,19 @@ def attack(
 
 
 def _take(
-    decode: Callable[[bytes], object], data: bytes, errors: Errors, name: str, *, measured: bool
+    decode: Callable[[bytes], object],
+    data: bytes,
+    errors: Errors,
+    name: str,
+    *,
+    measured: bool,
+    more_tries: int = 2,
 ) -> bool:
-    """Whether `decode` took `data`."""
+    """Whether `decode` took `data`.
+
+    What it allocates is measured again, up to `more_tries` times, if it is too much: the process
+    counts what its other threads allocate, too, and what is loaded once.
+    """
     if measured:
         tracemalloc.start()
         tracemalloc.reset_peak()
@@ -198,6 +208,9 @@ def _take(
         raise
     if measured:
         peak_bytes = tracemalloc.get_traced_memory()[1] - held_bytes
+        if peak_bytes > MAX_PEAK_BYTES and more_tries:
+            more_tries -= 1
+            return _take(decode, data, errors, name, measured=True, more_tries=more_tries)
         assert peak_bytes <= MAX_PEAK_BYTES, f"{peak_bytes} bytes, {name}: {data[:1000].hex()}"
     return taken
 
