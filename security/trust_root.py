@@ -154,14 +154,6 @@ class RoleSignatures:
         """Whether the threshold is met."""
         return len(self.signed) >= self.threshold
 
-    def __str__(self) -> str:
-        signed = ", ".join(one[:16] for one in self.signed) or "nobody"
-        text = f"{self.role}: {len(self.signed)} of {self.threshold} signatures ({signed})"
-        if self.complete:
-            return f"{text}, complete"
-        missing = ", ".join(one[:16] for one in self.missing)
-        return f"{text}, {self.threshold - len(self.signed)} more of {missing}"
-
 
 # Making and signing -----------------------------------------------------------------------------
 

@@ -86,14 +86,10 @@ def test_the_rendering_is_plain_json_sorted_and_compact() -> None:
 def test_signatures_come_one_by_one_from_files_passed_around(tmp_path: Path) -> None:
     place = tmp_path / "root-1.json"
     place.write_bytes(root_document(signed_by=()))
-    for key, line in (
-        (ANN, "this root: 1 of 2 signatures"),
-        (ANN, "this root: 1 of 2 signatures"),
-        (CAT, "this root: 2 of 2 signatures"),
-    ):
+    for key, signers in ((ANN, ids(ANN)), (ANN, ids(ANN)), (CAT, ids(ANN, CAT))):
         place.write_bytes(add_root_signature(place.read_bytes(), key, None))
         (state,) = root_signatures(place.read_bytes(), None)
-        assert str(state).startswith(line)
+        assert (state.role, state.threshold, set(state.signed)) == ("this root", 2, signers)
     assert state.complete
     assert set(state.signed) == ids(ANN, CAT)
     assert set(state.missing) == ids(BEN)
@@ -107,8 +103,7 @@ def test_what_is_missing_is_said_for_old_and_new_keys() -> None:
     old, own = root_signatures(document, ROOT)
     assert (old.role, old.complete, set(old.signed)) == ("the root before", False, ids(BEN))
     assert (own.role, own.complete, set(own.signed)) == ("this root", True, ids(BEN, DAN))
-    assert "1 more of " in str(old)
-    assert str(own).endswith("complete")
+    assert set(old.missing) == ids(ANN, CAT)
 
 
 def test_whitelist_signatures_are_counted() -> None:
