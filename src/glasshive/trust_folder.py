@@ -14,7 +14,8 @@ Rules:
 1. What is below `trust/` but not below `pending/` was verified from `1.root.json` on, each time it
    is read. Whoever holds the folder believes that first root.
 2. A root or whitelist that has its signatures moves out of `pending/` and never changes again.
-3. A key signs a document once, and only what it signs for counts.
+3. A key signs a document once, and only what it signs for counts. Other signatures are left out
+   before anything is added, so that junk in a copy can't fill the place of good ones.
 4. Files are replaced whole, and one command at a time writes.
 """
 
@@ -28,9 +29,11 @@ from pathlib import Path
 from typing import Final, final
 
 from filelock import FileLock, Timeout
+from tuf.api.metadata import Metadata
+from tuf.api.serialization import DeserializationError
 
 from glasshive.security.durable_file import write_durable
-from glasshive.security.errors import UnderThreshold
+from glasshive.security.errors import BadTrustDocument, UnderThreshold
 from glasshive.security.signing_keys import SigningKey
 from glasshive.security.trust_root import (
     MAX_DOCUMENT_BYTES,
@@ -254,8 +257,7 @@ class TrustFolder:
 
     def root_states(self, document: bytes) -> tuple[RoleSignatures, ...]:
         """What the thresholds of the root that comes next have and lack. Raises TrustRefused."""
-        roots = self.roots()
-        return root_signatures(document, roots[-1] if roots else None)
+        return root_signatures(document, self._before())
 
     def put_root(self, document: bytes) -> tuple[RoleSignatures, ...]:
         """Keep the next root: as pending, or for good once its signatures are complete."""
@@ -265,9 +267,12 @@ class TrustFolder:
     def put_whitelist(self, file: WhitelistFile, *, replace: bool = False) -> RoleSignatures | None:
         """Keep the next whitelist, likewise; None while the first root waits itself.
 
-        With `replace` the one that waits is dropped, with its signatures.
+        With `replace` the one that waits is dropped, with its signatures. Raises SigningRefused for
+        one that could not come next here.
         """
         with self._locked():
+            self._check_next_whitelist(file)
+            self._check_room(file, replace=replace)
             if replace:
                 self._drop("whitelist")
             return self._put_whitelist(file)
@@ -283,8 +288,9 @@ class TrustFolder:
                 raise self._changed("root")
             states = self.root_states(document)
             self._check_signer(key, states, "root")
-            roots = self.roots()
-            return self._put_root(add_root_signature(document, key, roots[-1] if roots else None))
+            return self._put_root(
+                add_root_signature(self._counting_root(document), key, self._before())
+            )
 
     def sign_whitelist(self, key: SigningKey, shown: WhitelistFile) -> RoleSignatures:
         """Add a signature to the whitelist that waits, likewise."""
@@ -296,40 +302,85 @@ class TrustFolder:
             self._check_next_whitelist(file)
             state = whitelist_signatures(file.document, root)
             self._check_signer(key, (state,), "whitelist")
-            document = add_whitelist_signature(file.document, file.body, key, root)
+            counting = self._counting_whitelist(file)
+            document = add_whitelist_signature(counting.document, file.body, key, root)
             done = self._put_whitelist(WhitelistFile(document, file.body))
             return state if done is None else done
 
     def take_root(self, document: bytes) -> tuple[RoleSignatures, ...]:
-        """Take up the signatures of a copy of the next root that came from another signer."""
+        """Take up the signatures that count of a copy of the next root, from another signer."""
         with self._locked():
+            self._check_next_root(document)
             known = self.pending_root()
-            if known is not None:
-                roots = self.roots()
-                before = roots[-1] if roots else None
-                document = merge_root_signatures(known, document, before)
-            return self._put_root(document)
+            copies = (document,) if known is None else (known, document)
+            return self._put_root(self._counting_root(*copies))
 
     def take_whitelist(self, file: WhitelistFile) -> RoleSignatures | None:
         """Take up the signatures of a copy of the next whitelist, likewise.
 
-        Raises SigningRefused for one that could not come next here.
+        Raises SigningRefused for one that could not come next here, and TrustFolderError while the
+        first root waits itself.
         """
         with self._locked():
             self._check_next_whitelist(file)
             known = self.pending_whitelist()
-            if known is not None and known.whitelist.version == file.whitelist.version:
-                document = merge_whitelist_signatures(known.document, file.document, self.root())
-                file = WhitelistFile(document, known.body)
-            elif known is not None:
+            if known is not None and known.whitelist.version != file.whitelist.version:
                 raise SigningRefused(
                     f"got whitelist {file.whitelist.version}, and {known.whitelist.version} waits "
                     f"for signatures in {self.place}; have that signed, or take it out of "
                     f"{self._pending}"
                 )
-            return self._put_whitelist(file)
+            copies = (file,) if known is None else (known, file)
+            return self._put_whitelist(self._counting_whitelist(*copies))
 
     # Rules
+
+    def _check_next_root(self, document: bytes) -> None:
+        """Raises SigningRefused for a root that does not come next here."""
+        version, comes = root_terms(document).version, len(self.roots()) + 1
+        if version != comes:
+            raise SigningRefused(
+                f"got root {version}, and root {comes} comes next in {self.place}; copy what is "
+                "missing from another signer"
+            )
+
+    def _check_room(self, file: WhitelistFile, *, replace: bool) -> None:
+        """Raises SigningRefused for a whitelist in whose place another one waits."""
+        known = self.pending_whitelist()
+        if known is None:
+            return
+        version, waits = file.whitelist.version, known.whitelist.version
+        if not replace:
+            raise SigningRefused(
+                f"whitelist {waits} waits for signatures in {self.place} already; have it signed, "
+                "or drop it with --replace"
+            )
+        if version <= waits:  # another signer may have completed the one that waits
+            raise SigningRefused(
+                f"got whitelist {version} in the place of {waits}, wanted a higher version; make "
+                "it anew with `glasshive whitelist bump --replace`"
+            )
+
+    def _counting_root(self, *copies: bytes) -> bytes:
+        """The root that all copies are of, with those of their signatures that count now."""
+        before = self._before()
+        document = _unsigned(copies[0])
+        for copy in copies:
+            document = merge_root_signatures(document, copy, before)
+        return document
+
+    def _counting_whitelist(self, *copies: WhitelistFile) -> WhitelistFile:
+        """The same of a whitelist."""
+        root = self.root()
+        document = _unsigned(copies[0].document)
+        for copy in copies:
+            document = merge_whitelist_signatures(document, copy.document, root)
+        return WhitelistFile(document, copies[0].body)
+
+    def _before(self) -> TrustedRoot | None:
+        """The root that the next one follows."""
+        roots = self.roots()
+        return roots[-1] if roots else None
 
     def _check_next_whitelist(self, file: WhitelistFile) -> None:
         """Raises SigningRefused for a whitelist that no host of this swarm would take next."""
@@ -393,14 +444,9 @@ class TrustFolder:
         roots = self.roots()
         if len(roots) >= MAX_ROOTS:
             raise TrustFolderError(f"more than {MAX_ROOTS} roots; begin with a new first root")
-        version = root_terms(document).version
-        if version != len(roots) + 1:
-            raise SigningRefused(
-                f"got root {version}, and root {len(roots) + 1} comes next in {self.place}; copy "
-                "what is missing from another signer"
-            )
+        self._check_next_root(document)
         states = self.root_states(document)
-        name = f"{version}.root.json"
+        name = f"{len(roots) + 1}.root.json"
         if all(state.complete for state in states):
             # By the rules that hosts have, before it counts here.
             next_root(roots[-1], document) if roots else first_root(document)
@@ -475,6 +521,16 @@ def whitelist_stands(root: TrustedRoot, file: WhitelistFile) -> bool:
     except UnderThreshold:
         return False
     return True
+
+
+def _unsigned(document: bytes) -> bytes:
+    """A root's or whitelist's document without its signatures. Raises BadTrustDocument."""
+    try:
+        metadata = Metadata.from_bytes(document)
+    except DeserializationError:  # whose text quotes what a stranger wrote
+        raise BadTrustDocument("no root or whitelist document; get it anew") from None
+    metadata.signatures.clear()
+    return bytes(metadata.to_bytes())
 
 
 def _write(place: Path, data: bytes) -> None:

@@ -181,16 +181,14 @@ def bump(
         limit or (), revoke_host or (), revoke_client or (), restore or (), revoke_version or (),
         min_protocol, None if days is None else days * DAY_SECONDS,
     )  # fmt: skip
-    before, above = _base(trust, replace)
+    before, above = _base(trust)
     text = before if edit is None else _read(str(edit), folder)
     if text.swarm != trust.swarm:
         raise typer.BadParameter(
             f"the text is of the swarm {text.swarm!r}, and the folder of {trust.swarm!r}",
             param_hint="--edit",
         )
-    after = next_whitelist(
-        text, changes, now_seconds=int(time.time()), above=max(before.version, above)
-    )
+    after = next_whitelist(text, changes, now_seconds=int(time.time()), above=above)
     trust.put_whitelist(WhitelistFile.unsigned(after), replace=replace)
     _print_diff(before, after)
     say_waiting(trust)
@@ -277,21 +275,18 @@ def _read(which: str, folder: Path) -> Whitelist:
         raise BadWhitelist(f"{place}: {error}") from None
 
 
-def _base(trust: TrustFolder, replace: bool) -> tuple[Whitelist, int]:
+def _base(trust: TrustFolder) -> tuple[Whitelist, int]:
     """What the next whitelist is made from, and which version it must be above.
 
-    A version that waited may be complete at another signer, so it is never used for another.
+    A version that waited may be complete at another signer, so it is never used for another; nor is
+    one that the newest revokes, whatever an edited text says.
     """
-    from glasshive.trust_folder import SigningRefused
-
     newest, waiting = trust.newest_whitelist(), trust.pending_whitelist()
-    if waiting is not None and not replace:
-        raise SigningRefused(
-            f"whitelist {waiting.whitelist.version} waits for signatures in {trust.place} already; "
-            "have it signed, or drop it with --replace"
-        )
-    base = newest or waiting or trust.whitelist_file(1)
-    return base.whitelist, 0 if waiting is None else waiting.whitelist.version
+    base = (newest or waiting or trust.whitelist_file(1)).whitelist
+    above = base.version if waiting is None else waiting.whitelist.version
+    while above + 1 in base.revoked_versions:
+        above += 1
+    return base, above
 
 
 def _show(trust: TrustFolder, file: WhitelistFile, *, as_json: bool = False) -> None:

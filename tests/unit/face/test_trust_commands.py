@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuf.api.metadata import Metadata, Root, Targets
+from tuf.api.metadata import Metadata, Root, Signature, Targets
 from typer.testing import CliRunner
 
 from glasshive import cli
@@ -36,7 +36,12 @@ from glasshive.security.errors import (
 )
 from glasshive.security.keys import Identity
 from glasshive.security.signing_keys import SigningKey
-from glasshive.security.trust_root import first_root, next_root, verify_whitelist
+from glasshive.security.trust_root import (
+    first_root,
+    key_id_of,
+    next_root,
+    verify_whitelist,
+)
 from glasshive.settings import load_settings
 from glasshive.swarm_trust import open_store
 from glasshive.trust_files import Holder, TrustFolderError, WhitelistFile, read_whitelist_file
@@ -407,6 +412,46 @@ def test_a_signature_by_nobody_who_counts_is_refused(signed: list[Path]) -> None
     assert read_whitelist_file(place) == good
 
 
+def with_junk(document: bytes, many: int) -> bytes:
+    """The document with signatures of strangers, which count for nothing, under its own."""
+    metadata: Metadata[Any] = Metadata.from_bytes(document)
+    while len(metadata.signatures) < many:
+        key = SigningKey.generate()
+        key_id = key_id_of(key.public_key)
+        metadata.signatures[key_id] = Signature(key_id, key.sign(metadata.signed_bytes).hex())
+    return bytes(metadata.to_bytes())
+
+
+def test_junk_in_copies_fills_no_place_of_signatures(signed: list[Path]) -> None:
+    lab = Path("lab")
+    rotate = ("swarm", "rotate", "--folder=lab", "--days=90")
+    run(*rotate, "--key", signed[0], "--yes")
+    run("whitelist", "bump", "--folder=lab", *SVD)
+    run("whitelist", "sign", "--folder=lab", "--yes", "--key", signed[0])
+    root, whitelist = lab / "trust/pending/2.root.json", lab / "trust/pending/2.whitelist"
+    file = read_whitelist_file(whitelist)
+    junk = {
+        root: with_junk(root.read_bytes(), 32),
+        whitelist: WhitelistFile(with_junk(file.document, 32), file.body).encode(),
+    }
+    good = {place: place.read_bytes() for place in junk}
+    for place, data in junk.items():
+        group = "swarm" if place is root else "whitelist"
+        sent = Path(place.name)
+        sent.write_bytes(data)
+        # As the first copy that comes: only what counts is kept.
+        place.unlink()
+        run(group, "sign", sent, "--folder=lab")
+        assert place.read_bytes() == good[place]
+        # In a folder that was passed on as a whole: there is place for the next signature.
+        place.write_bytes(data)
+        assert "is complete" in run(group, "sign", "--folder=lab", "--yes", "--key", signed[1])
+    for name in ("2.root.json", "2.whitelist"):
+        data = (lab / "trust" / name).read_bytes()
+        document = data if name == "2.root.json" else WhitelistFile.decode(data).document
+        assert len(Metadata[Any].from_bytes(document).signatures) == 2
+
+
 def test_another_whitelist_of_the_same_version_is_not_put_together(signed: list[Path]) -> None:
     bens = copy_of(Path("lab"), "ben")
     run("whitelist", "bump", "--folder=lab", *SVD)
@@ -621,6 +666,29 @@ def test_a_key_has_one_id_wherever_it_is_shown() -> None:
 
 
 def test_a_version_that_waited_is_not_used_again() -> None:
+    # Above one that waits, too, and never a version that the newest revokes.
+    said = run("whitelist", "bump", "--edit=old.toml", "--folder=lab", "--replace")
+    assert "~ version: 2 -> 4\n" in said
+    run("whitelist", "bump", "--folder=lab", "--replace", "--revoke-version=6")
+    for one in signed[:2]:
+        run("whitelist", "sign", "--folder=lab", "--yes", "--key", one)
+    assert "~ version: 5 -> 7\n" in run("whitelist", "bump", "--edit=old.toml", "--folder=lab")
+
+
+def test_a_folder_keeps_no_whitelist_that_could_not_come_next(signed: list[Path]) -> None:
+    folder = TrustFolder(Path("lab"), time.time)
+    run("whitelist", "bump", "--folder=lab", *SVD)
+    old = folder.pending_whitelist()
+    assert old is not None
+    run("whitelist", "bump", "--folder=lab", *SVD, "--replace")
+    before = bytes_of(Path("lab"))
+    with pytest.raises(SigningRefused, match="got whitelist 1, and 1 is signed already; an old"):
+        folder.put_whitelist(folder.whitelist_file(1), replace=True)
+    with pytest.raises(SigningRefused, match="whitelist 3 waits for signatures in lab already"):
+        folder.put_whitelist(old)
+    with pytest.raises(SigningRefused, match="got whitelist 2 in the place of 3, wanted a higher"):
+        folder.put_whitelist(old, replace=True)
+    assert bytes_of(Path("lab")) == before
     run("swarm", "init", "lab")
     run("whitelist", "bump", "--folder=lab", *SVD)
     text = refused("whitelist", "bump", "--folder=lab", kind=SigningRefused)
