@@ -23,13 +23,21 @@ from glasshive.security.trust_root import (
     key_id_of,
     new_whitelist_document,
 )
-from glasshive.security.whitelist import MAX_BODY_BYTES, Whitelist, decode_whitelist, read_toml
+from glasshive.security.whitelist import (
+    MAX_BODY_BYTES,
+    Whitelist,
+    decode_whitelist,
+    read_toml,
+    whitelist_from_text,
+)
 
 MAX_WHITELIST_FILE_BYTES: Final = MAX_DOCUMENT_BYTES + MAX_BODY_BYTES + 64
 MAX_PUBLIC_PART_BYTES: Final = 1024
+MAX_TEXT_BYTES: Final = 1 << 20
 HOLDER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 _FORMAT: Final = 1
+_FILE_BEGINS: Final = b"\x93"  # a msgpack list of three, which no UTF-8 text begins with
 _HEX_64: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -98,7 +106,10 @@ class WhitelistFile:
                 data, max_bytes=MAX_WHITELIST_FILE_BYTES, max_depth=1, max_elements=8
             )
         except MalformedData as error:
-            raise BadWhitelist(f"no whitelist file: {error}") from None
+            raise BadWhitelist(
+                f"no whitelist file, such as 3.whitelist: {error}; a TOML text is for "
+                "`bump --edit` and `diff`"
+            ) from None
         if not isinstance(tree, list) or len(tree) != 3 or tree[0] != _FORMAT:
             raise BadWhitelist("no whitelist file of this release; is it another file?")
         _, document, body = tree
@@ -125,6 +136,25 @@ def read_whitelist_file(place: Path) -> WhitelistFile:
     """The whitelist file at `place`. Raises TrustFolderError, and BadWhitelist with the path."""
     try:
         return WhitelistFile.decode(read_bounded(place, MAX_WHITELIST_FILE_BYTES))
+    except BadWhitelist as error:
+        raise BadWhitelist(f"{place}: {error}") from None
+
+
+def read_whitelist(place: Path) -> Whitelist:
+    """The whitelist at `place`, a whitelist file or a TOML text, whatever it is called.
+
+    Raises TrustFolderError, and BadWhitelist with the path.
+    """
+    data = read_bounded(place, MAX_TEXT_BYTES)
+    try:
+        if data[:1] == _FILE_BEGINS:
+            return WhitelistFile.decode(data).whitelist
+        return whitelist_from_text(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadWhitelist(
+            f"{place} is no whitelist file, such as 3.whitelist, and no TOML text, such as "
+            "`glasshive whitelist show --toml` prints; is it another file?"
+        ) from None
     except BadWhitelist as error:
         raise BadWhitelist(f"{place}: {error}") from None
 

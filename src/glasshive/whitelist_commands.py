@@ -39,7 +39,6 @@ app = typer.Typer(
 )
 
 _PUBLISH_SECONDS: Final = 60.0
-_MAX_TEXT_BYTES: Final = 1 << 20
 
 WhichArgument = Annotated[
     str | None,
@@ -161,7 +160,8 @@ def bump(
         int | None, typer.Option(min=1, max=366, help="How long it holds; else as long as before.")
     ] = None,
     edit: Annotated[
-        Path | None, typer.Option(help="A text of `show --toml` that you changed, to begin with.")
+        Path | None,
+        typer.Option(help="A text of `show --toml` that you changed, or a whitelist file."),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Drop the whitelist that waits, for a higher version.")
@@ -260,19 +260,11 @@ def _chosen(trust: TrustFolder, which: str | None) -> WhitelistFile:
 
 def _read(which: str, folder: Path) -> Whitelist:
     """A whitelist by version, file or TOML text. Raises TrustFolderError, BadWhitelist."""
-    from glasshive.security.errors import BadWhitelist
-    from glasshive.security.whitelist import whitelist_from_text
-    from glasshive.trust_files import read_text, read_whitelist_file
+    from glasshive.trust_files import read_whitelist
 
     if which.isdecimal():
         return open_folder(folder).whitelist_file(int(which)).whitelist
-    place = Path(which)
-    if place.suffix != ".toml":
-        return read_whitelist_file(place).whitelist
-    try:
-        return whitelist_from_text(read_text(place, _MAX_TEXT_BYTES))
-    except BadWhitelist as error:
-        raise BadWhitelist(f"{place}: {error}") from None
+    return read_whitelist(Path(which))
 
 
 def _base(trust: TrustFolder) -> tuple[Whitelist, int]:

@@ -624,6 +624,19 @@ def test_diff_compares_versions_files_and_texts() -> None:
     assert "has no whitelist 9; signed are 1" in refused(
         "whitelist", "diff", "1", "9", "--folder=lab"
     )
+    # Whatever the files are called.
+    Path("two").write_text(text)
+    shutil.copy("lab/trust/pending/2.whitelist", "sent.toml")
+    assert run("whitelist", "diff", "two", "sent.toml", "--folder=lab") == "they are equal\n"
+    Path("two.png").write_bytes(b"\x89PNG\r\n")
+    assert refused("whitelist", "diff", "1", "two.png", "--folder=lab", kind=BadWhitelist) == (
+        "two.png is no whitelist file, such as 3.whitelist, and no TOML text, such as `glasshive "
+        "whitelist show --toml` prints; is it another file?"
+    )
+    sign = ("whitelist", "sign", "two", "--folder=lab")
+    assert refused(*sign, kind=BadWhitelist).endswith(
+        "; a TOML text is for `bump --edit` and `diff`"
+    )
     Path("two.toml").write_text(text.replace("nodes = 7", "nodes = 7.5"))
     assert refused(
         "whitelist", "diff", "1", "two.toml", "--folder=lab", kind=BadWhitelist
