@@ -375,7 +375,7 @@ class Policy:
         else:
             lines.append(f"Others can run all {len(OPS)} ops of this release, and no other code.")
         lines += [
-            f"Others can read {_words(self.readable)}.",
+            f"Others can read, call and fetch the weights of {_words(self.readable)}.",
             f"Others can write {_words(self.writable)}.",
             f"Models: {_models_in_words(self.models)}.",
             "Limits: " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()) + ".",

@@ -224,7 +224,12 @@ def rotate(
     whitelist_threshold: Annotated[int | None, typer.Option(min=1, help="The new one.")] = None,
     days: Annotated[int, typer.Option(min=1, max=3660, help="How long the root holds.")] = 365,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Drop the root that waits, with its signatures.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Drop the root that waits. The new one has its number: only if no copy of the old "
+            "one is complete, or can become so, anywhere.",
+        ),
     ] = False,
     folder: FolderOption = HERE,
     key: SigningKeysOption = None,
@@ -242,8 +247,8 @@ def rotate(
     trust = open_folder(folder)
     if trust.pending_root() is not None and not replace:
         raise TrustFolderError(
-            f"a root waits for signatures in {folder} already; have it signed, or drop it with "
-            "--replace"
+            f"a root waits for signatures in {folder} already; have it signed, or, if no copy of "
+            "it can become complete elsewhere, drop it with --replace"
         )
     new = [read_holder(Path(one)) for one in add or ()]
     document = rotated(

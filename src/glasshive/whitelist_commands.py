@@ -142,18 +142,26 @@ def bump(
     ] = None,
     remove_model: Annotated[ListOption, typer.Option(help="By name or manifest id.")] = None,
     every_model: Annotated[bool, typer.Option("--every-model", help="Allow each model.")] = False,
-    add_read: Annotated[ListOption, typer.Option(help="A pattern of modules to read.")] = None,
+    add_read: Annotated[
+        ListOption, typer.Option(help="A pattern of modules to read, call, take weights of.")
+    ] = None,
     remove_read: Annotated[ListOption, typer.Option(help="Such a pattern.")] = None,
     add_write: Annotated[ListOption, typer.Option(help="A pattern of modules to write.")] = None,
     remove_write: Annotated[ListOption, typer.Option(help="Such a pattern.")] = None,
     limit: Annotated[ListOption, typer.Option(help="NAME=NUMBER, such as seconds=60.")] = None,
     revoke_host: Annotated[
-        ListOption, typer.Option(help="A peer id that hosts and clients leave out.")
+        ListOption,
+        typer.Option(
+            help="A peer id: other hosts refuse traces through it, clients with the root avoid it."
+        ),
     ] = None,
-    revoke_client: Annotated[ListOption, typer.Option(help="A peer id: no client now.")] = None,
+    revoke_client: Annotated[
+        ListOption, typer.Option(help="A peer id: hosts with the root refuse its traces.")
+    ] = None,
     restore: Annotated[ListOption, typer.Option(help="A peer id that was revoked.")] = None,
     revoke_version: Annotated[
-        list[int] | None, typer.Option(min=1, help="A whitelist's version.")
+        list[int] | None,
+        typer.Option(min=1, help="A higher version, never to be taken, even if it is signed."),
     ] = None,
     min_protocol: Annotated[int | None, typer.Option(min=1, help="Of hosts.")] = None,
     days: Annotated[
@@ -208,7 +216,7 @@ def publish(
         ),
     ] = False,
 ) -> None:
-    """Bring roots and the newest whitelist to this machine's hosts and the bootstrap peers.
+    """Bring roots and the newest whitelist to your hosts on this machine and the bootstrap peers.
 
     From them every host of the swarm has it, without a restart.
     """
@@ -233,12 +241,13 @@ def publish(
     settings = load_settings(trust.hive, swarm=trust.swarm)
     store = store_of(trust.swarm, roots[0].document)
     store.accept([one.document for one in roots[1:]], whitelist, after=roots[0].version)
+    whose = "your hosts and bootstrap peers on this machine (same user, same GLASSHIVE_DATA)"
     say(
-        f"hosts and bootstrap peers of this machine take up root {store.root.version} and "
-        f"whitelist {store.highest_version} within seconds"
+        f"{whose} take up root {store.root.version} and whitelist {store.highest_version} within "
+        "seconds"
         if store.whitelist is not None
-        else f"hosts and bootstrap peers of this machine take up root {store.root.version} within "
-        "seconds, and have no whitelist under it: they are at the floor"
+        else f"{whose} take up root {store.root.version} within seconds, and have no whitelist "
+        "under it: they are at the floor"
     )
     if not only_here:
         _tell(settings, store)

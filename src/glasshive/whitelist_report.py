@@ -113,7 +113,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     if report["ops_of_other_releases"]:
         others = ", ".join(report["ops_of_other_releases"])
         line(f"Allowed, and not in this release: {escape(others)}.")
-    line(f"\nmodules that may be read:    {escape(_modules(report['read']))}")
+    line(
+        "\nmodules that may be read and called, and whose weights may be fetched: "
+        f"{escape(_modules(report['read']))}"
+    )
     line(f"modules that may be written: {escape(_modules(report['write']))}")
     models = report["models"]
     if models == "*":
@@ -130,7 +133,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         line(f"revoked {what}: {', '.join(map(str, names)) or 'none'}")
     floor = Policy.floor()
     line(
-        f"\nWhen it ends, hosts fall to the floor: {', '.join(sorted(floor.ops))}; reads only; "
+        f"\nWhen it ends, hosts fall to the floor: {', '.join(sorted(floor.ops))}; reads, calls "
+        "and weights, no writes; "
         f"{floor.limits.nodes} nodes, {floor.limits.seconds} seconds."
     )
 

@@ -340,7 +340,7 @@ def test_description_says_all_that_can_and_cannot_run() -> None:
     (cannot,) = [line for line in lines if line.startswith("Others can't run")]
     told = set(cannot.partition(": ")[2].partition(";")[0].rstrip(".").split(", "))
     assert told == OPS.keys() - WHITELIST.ops.keys()
-    assert "Others can read every module." in text
+    assert "Others can read, call and fetch the weights of every module." in text
     assert "Others can write model.layers.*.mlp, model.layers.*.self_attn.**." in text
     assert "tiny (abababababababab...)" in text
     assert all(f"{name} {value:,}" in text for name, value in limits_by_name(LIMITS).items())
