@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ from glasshive.trust_words import confirm, say, say_made, say_root_done, say_ter
 
 if TYPE_CHECKING:
     from glasshive.new_swarm import NewKey
+    from glasshive.security.signing_keys import SigningKey
     from glasshive.trust_files import Holder
     from glasshive.trust_folder import TrustFolder
 
@@ -48,6 +49,8 @@ FilesArgument = Annotated[
     list[Path] | None, typer.Argument(help="Files that other signers sent you.")
 ]
 HERE: Final = Path()
+
+_T = TypeVar("_T")
 
 
 @app.command()
@@ -185,27 +188,22 @@ def sign(
 ) -> None:
     """Sign the root that waits; with files of other signers, take up their signatures first."""
     set_up_logging("pretty")
-    from glasshive.passphrases import load_signing_key
     from glasshive.security.trust_root import MAX_DOCUMENT_BYTES, root_terms
     from glasshive.trust_files import read_bounded
-    from glasshive.trust_folder import SigningRefused
 
-    if not files and key is None:
-        raise typer.BadParameter("name your key with --key, or files that others signed")
     trust = open_folder(folder)
-    for one in files or ():
-        trust.take_root(read_bounded(one, MAX_DOCUMENT_BYTES))
-        if trust.pending_root() is None:
-            break  # that was enough
-    document = trust.pending_root()
-    if key is not None and (document is not None or not files):
-        if document is None:
-            raise SigningRefused(
-                f"no root waits for signatures in {folder}; `glasshive swarm rotate` makes the next"
-            )
-        say_terms(trust, root_terms(document), "waits for signatures")
-        confirm(yes)
-        trust.sign_root(load_signing_key(key, passphrase_file), document)
+    take_and_sign(
+        files or (),
+        key,
+        passphrase_file,
+        yes,
+        take=lambda one: trust.take_root(read_bounded(one, MAX_DOCUMENT_BYTES)),
+        waiting=trust.pending_root,
+        none_waits=f"no root waits for signatures in {folder}; `glasshive swarm rotate` makes the "
+        "next",
+        show=lambda document: say_terms(trust, root_terms(document), "waits for signatures"),
+        sign=trust.sign_root,
+    )
     say_root_done(trust)
 
 
@@ -281,6 +279,42 @@ def open_folder(place: Path) -> TrustFolder:
     from glasshive.trust_folder import TrustFolder
 
     return TrustFolder(place, time.time)
+
+
+def take_and_sign(
+    files: Sequence[Path],
+    key: Path | None,
+    passphrase_file: Path | None,
+    yes: bool,
+    *,
+    take: Callable[[Path], object],
+    waiting: Callable[[], _T | None],
+    none_waits: str,
+    show: Callable[[_T], None],
+    sign: Callable[[SigningKey, _T], object],
+) -> None:
+    """Take up the signatures in `files`; then show what waits, and sign it if there is a key.
+
+    What the files complete is not signed once more. Raises SigningRefused with `none_waits` if
+    there is nothing to sign and no file, and what the five callables raise.
+    """
+    from glasshive.passphrases import load_signing_key
+    from glasshive.trust_folder import SigningRefused
+
+    if not files and key is None:
+        raise typer.BadParameter("name your key with --key, or files that others signed")
+    for one in files:
+        take(one)
+        if waiting() is None:
+            break  # that was enough
+    found = waiting()
+    if key is None or (found is None and files):
+        return
+    if found is None:
+        raise SigningRefused(none_waits)
+    show(found)
+    confirm(yes)
+    sign(load_signing_key(key, passphrase_file), found)
 
 
 def _check_swarm(name: str) -> None:

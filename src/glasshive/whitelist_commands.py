@@ -18,9 +18,10 @@ from glasshive.swarm_commands import (
     SigningKeyOption,
     YesOption,
     open_folder,
+    take_and_sign,
 )
 from glasshive.terminal import set_up_logging
-from glasshive.trust_words import confirm, moment, say, say_publish, say_waiting
+from glasshive.trust_words import moment, say, say_publish, say_waiting
 
 if TYPE_CHECKING:
     from glasshive.security.trust_store import TrustStore
@@ -103,32 +104,30 @@ def sign(
 ) -> None:
     """Sign the whitelist that waits; files of other signers add their signatures first."""
     set_up_logging("pretty")
-    from glasshive.passphrases import load_signing_key
     from glasshive.trust_files import read_whitelist_file
-    from glasshive.trust_folder import SigningRefused
 
-    if not files and key is None:
-        raise typer.BadParameter("name your key with --key, or files that others signed")
     trust = open_folder(folder)
     before = trust.newest_whitelist()
-    for one in files or ():
-        trust.take_whitelist(read_whitelist_file(one))
-        if trust.pending_whitelist() is None:
-            break  # that was enough
-    file = trust.pending_whitelist()
-    if key is not None and (file is not None or not files):
-        if file is None:
-            raise SigningRefused(
-                f"no whitelist waits for signatures in {folder}; `glasshive whitelist bump` makes "
-                "the next one, and a file that you were sent is named before --key"
-            )
+
+    def show_what_changes(file: WhitelistFile) -> None:
         trust.root()  # nothing is asked of the signer if nothing can be signed yet
         _show(trust, file)
         if before is not None:
             say(f"\nagainst whitelist {before.whitelist.version}:")
             _print_diff(before.whitelist, file.whitelist)
-        confirm(yes)
-        trust.sign_whitelist(load_signing_key(key, passphrase_file), file)
+
+    take_and_sign(
+        files or (),
+        key,
+        passphrase_file,
+        yes,
+        take=lambda one: trust.take_whitelist(read_whitelist_file(one)),
+        waiting=trust.pending_whitelist,
+        none_waits=f"no whitelist waits for signatures in {folder}; `glasshive whitelist bump` "
+        "makes the next one, and a file that you were sent is named before --key",
+        show=show_what_changes,
+        sign=trust.sign_whitelist,
+    )
     _say_done(trust)
 
 
