@@ -54,6 +54,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.graph.graph import Save
 from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
 from glasshive.graph.plan import Part, Plan
@@ -154,11 +155,6 @@ class Job:
             raise
         finally:
             await asyncio.gather(*(one.stream.close() for one in streams), return_exceptions=True)
-        missing = sorted(set(self.expected) - set(self.saves))
-        if missing:
-            self.state = "failed"
-            last = self.hops[-1].peer.peer_id
-            raise BadAnswer(f"the peers said they were done, but {missing} never came", peer=last)
         self.state = "done"
         return self.saves
 
@@ -232,10 +228,14 @@ class Job:
                 await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
         await stream.stream.send(encode(Run()), b"", self.silence_seconds)
         hop.state = "running"
+        # No peer answers for another: a save comes from whoever runs it.
+        own = {node.name for node in hop.part.graph.nodes.values() if isinstance(node, Save)}
         while True:
             frame = await stream.receive()
             message = decode(frame.header, Saved, Done)
             if isinstance(message, Done):
+                if missing := sorted(own - self.saves.keys()):
+                    raise MalformedMessage(f"said that it is done, but {missing!s:.200} never came")
                 hop.state = "done"
                 hop.compute_seconds = message.compute_seconds
                 hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
@@ -243,11 +243,11 @@ class Job:
                 await stream.stream.close()
                 return
             spec = spec_of(message.dtype, message.shape)
-            wanted = self.expected.get(message.name)
+            wanted = self.expected[message.name] if message.name in own else None
             if wanted is None or message.name in self.saves or spec != wanted:
                 raise MalformedMessage(
                     f"sent {message.name[:40]!r} as {spec}; "
-                    f"{wanted or 'nothing of that name'} is expected"
+                    f"{wanted or 'nothing of that name'} is expected of it"
                 )
             data = await receive_tensor(stream, frame, spec, self.silence_seconds)
             self.saves[message.name] = tensor_from_bytes(spec, data)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from glasshive.client.errors import NoRoute, PeerError, PeerFailed, TraceTimeout
+from glasshive.client.errors import NoRoute, PeerBusy, PeerError, PeerFailed, TraceTimeout
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.progress import JobDisplay
@@ -73,7 +73,8 @@ class ModelRunner:
                 raise
             except PeerError as error:
                 avoid.add(error.peer)
-                self._remember_lost(error.peer, route)
+                if not isinstance(error, PeerBusy):  # which is there, and free again soon
+                    self._remember_lost(error.peer, route)
                 if attempt == options.retries or time.monotonic() > ends_at:
                     raise
                 try:

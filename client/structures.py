@@ -111,6 +111,37 @@ class NamedValues(dict[str, Any]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
+    def __ior__(self, other: Any) -> NamedValues:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As of any dictionary; refused in a trace, as is all that changes it."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def __delitem__(self, key: str) -> None:
+        if active_recorder() is not None:
+            _refuse_item(self.__dict__["_name"], key)
+        super().__delitem__(key)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Likewise."""
+        if active_recorder() is not None:
+            _refuse_item(self.__dict__["_name"], key)
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Likewise."""
+        key = next(reversed(self))
+        return key, self.pop(key)
+
+    def clear(self) -> None:
+        """Likewise."""
+        for key in list(self):
+            del self[key]
+
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 

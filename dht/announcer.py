@@ -110,16 +110,19 @@ class Announcer:
 
     async def _go_on(self) -> None:
         while True:
-            self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._lifetime_seconds / 3):
                     await self._changed.wait()
+            self._changed.clear()  # here: what changes while this is announced is announced next
             try:
                 await self._announce()
                 self.error = None
-            except Exception as error:
-                # Also a bug: a host that is not announced any more is nobody's, and can't tell.
+            except SwarmError as error:
                 logger.warning("announce_failed: %s: %s", type(error).__name__, error)
+                self.error = error
+            except Exception as error:
+                # A bug: a host that is not announced any more is nobody's, and can't tell.
+                logger.exception("announce_failed")
                 self.error = error
 
     async def __aenter__(self) -> Announcer:

@@ -515,6 +515,8 @@ class HivemindTransport:
         error = self._end_error()
         if error is not None:
             raise error
+        if self._p2p is None:
+            raise TransportLost("the network daemon is being started again; try again in a moment")
 
     def _dht_node(self) -> Any:
         self._check_alive()
@@ -544,8 +546,8 @@ def check_loopback(address: str) -> None:
         loopback = False
     if not loopback:
         raise ListenRefused(
-            f"can't listen at {address}: peers can't check yet who may run what on them (signed "
-            'whitelists, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
+            f"can't listen at {address}: peers can't check yet who asks (membership and signed "
+            'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
             "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from glasshive.graph.budget import Cost, SpecArg, Surroundings
 from glasshive.graph.dtypes import DType
@@ -33,11 +34,16 @@ class Calls:
     def __init__(self, twin: nn.Module, outline: Outline) -> None:
         self._modules = dict(twin.named_modules())
         self._outline = outline
-        self._known: dict[tuple[str, tuple[TensorSpec, ...]], TensorSpec] = {}
+        self._known: dict[tuple[str, tuple[TensorSpec, ...]], tuple[TensorSpec, int]] = {}
 
     def spec(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
-        """The spec of `module(*args)`.
+        """The spec of `module(*args)`. Raises what `run` raises."""
+        return self.run(path, args)[0]
 
+    def run(self, path: str, args: tuple[TensorSpec, ...]) -> tuple[TensorSpec, int]:
+        """The spec of `module(*args)`, and the bytes of all that is made on the way to it.
+
+        Nothing is freed in that count, so it is at least what the call takes at its worst moment.
         Raises UnknownModule, NotASite for a module that holds blocks or gives no single tensor, and
         ShapeMismatch if the module refuses the arguments, naming what to convert or what it lacks.
         """
@@ -56,7 +62,7 @@ class Calls:
         rows = result.numel // max(result.shape[-1], 1) if result.shape else 1
         return 2 * max(weights, 1) * max(rows, 1)
 
-    def _run(self, path: str, args: tuple[TensorSpec, ...]) -> TensorSpec:
+    def _run(self, path: str, args: tuple[TensorSpec, ...]) -> tuple[TensorSpec, int]:
         module = self._modules.get(path)
         if module is None:
             raise UnknownModule(f"the model has no module {path!r:.120}")
@@ -70,6 +76,7 @@ class Calls:
             for spec in args
         ]
         call = f"{path}({', '.join(map(str, args))})"
+        watch = _Watch()
         names = tuple(inspect.signature(module.forward).parameters)
         wanted = self._wanted(path, names, args)
         others = [(a.dtype, b) for a, b in zip(args, wanted, strict=True) if a.dtype != b]
@@ -82,7 +89,7 @@ class Calls:
                 raise ShapeMismatch(f"{call} is refused: it takes no {got.value}{convert}")
         try:
             inspect.signature(module.forward).bind(*tensors)
-            with torch.no_grad(), _RealDtypes():  # type: ignore[no-untyped-call]
+            with torch.no_grad(), watch:
                 result = module(*tensors)
         except _MixedDtypes as error:
             raise ShapeMismatch(f"{call} is refused: {error}{convert}") from None
@@ -108,7 +115,7 @@ class Calls:
                 f"{path}(...) gives back its argument's own memory (it does nothing here, as a "
                 "dropout in evaluation mode); use the value itself"
             )
-        return spec_of(result)
+        return spec_of(result), watch.made_bytes
 
     def _wanted(
         self, path: str, names: tuple[str, ...], args: tuple[TensorSpec, ...]
@@ -147,8 +154,15 @@ class _MixedDtypes(Exception):
     """Tensors of two dtypes, where torch takes one."""
 
 
-class _RealDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses on the meta device what torch refuses of real tensors' dtypes only."""
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses on the meta device what torch refuses of real tensors' dtypes only.
+
+    Adds up the bytes of every tensor that an op makes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made_bytes = 0
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
@@ -157,7 +171,18 @@ class _RealDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ONE_DTYPE:
             names = (argument.name for argument in func._schema.arguments)
             _check_dtypes(name, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        taken = _tensors((args, kwargs))
+        self.made_bytes += sum(
+            made.untyped_storage().nbytes()
+            for made in _tensors(result)
+            if not any(_shares(made, one) for one in taken)
+        )
+        return result
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
 
 
 def _check_dtypes(name: str, bound: dict[str, Any]) -> None:
@@ -199,9 +224,9 @@ def surroundings(outline: Outline, calls: Calls, passes: Passes) -> Surroundings
         tensors = tuple(arg for arg in args if isinstance(arg, TensorSpec))
         if len(tensors) != len(args):
             raise BadGraph(f"{node.module}(...) takes tensors only")
-        spec = calls.spec(node.module, tensors)
+        spec, made_bytes = calls.run(node.module, tensors)
         copies_bytes = sum(tensor.nbytes for tensor in tensors)
-        workspace_bytes = spec.nbytes + copies_bytes
+        workspace_bytes = made_bytes + copies_bytes
         return spec, Cost(0, workspace_bytes, calls.flops(node.module, spec), spec.dtype)
 
     def param(node: Param) -> TensorSpec:

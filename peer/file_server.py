@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, final
@@ -19,6 +20,8 @@ from glasshive.dht.framing import Stream
 from glasshive.dht.messages import SLICE_BYTES, AskFile, File, More, decode, encode
 from glasshive.peer.errors import Busy
 from glasshive.security.manifest import CLIENT_FILES, MANIFEST, Manifest
+
+log = logging.getLogger(__name__)
 
 MAX_ANSWERS: Final = 8
 ANSWER_SECONDS: Final = 300.0
@@ -99,6 +102,10 @@ class FileServer:
         known = self._manifest.file(ask.name)
         if known is None or known.name not in CLIENT_FILES:
             return None
-        with (self._folder / known.name).open("rb") as file:
-            data = file.read(known.size_bytes + 1)  # it may have grown since
+        try:
+            with (self._folder / known.name).open("rb") as file:
+                data = file.read(known.size_bytes + 1)  # it may have grown since
+        except OSError as error:
+            log.warning("file_not_read", extra={"file": known.name, "error": str(error)})
+            return None
         return data if hashlib.sha256(data).digest() == known.sha256 else None

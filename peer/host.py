@@ -22,7 +22,13 @@ from typing import Final, TypeVar
 
 from torch import Tensor
 
-from glasshive.dht.errors import MalformedMessage, StreamClosed, SwarmError, TransportError
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    MalformedMessage,
+    StreamClosed,
+    SwarmError,
+    TransportError,
+)
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     ALIVE_SECONDS,
@@ -195,8 +201,8 @@ class Host:
                     "seconds": round(self._clock() - began, 4),
                 },
             )
-        except StreamClosed:
-            log.info("client_left", extra={"client": client.peer_id})
+        except StreamClosed as error:
+            log.info("client_left", extra={"client": client.peer_id, "why": str(error)})
         except GlasshiveError as error:
             await self._fail(client, error)
         except Exception:
@@ -449,7 +455,8 @@ async def _heard(client: ClientStream) -> AsyncIterator[None]:
     async def tell() -> None:
         while True:
             await asyncio.sleep(ALIVE_SECONDS)
-            await client.send(encode(Alive()))
+            with contextlib.suppress(DeadlineExceeded):  # a save goes on at a client that slept
+                await client.send(encode(Alive()))
 
     telling = asyncio.create_task(tell())
     # A client that left: whoever else uses the stream is told.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle  # noqa: TID251  (the results of users)
 import traceback
 from typing import Any
@@ -76,6 +77,12 @@ def set_item(tree: Any, key: Any) -> None:
         (lambda m: set_item(m.output, 0), "the whole model's output[0] cannot be assigned"),
         (lambda m: setattr(m.output, "logits", 1), "edit it in place (the whole model's output['"),
         (lambda m: m.output.update(logits=1), "cannot be assigned by itself"),
+        (lambda m: operator.ior(m.output, {"logits": 1}), "cannot be assigned by itself"),
+        (lambda m: m.output.setdefault("new", 1), "cannot be assigned by itself"),
+        (lambda m: m.output.pop("logits"), "cannot be assigned by itself"),
+        (lambda m: m.output.popitem(), "cannot be assigned by itself"),
+        (lambda m: m.output.clear(), "cannot be assigned by itself"),
+        (lambda m: operator.delitem(m.output, "logits"), "cannot be assigned by itself"),
         (
             lambda m: set_item(m.model.layers[2].self_attn.output, 0),
             "model.layers.2.self_attn.output[0] cannot be assigned by itself; edit it in place",

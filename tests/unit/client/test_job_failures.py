@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import pytest
 
@@ -36,7 +36,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
-from glasshive.graph.graph import Graph
+from glasshive.graph.graph import Graph, NodeId, Ref, Save
 from glasshive.graph.order import Passes
 from glasshive.graph.plan import HIDDEN, Part, Plan, Span, Stage
 from glasshive.graph.tensors import TensorSpec
@@ -101,6 +101,12 @@ def job_of(
     )
 
 
+def part_of(index: int, saved: Iterable[str]) -> Part:
+    """A part that saves values of these names, in no stage."""
+    nodes = {NodeId(i): Save(Ref(NodeId(0)), name) for i, name in enumerate(saved, 1)}
+    return Part(index, Span(2 * index, 2 * index + 2), Graph(nodes), (), {})
+
+
 async def ran(
     peer: Callable[[Stream], Awaitable[None]],
     *,
@@ -108,14 +114,14 @@ async def ran(
     deadline_seconds: float,
     expected: Mapping[str, TensorSpec] | None = None,
 ) -> Job:
-    """A job of one part without nodes, on a peer that behaves so."""
+    """A job of one part, whose saves are those expected, on a peer that behaves so."""
     network = MemoryNetwork()
     home, client = network.transport(Identity.generate()), network.transport(Identity.generate())
     await home.serve(TRACE_PROTOCOL, peer)
     job = job_of(
         client,
         [PeerAddress(home.peer_id, home.addresses)],
-        (Part(0, Span(0, 2), Graph({}), (), {}),),
+        (part_of(0, expected or {}),),
         silence_seconds=silence_seconds,
         deadline_seconds=deadline_seconds,
         expected=expected,
@@ -215,6 +221,63 @@ async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) 
         assert isinstance(caught.value, PeerLost if code == "NeighbourLost" else BadAnswer)
     for transport in (client, first, second):
         await transport.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("last", [False, True])
+async def test_no_peer_answers_for_another(last: bool) -> None:
+    """Whoever sends another's save is to blame, whether or not that one sends its own."""
+    network = MemoryNetwork()
+    liar, honest, client = (network.transport(Identity.generate()) for _ in range(3))
+    hers = asyncio.Event()
+
+    async def lies(stream: Stream) -> None:
+        await prepared(stream)
+        if last:
+            await hers.wait()
+        await stream.send(encode(Saved("hers", "int8", [2])), bytes([6, 6]))
+        await asyncio.Event().wait()
+
+    async def answers(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Saved("hers", "int8", [2])), bytes([1, 2]))
+        await stream.send(encode(Done(1.0, [])))
+        hers.set()
+
+    await liar.serve(TRACE_PROTOCOL, lies)
+    await honest.serve(TRACE_PROTOCOL, answers)
+    job = job_of(
+        client,
+        [PeerAddress(one.peer_id, one.addresses) for one in (liar, honest)],
+        (part_of(0, ["his"]), part_of(1, ["hers"])),
+        silence_seconds=5,
+        deadline_seconds=30,
+        expected=dict.fromkeys(("his", "hers"), TensorSpec(DType.INT8, (2,))),
+    )
+    with pytest.raises(
+        BadAnswer, match=r"blocks 0:2\): sent 'hers' as int8\[2\]; nothing"
+    ) as caught:
+        await job.run()
+    assert caught.value.peer == liar.peer_id
+    assert "his" not in job.saves
+    assert job.saves.get("hers") is None or job.saves["hers"].tolist() == [1, 2]
+    for transport in (client, liar, honest):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
+    async def forgets(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Done(1.0, [])))
+
+    with pytest.raises(BadAnswer, match=r"said that it is done, but \['s'\] never came"):
+        await ran(
+            forgets,
+            silence_seconds=5,
+            deadline_seconds=30,
+            expected={"s": TensorSpec(DType.INT8, (2,))},
+        )
 
 
 @pytest.mark.asyncio

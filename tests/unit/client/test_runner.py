@@ -8,7 +8,7 @@ import pytest
 
 from glasshive.client import runner
 from glasshive.client import swarm as client_swarm
-from glasshive.client.errors import PeerLost, TraceTimeout
+from glasshive.client.errors import PeerBusy, PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
@@ -107,3 +107,19 @@ def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
     )
     with pytest.raises(DeadlineExceeded):  # a directory that is slow by itself
         model.run(Experiment(), TraceOptions(deadline_seconds=60.0))
+
+
+def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    swarm = Swarm()
+    swarm.known = swarm.known[:1]
+    model: Any = ModelRunner(swarm, "ab" * 32, "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+
+    def busy(experiment: object, options: object, route: Route, *rest: object) -> None:
+        raise PeerBusy("16 traces are running here", peer=route.records[0].peer_id)
+
+    monkeypatch.setattr(model, "_run_once", busy)
+    for _ in range(2):
+        with pytest.raises(PeerBusy):
+            model.run(Experiment(), TraceOptions(retries=0))
+        assert model._lost == {}

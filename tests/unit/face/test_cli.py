@@ -130,8 +130,8 @@ def test_wrong_usage_exits_with_2(
         ),
         (
             ("serve", "m", "--blocks", "0:1", "--listen", "/ip4/0.0.0.0/tcp/0"),
-            "error: can't listen at /ip4/0.0.0.0/tcp/0: peers can't check yet who may run what on "
-            'them (signed whitelists, "Trust" in docs/roadmap.md), so a host listens to this '
+            "error: can't listen at /ip4/0.0.0.0/tcp/0: peers can't check yet who asks (membership "
+            'and signed requests, "Trust" in docs/roadmap.md), so a host listens to this '
             "machine only; use /ip4/127.0.0.1/tcp/0, and let other machines in by "
             "`ssh -L PORT:127.0.0.1:PORT`",
         ),

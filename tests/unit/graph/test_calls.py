@@ -147,3 +147,24 @@ def test_what_cannot_be_called_at_all() -> None:
         calls.spec("transformer.h.0.attn", (hidden,))
     with pytest.raises(NotASite, match="gives back its argument's own memory"):
         calls.spec("transformer.drop", (hidden,))
+
+
+def test_all_that_a_call_makes_is_counted(both: Both, dtype: torch.dtype) -> None:
+    """At least what its own modules give on real tensors, and no more than a few times that."""
+    found = 0
+    value = torch.randn(2, 5, 32).to(dtype)
+    for path in (one for one, _ in both.real.named_modules() if one.endswith("mlp")):
+        inside_bytes: list[int] = []
+        hooks = [
+            one.register_forward_hook(lambda m, i, out, to=inside_bytes: to.append(out.nbytes))
+            for one in both.real.get_submodule(path).modules()
+        ]
+        result = both.real.get_submodule(path)(value)
+        for hook in hooks:
+            hook.remove()
+        _, made_bytes = both.calls.run(path, (spec_of(value),))
+        least_bytes = sum(inside_bytes) - result.nbytes  # the last module's is the mlp's own
+        assert least_bytes <= made_bytes <= 6 * least_bytes
+        assert made_bytes > 3 * result.nbytes
+        found += 1
+    assert found == 2

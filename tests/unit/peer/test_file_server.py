@@ -130,3 +130,11 @@ async def test_a_file_that_has_changed_is_refused(
     async with Peers(tmp_path, manifest) as peers:
         with pytest.raises(StreamRefused, match="no such file"):
             await taken(await peers.asked("config.json"))
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_is_gone_is_refused(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "config.json").unlink()
+    async with Peers(tmp_path, manifest) as peers:
+        with pytest.raises(StreamRefused, match="no such file of this model"):
+            await taken(await peers.asked("config.json"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from glasshive.dht.errors import DeadlineExceeded
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
     SILENCE_SECONDS,
@@ -33,6 +34,7 @@ from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
+from glasshive.peer import host as host_module
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
@@ -93,6 +95,24 @@ async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
     host.close()
     for transport in (alice, bob, home):
         await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_one_late_word_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "ALIVE_SECONDS", 0.001)
+    heard: asyncio.Queue[object] = asyncio.Queue()
+
+    class Client:
+        tries = 0
+
+        async def send(self, header: object) -> None:
+            self.tries += 1
+            if self.tries == 1:
+                raise DeadlineExceeded("a slice of a save held the stream for long")
+            heard.put_nowait(header)
+
+    async with host_module._heard(cast(Any, Client())):
+        assert await asyncio.wait_for(heard.get(), 5) == encode(Alive())
 
 
 @pytest.mark.asyncio
