@@ -29,6 +29,14 @@ def find_device(wanted: torch.device | str) -> torch.device:
     return device
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when `device` has done all that it was given: it computes behind the caller's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def _count(kind: str) -> int:
     """How many devices of that kind torch has here that models can run on."""
     if kind == "cuda":

@@ -48,6 +48,7 @@ from glasshive.graph.outline import Leaf, Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.run import Interpreter
 from glasshive.graph.twin import leaf_of, with_leaf
+from glasshive.peer.device import wait_for
 from glasshive.peer.errors import TraceEnded
 from glasshive.peer.memory_order import copy_in_order
 from glasshive.peer.span_model import SpanModel, StopForward
@@ -68,6 +69,15 @@ class PassInputs:
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+
+    def on(self, device: torch.device) -> PassInputs:
+        """The same on `device`."""
+        return PassInputs(
+            *(
+                None if one is None else one.to(device)
+                for one in (self.input_ids, self.attention_mask, self.position_ids)
+            )
+        )
 
 
 class Outbox(Protocol):
@@ -156,16 +166,22 @@ class Executor:
         self._cancelled = True
 
     def put(self, value: NodeId, tensor: Tensor) -> None:
-        """Give in a value that another peer computed."""
+        """Give in a value that another peer computed, from any device."""
         self._values.put(value, tensor.to(self._model.device))
 
     def run(self, stage: Stage, inputs: PassInputs, hidden: Tensor | None) -> None:
-        """Run one stage. `hidden` is `[batch, seq, hidden]` where the stage imports it.
+        """Run one stage and wait until the device has done it.
+
+        `inputs` and `hidden`, which is `[batch, seq, hidden]` where the stage imports it, may be on
+        any device.
 
         Raises GraphError naming the node that failed, or before which the stage had to end.
         """
         self._ends_at = self._clock() + self._stage_seconds
         self._go_on()
+        device = self._model.device
+        inputs = inputs.on(device)
+        hidden = None if hidden is None else hidden.to(device)
         with torch.no_grad():
             for value, invoke in stage.from_hidden:
                 if hidden is None:
@@ -177,6 +193,7 @@ class Executor:
             self._export(stage, buckets, None)
             if stage.forward:
                 self._forward(stage, buckets, inputs, hidden)
+        wait_for(device)  # so that what a stage takes is seen, and late work is overdue
 
     def _buckets(self, stage: Stage) -> dict[int, Bucket]:
         when: dict[NodeId, int] = {}

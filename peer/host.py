@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
+import torch
 from torch import Tensor
 
 from glasshive.dht.errors import (
@@ -85,9 +86,16 @@ MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
 
 
-def _digest(spec: TensorSpec, data: bytearray, go_on: Callable[[], None]) -> bytes:
+def _constant(
+    spec: TensorSpec, data: bytearray, name: bytes, device: torch.device, go_on: Callable[[], None]
+) -> Tensor:
+    """The tensor of those bytes on `device`; raises BadGraph unless `name` is their digest."""
     go_on()
-    return digest(spec, data)
+    if digest(spec, data) != name:
+        raise BadGraph("a constant whose bytes do not have the announced hash")
+    tensor = tensor_from_bytes(spec, data)
+    # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
+    return tensor if tensor.dim() == 0 else tensor.to(device)
 
 
 class Host:
@@ -350,11 +358,7 @@ class Host:
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
             data = await receive_tensor(client, frame, spec, patience_seconds)
-            if await self._check(partial(_digest, spec, data)) != name:
-                raise BadGraph("a constant whose bytes do not have the announced hash")
-            tensor = tensor_from_bytes(spec, data)
-            # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
-            held[name] = tensor if tensor.dim() == 0 else tensor.to(self._model.device)
+            held[name] = await self._check(partial(_constant, spec, data, name, self._model.device))
             self._consts.put(client.peer_id, name, held[name])
         return held
 
@@ -393,8 +397,7 @@ class Host:
                 ((positions < 0) | (positions >= positions.shape[1])).any()
             ):
                 raise WrongInput("a position id outside its row")
-            device = self._model.device
-            trace.inputs[index] = PassInputs(**{k: v.to(device) for k, v in named.items()})
+            trace.inputs[index] = PassInputs(**named)
 
     async def _run(self, client: ClientStream, trace: HostedTrace) -> Done:
         run = asyncio.create_task(trace.run())

@@ -3,7 +3,8 @@
 The loop's side of a trace. It parks what other peers send, hands each stage to the torch thread
 when everything that the stage imports has arrived, and sends on what the stage makes: saves to the
 client, values to the peers of the plan. The torch thread never waits on a socket: what it makes
-goes into queues that hold no more than the bytes that were admitted.
+goes into queues that hold no more than the bytes that were admitted. Whatever copies a tensor to or from
+the device runs on it too: a copy waits for all that the device was given, and the loop must not.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ class _Traffic:
 class _Outgoing:
     """Something for a peer of the plan: a value, or the hidden states of a pass."""
 
-    value: NodeId
-    pass_index: int
-    tensor: Tensor
+    message: Value
+    data: memoryview
 
 
 @dataclass
@@ -102,7 +102,7 @@ class HostedTrace:
         self._arrived: dict[tuple[NodeId, int | None], asyncio.Future[Tensor]] = {
             key: self._loop.create_future() for key in self._expected
         }
-        self._saves: asyncio.Queue[tuple[str, Tensor] | None] = asyncio.Queue()
+        self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
         receivers = {to for stage in self.part.stages for _, to in stage.exports}
         self._outgoing: dict[int, asyncio.Queue[_Outgoing | None]] = {
             to: asyncio.Queue() for to in sorted(receivers)
@@ -207,19 +207,22 @@ class HostedTrace:
 
     async def _run_stage(self, stage: Stage) -> None:
         hidden: Tensor | None = None
+        carried: dict[NodeId, Tensor] = {}
         for value, _ in stage.imports:
             key = (value, stage.pass_index if value == HIDDEN else None)
             tensor = await self._soon(self._arrived[key])
             del self._arrived[key]
             if value == HIDDEN:
-                hidden = tensor.to(self.model.device)
+                hidden = tensor
             else:
-                self._executor.put(value, tensor)
+                carried[value] = tensor
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
             began = time.perf_counter()
             try:
+                while carried:
+                    self._executor.put(*carried.popitem())
                 self._executor.run(stage, inputs, hidden)
             finally:
                 self.compute_seconds += time.perf_counter() - began
@@ -240,11 +243,17 @@ class HostedTrace:
 
     def saved(self, name: str, value: Tensor) -> None:
         """A value for the client (Outbox)."""
-        self._loop.call_soon_threadsafe(self._saves.put_nowait, (name, value))
+        spec = spec_of_tensor(value)
+        item = (Saved(name, spec.dtype.value, list(spec.shape)), tensor_to_bytes(value))
+        self._loop.call_soon_threadsafe(self._saves.put_nowait, item)
 
     def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
         """A value for another peer of the plan (Outbox)."""
-        out = _Outgoing(value, stage.pass_index, tensor)
+        spec = spec_of_tensor(tensor)
+        order = memory_order(tensor)
+        shape = list(spec.shape)
+        message = Value(value, stage.pass_index, spec.dtype.value, shape, list(order))
+        out = _Outgoing(message, tensor_to_bytes(tensor.permute(order)))
         self._loop.call_soon_threadsafe(self._outgoing[receiver].put_nowait, out)
 
     def _lost(self, other: int, why: SwarmError) -> HostError:
@@ -257,12 +266,10 @@ class HostedTrace:
 
     async def _send_saves(self) -> None:
         while (item := await self._saves.get()) is not None:
-            name, tensor = item
-            spec = spec_of_tensor(tensor)
-            message = Saved(name, spec.dtype.value, list(spec.shape))
+            message, data = item
             # A frame ends its stream when its deadline passes, and the client is still to be told.
             deadline_seconds = self.left_seconds + TELL_SECONDS
-            await send_tensor(self.client, message, tensor_to_bytes(tensor), deadline_seconds)
+            await send_tensor(self.client, message, data, deadline_seconds)
 
     async def _send_values(self, receiver: int, queue: asyncio.Queue[_Outgoing | None]) -> None:
         stream: Stream | None = None
@@ -286,16 +293,11 @@ class HostedTrace:
                     await stream.close()
 
     async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Traffic) -> None:
-        spec = spec_of_tensor(item.tensor)
-        order = memory_order(item.tensor)
-        shape = list(spec.shape)
-        message = Value(item.value, item.pass_index, spec.dtype.value, shape, list(order))
-        data = tensor_to_bytes(item.tensor.permute(order))
-        await send_tensor(stream, message, data, self.left_seconds)
-        if item.value == HIDDEN:
-            traffic.hidden_bytes += len(data)
+        await send_tensor(stream, item.message, item.data, self.left_seconds)
+        if item.message.value == HIDDEN:
+            traffic.hidden_bytes += len(item.data)
         else:
-            traffic.carried_bytes += len(data)
+            traffic.carried_bytes += len(item.data)
 
 
 def check_peers(part: Part, peers: tuple[PeerAddress, ...]) -> None:

@@ -17,6 +17,7 @@ import torch
 from glasshive.graph.budget import Pace
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import run_op, to_torch_dtype
+from glasshive.peer.device import wait_for
 from glasshive.peer.span_model import SpanModel
 
 _ENOUGH_SECONDS: Final = 0.25
@@ -103,9 +104,6 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     while len(times) < 2 or (len(times) < 5 and sum(times) < _ENOUGH_SECONDS):
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return max(min(times[1:]), 1e-9)
