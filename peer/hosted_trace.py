@@ -3,8 +3,8 @@
 The loop's side of a trace. It parks what other peers send, hands each stage to the torch thread
 when everything that the stage imports has arrived, and sends on what the stage makes: saves to the
 client, values to the peers of the plan. The torch thread never waits on a socket: what it makes
-goes into queues that hold no more than the bytes that were admitted. Whatever copies a tensor to or from
-the device runs on it too: a copy waits for all that the device was given, and the loop must not.
+goes into queues that hold no more than the bytes that were admitted. Whatever copies a tensor to or
+from the device runs on it too: a copy waits for all that the device was given; the loop must not.
 """
 
 from __future__ import annotations
