@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,6 +25,7 @@ from glasshive.security.policy import Policy
 
 _DIRECTORY_SECONDS: Final = 20.0
 _FILES_SECONDS: Final = 120.0
+_CLOSE_SECONDS: Final = 30.0
 
 
 class PolicyKeeper(Protocol):
@@ -34,14 +35,12 @@ class PolicyKeeper(Protocol):
     def policy(self) -> Policy:
         """The policy in force."""
 
-    async def close(self) -> None:
-        """Stop. Never raises."""
-
 
 class Swarm:
     """A swarm as a researcher uses it. A context manager; `close` ends it.
 
-    `transport` and `keeper` live on `loop`; `bootstraps` are peers whose directory is asked.
+    `transport` and `keeper` live on `loop`, where `end` ends them and all that belongs to them (by
+    default the transport alone); `bootstraps` are peers whose directory is asked.
     """
 
     def __init__(
@@ -51,12 +50,14 @@ class Swarm:
         bootstraps: Sequence[PeerAddress],
         cache: Path,
         keeper: PolicyKeeper | None = None,
+        end: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._loop = loop
         self._keeper = keeper
         self._transport = transport
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
+        self._end = end or transport.close
         self._closed = False
 
     def __repr__(self) -> str:
@@ -75,9 +76,7 @@ class Swarm:
         if self._closed:
             return
         self._closed = True
-        if self._keeper is not None:
-            self._loop.run(self._keeper.close(), 15.0)
-        self._loop.run(self._transport.close(), 15.0)
+        self._loop.run(self._end(), _CLOSE_SECONDS)
         self._loop.close()
 
     @property

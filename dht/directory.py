@@ -38,6 +38,7 @@ from glasshive.dht.errors import (
     UnknownModel,
 )
 from glasshive.dht.framing import Stream
+from glasshive.dht.messages import DIRECTORY_PROTOCOL
 from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import (
     MODELS_KEY,
@@ -51,7 +52,6 @@ from glasshive.security.errors import MalformedData, WrongSwarm
 from glasshive.security.plain import decode_plain, encode_plain
 
 __all__ = [
-    "DIRECTORY_PROTOCOL",
     "ask_directory",
     "find_records",
     "resolve",
@@ -60,7 +60,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY_PROTOCOL: Final = "glasshive/directory/1"
 MAX_RECORDS: Final = 4096
 MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 REQUEST_DEADLINE_SECONDS: Final = 10.0

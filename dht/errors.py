@@ -5,6 +5,7 @@ SwarmError
 │   ├── PeerUnreachable         no address of the peer answered
 │   ├── StreamClosed            the other side, or a failing link, ended the stream
 │   │   └── StreamRefused       the other side ended it at once and said why
+│   ├── NotLetIn                the other side is no member that may serve a private swarm
 │   ├── DeadlineExceeded        the wait ran out
 │   ├── TransportLost           our own daemon died; close or rebuild the transport
 │   └── TransportClosed         the transport was closed here
@@ -38,6 +39,7 @@ __all__ = [
     "ListenRefused",
     "MalformedMessage",
     "NoDht",
+    "NotLetIn",
     "PeerUnreachable",
     "RecordRefused",
     "StreamClosed",
@@ -68,6 +70,10 @@ class StreamClosed(TransportError):
 
 class StreamRefused(StreamClosed):
     """The other side refused the stream and said why in one short line."""
+
+
+class NotLetIn(TransportError):
+    """A peer of a private swarm answered without a certificate that permits it to serve."""
 
 
 class DeadlineExceeded(TransportError):

@@ -117,6 +117,7 @@ class Stream:
         self._reader = reader
         self._writer = writer
         self._why_lost = why_lost
+        self._first: tuple[FrameLimits, Callable[[Frame], None]] | None = None
         self._sending = asyncio.Lock()
         self._ended: str | None = None
 
@@ -124,6 +125,13 @@ class Stream:
     def closed(self) -> bool:
         """Whether this side has ended the stream, or has seen it end."""
         return self._ended is not None
+
+    def expect_first(self, limits: FrameLimits, take: Callable[[Frame], None]) -> None:
+        """Have `take` look at the first frame, of these limits, before `receive` gives the next.
+
+        What `take` raises ends the stream, and `receive` raises it.
+        """
+        self._first = limits, take
 
     async def send(
         self,
@@ -181,6 +189,18 @@ class Stream:
         return await within(deadline_seconds, self._receive(), f"waiting for {self.peer_id}")
 
     async def _receive(self) -> Frame:
+        if self._first is not None:
+            limits, take = self._first
+            frame = await self._receive_one(limits)
+            self._first = None
+            try:
+                take(frame)
+            except BaseException:
+                self._end("its first frame was not acceptable")
+                raise
+        return await self._receive_one(self.limits)
+
+    async def _receive_one(self, limits: FrameLimits) -> Frame:
         self._check_open()
         try:
             lengths = await self._reader.readexactly(_LENGTHS.size)
@@ -190,7 +210,8 @@ class Stream:
             raise self._link_error(error, middle_of_frame=False) from None
         done = False
         try:
-            frame = await self._receive_rest(*_LENGTHS.unpack(lengths))
+            header_bytes, body_bytes = _LENGTHS.unpack(lengths)
+            frame = await self._receive_rest(header_bytes, body_bytes, limits)
             done = True
         except _LINK_ERRORS as error:
             raise self._link_error(error, middle_of_frame=True) from None
@@ -199,8 +220,7 @@ class Stream:
                 self._end("a frame was cut short or was not acceptable")
         return frame
 
-    async def _receive_rest(self, header_bytes: int, body_bytes: int) -> Frame:
-        limits = self.limits
+    async def _receive_rest(self, header_bytes: int, body_bytes: int, limits: FrameLimits) -> Frame:
         if header_bytes == 0:
             if body_bytes > MAX_REFUSAL_BYTES:
                 raise BadFrame(f"a refusal of {body_bytes} bytes, at most {MAX_REFUSAL_BYTES}")

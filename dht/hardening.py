@@ -12,7 +12,8 @@ one hostile message do lasting harm, found by reading its source:
 3. The stores have no bound on keys or on entries under a key.
 4. Storing the *same* value again is refused too. A store that reaches a peer by two ways is told
    the later answer, so a record that was taken looked refused.
-5. One find or store request may name as many keys as fit in 4 MiB, each answered at length.
+5. One find or store request may name as many keys as fit in 4 MiB, each answered at length
+   (`glasshive.dht.member_calls` asks `too_many_keys`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from glasshive.dht.serializer import MAX_DICTIONARY_ENTRIES
 from glasshive.security.errors import MalformedData
 from glasshive.security.plain import decode_plain
 
-__all__ = ["harden_node", "patch_storage", "request_bounds", "signed_record_validator"]
+__all__ = ["harden_node", "patch_storage", "signed_record_validator", "too_many_keys"]
 
 MAX_STORED_KEYS: Final = 65_536
 MAX_KEYS_PER_FIND: Final = 64
@@ -78,26 +79,11 @@ def signed_record_validator(gate: RecordGate, now: Any) -> Any:
     return SignedRecordValidator()
 
 
-def request_bounds() -> Any:
-    """A hivemind AuthorizerBase that refuses requests with too many keys (5)."""
-    from hivemind.utils.auth import AuthorizerBase
-
-    class RequestBounds(AuthorizerBase):  # type: ignore[misc]
-        async def sign_request(self, request: Any, service_public_key: Any) -> None:
-            return
-
-        async def validate_request(self, request: Any) -> bool:
-            limits = {"FindRequest": MAX_KEYS_PER_FIND, "StoreRequest": MAX_KEYS_PER_STORE}
-            limit = limits.get(request.DESCRIPTOR.name)
-            return limit is None or len(request.keys) <= limit
-
-        async def sign_response(self, response: Any, request: Any) -> None:
-            return
-
-        async def validate_response(self, response: Any, request: Any) -> bool:
-            return response is not None
-
-    return RequestBounds()
+def too_many_keys(request: Any) -> bool:
+    """Whether a request of the DHT names more keys than one is answered for (5)."""
+    limits = {"FindRequest": MAX_KEYS_PER_FIND, "StoreRequest": MAX_KEYS_PER_STORE}
+    limit = limits.get(request.DESCRIPTOR.name)
+    return limit is not None and len(request.keys) > limit
 
 
 def harden_node(node: Any) -> None:

@@ -28,18 +28,22 @@ from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, final
 
-from glasshive.dht import daemon_control, hardening, serializer
+from glasshive.dht import daemon_control, hardening, member_calls, serializer
 from glasshive.dht.errors import (
     DeadlineExceeded,
     ListenRefused,
     NoDht,
+    NotLetIn,
     PeerUnreachable,
     RecordRefused,
+    StreamRefused,
     TransportClosed,
     TransportError,
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.member_gate import MemberGate, reset_removed
+from glasshive.dht.messages import MEMBERS_PROTOCOL
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import RecordGate, key_id
@@ -78,6 +82,7 @@ class HivemindTransport:
         bootstraps: tuple[PeerAddress, ...],
         dht: DhtMode,
         swarm: str,
+        gate: MemberGate | None,
         startup_timeout_seconds: float,
         frame_limits: FrameLimits,
         stream_limits: StreamLimits,
@@ -93,8 +98,9 @@ class HivemindTransport:
         self._listen = listen
         self._startup_timeout_seconds = startup_timeout_seconds
         self._frame_limits = frame_limits
-        self._gate = RecordGate(swarm)
-        self._tasks = HandlerTasks(stream_limits)
+        self._records = RecordGate(swarm)
+        self._members = gate
+        self._tasks = HandlerTasks(stream_limits, gate)
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[Stream] = set()
         self._leftovers: set[asyncio.Future[Any]] = set()
@@ -104,6 +110,8 @@ class HivemindTransport:
         self._watcher: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None
         self._closed = False
+        if gate is not None:
+            gate.on_removals(lambda: reset_removed(gate, self._streams))
 
     @classmethod
     async def create(
@@ -115,6 +123,7 @@ class HivemindTransport:
         startup_timeout_seconds: float = 60.0,
         *,
         swarm: str = PUBLIC_SWARM,
+        gate: MemberGate | None = None,
         frame_limits: FrameLimits | None = None,
         stream_limits: StreamLimits | None = None,
     ) -> HivemindTransport:
@@ -123,8 +132,10 @@ class HivemindTransport:
         `dht` is "server" for a host or bootstrap peer, "client" to read and store without holding
         others' records, "none" for streams only. An empty `listen` listens nowhere. Bootstraps are
         multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
-        doesn't contact them. Raises ListenRefused, BadAddress, PeerUnreachable, TransportLost or
-        DeadlineExceeded.
+        doesn't contact them. With a `gate` the swarm is private: who is no member of it opens no
+        stream here and gets no answer of the DHT. Raises ListenRefused, BadAddress,
+        PeerUnreachable, TransportLost, DeadlineExceeded, and StreamRefused or NotLetIn if the
+        bootstrap peers answer and none lets this peer in.
         """
         for address in listen:
             check_loopback(address)
@@ -134,6 +145,7 @@ class HivemindTransport:
             bootstraps=tuple(PeerAddress.parse(address) for address in bootstraps),
             dht=dht,
             swarm=swarm,
+            gate=gate,
             startup_timeout_seconds=startup_timeout_seconds,
             frame_limits=frame_limits or FrameLimits(),
             stream_limits=stream_limits or StreamLimits(),
@@ -148,6 +160,8 @@ class HivemindTransport:
         try:
             await self._start_daemon()
             if self.dht != "none":
+                if self._members is not None:
+                    await self._knock()
                 await self._start_node()
             for protocol, handler in self._handlers.items():
                 await self._register(protocol, handler)
@@ -203,6 +217,30 @@ class HivemindTransport:
             self.addresses = tuple(str(address) for address in visible)
         self._watcher = asyncio.create_task(self._watch(self._p2p._child, self._gone))
 
+    async def _knock(self) -> None:
+        """Raise what bootstrap peers say if they answer, and none of them lets this peer in.
+
+        The DHT's own calls would not say why they fail.
+        """
+        refusals = await asyncio.gather(*map(self._refusal_of, self.bootstraps))
+        if refusals and None not in refusals:
+            for one in refusals:
+                if isinstance(one, StreamRefused | NotLetIn):
+                    raise one
+
+    async def _refusal_of(self, bootstrap: PeerAddress) -> TransportError | None:
+        """Why `bootstrap` can't be used; None if it lets this peer in."""
+        try:
+            stream = await self._call(
+                self._open_stream(bootstrap, MEMBERS_PROTOCOL),
+                CONTROL_DEADLINE_SECONDS,
+                f"knocking at {bootstrap.peer_id}",
+            )
+        except TransportError as error:
+            return error
+        stream.reset()
+        return None
+
     async def _start_node(self) -> None:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.routing import DHTID
@@ -214,8 +252,8 @@ class HivemindTransport:
                 node_id=DHTID.generate(self.peer_id.encode()),
                 initial_peers=[one.addresses[0] for one in self.bootstraps],
                 client_mode=self.dht == "client",
-                record_validator=hardening.signed_record_validator(self._gate, self.now),
-                authorizer=hardening.request_bounds(),
+                record_validator=hardening.signed_record_validator(self._records, self.now),
+                authorizer=member_calls.call_guard(self._members),
                 wait_timeout=DHT_WAIT_SECONDS,
                 # Caches would keep what a stranger claims; see glasshive.dht.hardening.
                 cache_locally=False,
@@ -277,7 +315,10 @@ class HivemindTransport:
             raise PeerUnreachable(
                 f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(str(error))}"
             ) from None
-        return self._adopt(reader, writer, peer.peer_id)
+        stream = self._adopt(reader, writer, peer.peer_id)
+        if self._members is not None:
+            await self._members.enter(stream, protocol)
+        return stream
 
     async def _connect(self, peer: PeerAddress) -> None:
         self._connected.pop(peer.peer_id, None)
@@ -324,7 +365,7 @@ class HivemindTransport:
         """See Transport."""
         node = self._dht_node()
         for key in keys:
-            self._gate.admit(key_id(key), subkey, value, expires_at_seconds, self.now())
+            self._records.admit(key_id(key), subkey, value, expires_at_seconds, self.now())
         await self._rejoin(node)
         stored = await self._call(
             node.store_many(
@@ -387,7 +428,7 @@ class HivemindTransport:
             if expires_at_seconds < now or type(value) is not bytes:
                 continue
             with contextlib.suppress(RecordRefused):
-                self._gate.admit(key_id(key), subkey, value, expires_at_seconds, now)
+                self._records.admit(key_id(key), subkey, value, expires_at_seconds, now)
                 records[subkey] = value
         return records
 
@@ -533,6 +574,7 @@ def _prepare_hivemind() -> None:
     with _PREPARING:
         serializer.install()
         hardening.patch_storage()
+        member_calls.patch_calls()
         daemon_control.detach_daemons()
 
 

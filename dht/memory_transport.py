@@ -1,7 +1,8 @@
 """A transport within one process and one asyncio loop, for tests and simulation.
 
-The same framing, the same limits and the same checks of records as over the network; the DHT is a
-dictionary. A network can be cut between two peers, and a transport can be killed as by SIGKILL.
+The same framing, the same limits and the same checks of records as over the network; streams of a
+transport with a gate begin with certificates. The DHT is a dictionary that all may use. A network
+can be cut between two peers, and a transport can be killed as by SIGKILL.
 
     network = MemoryNetwork()
     alice = network.transport(Identity.generate())
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, final
 
+from glasshive.dht.deadline import within
 from glasshive.dht.errors import (
     NoDht,
     PeerUnreachable,
@@ -22,6 +24,7 @@ from glasshive.dht.errors import (
     TransportLost,
 )
 from glasshive.dht.framing import FrameLimits, Stream
+from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serializer import MAX_DICTIONARY_ENTRIES
 from glasshive.dht.serving import HandlerTasks, StreamLimits
@@ -54,6 +57,7 @@ class MemoryNetwork:
         identity: Identity,
         *,
         dht: bool = True,
+        gate: MemberGate | None = None,
         frame_limits: FrameLimits | None = None,
         stream_limits: StreamLimits | None = None,
     ) -> MemoryTransport:
@@ -65,6 +69,7 @@ class MemoryNetwork:
             identity,
             address,
             has_dht=dht,
+            gate=gate,
             frame_limits=frame_limits or FrameLimits(),
             stream_limits=stream_limits or StreamLimits(),
         )
@@ -127,6 +132,7 @@ class MemoryTransport:
         address: str,
         *,
         has_dht: bool,
+        gate: MemberGate | None,
         frame_limits: FrameLimits,
         stream_limits: StreamLimits,
     ) -> None:
@@ -139,9 +145,12 @@ class MemoryTransport:
         self._has_dht = has_dht
         self._frame_limits = frame_limits
         self._handlers: dict[str, StreamHandler] = {}
-        self._tasks = HandlerTasks(stream_limits)
+        self._tasks = HandlerTasks(stream_limits, gate)
         self._streams: set[Stream] = set()
         self._closed = False
+        self._gate = gate
+        if gate is not None:
+            gate.on_removals(lambda: reset_removed(gate, self._streams))
 
     async def open_stream(
         self, peer: PeerAddress, protocol: str, deadline_seconds: float
@@ -158,6 +167,9 @@ class MemoryTransport:
         mine = self._adopt(_End(here, there), peer.peer_id)
         theirs = target._adopt(_End(there, here), self.peer_id)
         target._tasks.start(theirs, handler, protocol)
+        if self._gate is not None:
+            what = f"opening a {protocol} stream to {peer.peer_id}"
+            await within(deadline_seconds, self._gate.enter(mine, protocol), what)
         return mine
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:

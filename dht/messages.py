@@ -16,11 +16,15 @@ from typing import Any, Final, TypeAlias, TypeVar, overload
 from glasshive.dht.errors import MalformedMessage
 from glasshive.graph.errors import BadTensor
 from glasshive.graph.tensors import TensorSpec, check_spec
+from glasshive.security.membership import MAX_CERTIFICATE_BYTES, MAX_LISTS
 
+DIRECTORY_PROTOCOL: Final = "glasshive/directory/1"  # its messages: dht/directory.py
 TRACE_PROTOCOL: Final = "glasshive/trace/1"
 EDGE_PROTOCOL: Final = "glasshive/edge/1"
 FILES_PROTOCOL: Final = "glasshive/files/1"
 TRUST_PROTOCOL: Final = "glasshive/trust/1"
+MEMBERS_PROTOCOL: Final = "glasshive/members/1"
+JOIN_PROTOCOL: Final = "glasshive/join/1"
 
 SLICE_BYTES: Final = 1 << 18
 ALIVE_SECONDS: Final = 2.0
@@ -58,6 +62,10 @@ def _trace_id(value: Any) -> bool:
     return type(value) is bytes and len(value) == 16
 
 
+def _certificate(value: Any) -> bool:
+    return type(value) is bytes and len(value) <= MAX_CERTIFICATE_BYTES
+
+
 def _digests(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -68,6 +76,10 @@ def _digests(value: Any) -> bool:
 
 def _shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 16 and all(_count(size) for size in value)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_LISTS and all(map(_count, value))
 
 
 def _peers(value: Any) -> bool:
@@ -100,8 +112,10 @@ _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
     "Integer": _integer,
     "Seconds": _seconds,
     "TraceId": _trace_id,
+    "Certificate": _certificate,
     "Digests": _digests,
     "Shape": _shape,
+    "Sizes": _sizes,
     "Peers": _peers,
     "Traffic": _traffic,
 }
@@ -111,8 +125,10 @@ Count: TypeAlias = int
 Integer: TypeAlias = int
 Seconds: TypeAlias = float
 TraceId: TypeAlias = bytes
+Certificate: TypeAlias = bytes
 Digests: TypeAlias = list[bytes]
 Shape: TypeAlias = list[int]
+Sizes: TypeAlias = list[int]
 Peers: TypeAlias = list[Any]
 Traffic: TypeAlias = list[Any]
 
@@ -285,6 +301,44 @@ class TrustEnd:
     """Peer to peer: the other side has everything that it lacked."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Both ways, first on every stream of a private swarm: the sender's certificate."""
+
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True)
+class AskRevocations:
+    """Member to member: the other side's lists of revocations, but those of these digests."""
+
+    known: Digests
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationLists:
+    """The answer: lists of these lengths, one after the other in the body."""
+
+    sizes_bytes: Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class AskToJoin:
+    """Stranger to issuer. The body is the signed request (security/invites.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskToRenew:
+    """Member to issuer. The body is the signed request (security/invites.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Issuer to member: its certificate. The body is the swarm's first root, for who joins."""
+
+    certificate: Certificate
+
+
 _CODES: Final[dict[int, type[Any]]] = {
     1: Prepare,
     2: Need,
@@ -307,6 +361,12 @@ _CODES: Final[dict[int, type[Any]]] = {
     41: TrustRoot,
     42: TrustWhitelist,
     43: TrustEnd,
+    50: Hello,
+    51: AskRevocations,
+    52: RevocationLists,
+    53: AskToJoin,
+    54: AskToRenew,
+    55: Granted,
 }
 _CODE_OF: Final = {kind: code for code, kind in _CODES.items()}
 

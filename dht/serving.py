@@ -1,4 +1,7 @@
-"""Handlers of incoming streams: tasks with an owner, bounded per remote and in all."""
+"""Handlers of incoming streams: tasks with an owner, bounded per remote and in all.
+
+In a private swarm a handler runs only for who was let in.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 
 from glasshive.dht.errors import SwarmError
 from glasshive.dht.framing import Stream
+from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.transport import StreamHandler
 from glasshive.security.keys import PeerId
 
@@ -28,8 +32,9 @@ class StreamLimits:
 class HandlerTasks:
     """Runs a handler per stream; `close` cancels and awaits them all."""
 
-    def __init__(self, limits: StreamLimits) -> None:
+    def __init__(self, limits: StreamLimits, gate: MemberGate | None = None) -> None:
         self._limits = limits
+        self._gate = gate
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: Counter[PeerId] = Counter()
         self._closed = False
@@ -67,6 +72,8 @@ class HandlerTasks:
     async def _run(self, stream: Stream, handler: StreamHandler, protocol: str) -> None:
         finished = False
         try:
+            if self._gate is not None and not await self._gate.accept(stream, protocol):
+                return
             await handler(stream)
             await stream.finish()
             finished = True

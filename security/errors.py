@@ -51,6 +51,7 @@ __all__ = [
     "InviteRefused",
     "KeyFileError",
     "MalformedData",
+    "MembershipFileError",
     "MembershipRevoked",
     "NotAMember",
     "NotAllowed",
@@ -142,6 +143,10 @@ class InviteRefused(SecurityError):
 
 class BadInviteBook(SecurityError):
     """The file of an issuer's invites and members can't be read, written or grown."""
+
+
+class MembershipFileError(SecurityError):
+    """What this machine keeps of its membership can't be read or written."""
 
 
 class NotAMember(SecurityError):

@@ -9,7 +9,9 @@ Rules:
    key: the same key joining again takes no second one, for as long as the invite lasts.
 3. A request is answered once, also across a restart: its id is kept until it has expired. It is
    remembered only after it proved itself, so that strangers can't fill the memory.
-4. A certificate is renewed by the issuer that gave it, while it holds, in the same role.
+4. A certificate is renewed by the issuer that gave it, in the same role, while it holds and for
+   `RENEWABLE_SECONDS` after: a laptop may be off for longer than a certificate lives. Its member is
+   in the book all the while, and whoever is revoked is not renewed.
 5. The version of the revocations rises with each, and is at least the time in whole seconds, so
    that even a lost file can't bring an old version back.
 
@@ -55,6 +57,7 @@ from glasshive.security.invites import (
 )
 from glasshive.security.keys import Identity, PeerId, public_key_of
 from glasshive.security.membership import (
+    DAY_SECONDS,
     ID_BYTES,
     MAX_CERTIFICATE_SECONDS,
     MAX_REVOKED,
@@ -69,12 +72,15 @@ __all__ = ["InviteBook", "InviteEntry"]
 MAX_USES: Final = 1024
 MAX_INVITES: Final = 1024
 MAX_MEMBERS: Final = 4096
+RENEWABLE_SECONDS: Final = 90 * DAY_SECONDS
 LOCK_SECONDS: Final = 10.0
 
 _MAX_SENDERS: Final = 1024
 _MAX_REQUESTS_PER_SENDER: Final = 8
-# By then no certificate can hold that a revoked serial or invite would have to stop.
-_REVOKED_KEPT_SECONDS: Final = MAX_INVITE_SECONDS + MAX_CERTIFICATE_SECONDS + CLOCK_SKEW_SECONDS
+# By then no certificate can hold or be renewed that a revoked serial or invite would have to stop.
+_REVOKED_KEPT_SECONDS: Final = (
+    MAX_INVITE_SECONDS + MAX_CERTIFICATE_SECONDS + RENEWABLE_SECONDS + CLOCK_SKEW_SECONDS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,7 @@ class InviteBook:
         self.path = path
         self.swarm = swarm
         self._identity = identity
+        self.issuer = identity.peer_id
         self._random_bytes = random_bytes
         self._lifetimes = {**USUAL_CERTIFICATE_SECONDS, **(certificate_seconds or {})}
         for role, lifetime_seconds in self._lifetimes.items():
@@ -197,7 +204,7 @@ class InviteBook:
             return self._grant(book, joiner, role, invite_id, now, envelope)
 
     def renew(self, request: bytes, now: float) -> bytes:
-        """A new certificate for a member whose last one still holds, in the same role.
+        """A new certificate for a member, in the same role, if its last one ended not long ago.
 
         Raises NotAMember, MembershipRevoked, Replayed, and what `open_renew` raises.
         """
@@ -209,8 +216,14 @@ class InviteBook:
             peer_id=envelope.sender,
             swarm=self.swarm,
             issuers=(self._identity.peer_id,),
-            now=now,
+            now=None,
         )
+        if now > held.expires_at_seconds + RENEWABLE_SECONDS:
+            raise NotAMember(
+                f"the certificate of {held.member} ended more than "
+                f"{RENEWABLE_SECONDS / DAY_SECONDS:.0f} days ago, and is not renewed any more; ask "
+                "for a new invite"
+            )
         with self._opened() as book:
             _admit_once(book, envelope, now)
             _check_peer(book, held.member, self.swarm)
@@ -477,7 +490,7 @@ def _pruned(book: BookState, now: float) -> BookState:
         members={
             key: one
             for key, one in book.members.items()
-            if one.until_seconds >= ended or one.invite in invites
+            if one.until_seconds >= ended - RENEWABLE_SECONDS or one.invite in invites
         },
         seen=tuple(one for one in book.seen if one.expires_at_seconds >= ended),
     )

@@ -64,7 +64,7 @@ _RENEW: Final = "renew"
 _VERSION: Final = 1
 _HEAD_BYTES: Final = 6
 _MAX_INVITE_BYTES: Final = 4096
-_MAX_REQUEST_BYTES: Final = 1024
+MAX_REQUEST_BYTES: Final = 1024
 _MAX_TEXT: Final = 16_384
 _SWARM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ADDRESS: Final = re.compile(r"/[A-Za-z0-9./:_-]{1,199}")
@@ -248,7 +248,7 @@ def _open_request(
         swarm=swarm,
         receiver=issuer,
         clock=lambda: now,
-        max_bytes=_MAX_REQUEST_BYTES,
+        max_bytes=MAX_REQUEST_BYTES,
         max_lifetime_seconds=REQUEST_SECONDS,
     )
     if len(envelope.request_id) != ID_BYTES:

@@ -54,7 +54,8 @@ _CERTIFICATE: Final = "certificate"
 _REVOCATIONS: Final = "revocations"
 _VERSION: Final = 1
 _MAX_TIES: Final = 4
-_MAX_KEPT_BYTES: Final = MAX_ISSUERS * _MAX_TIES * (MAX_LIST_BYTES + 80)
+MAX_LISTS: Final = MAX_ISSUERS * _MAX_TIES
+MAX_KEPT_BYTES: Final = MAX_LISTS * (MAX_LIST_BYTES + 80)
 _FAR_SECONDS: Final = 253_402_300_799.0  # an envelope has an expiry; a removal has none
 
 
@@ -430,7 +431,7 @@ class Membership:
             return {}
         held: dict[PeerId, _Held] = {}
         try:
-            pairs = decode_plain(kept, max_bytes=_MAX_KEPT_BYTES, max_depth=2)
+            pairs = decode_plain(kept, max_bytes=MAX_KEPT_BYTES, max_depth=2)
             if not isinstance(pairs, list):
                 raise MalformedData("not an array")
             for pair in pairs:

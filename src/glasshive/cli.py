@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from glasshive import swarm_commands, whitelist_commands
+from glasshive import member_commands, swarm_commands, whitelist_commands
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
 from glasshive.settings import Settings, data_dir, load_settings
@@ -41,6 +41,7 @@ app = typer.Typer(
 
 app.add_typer(swarm_commands.app)
 app.add_typer(whitelist_commands.app)
+app.add_typer(member_commands.app)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 BOOTSTRAP_LISTEN = swarm_commands.BOOTSTRAP_LISTEN
@@ -167,10 +168,11 @@ def status(
     """Who serves what, and what is missing; with --model, 1 if the model can't be traced whole."""
     set_up_logging("pretty")
     from glasshive.connection import open_swarm, with_bootstraps
+    from glasshive.security.membership import Act
     from glasshive.status_report import print_report, report_of
 
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
-    with open_swarm(settings) as swarm:
+    with open_swarm(settings, Act.READ) as swarm:
         report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
     if as_json:
         print(json.dumps(report, indent=2))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from glasshive.security.membership import Act
 from glasshive.settings import ConfigError, Settings, config_path, load_settings
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swar
     for anything before the first call, but the bootstrap peers for the newest whitelist if the
     config names a root. The client's key is made at the first connection.
 
-    Raises ConfigError, KeyFileError, BadTrustStore, and a TransportError if the network daemon
+    Raises ConfigError, KeyFileError, BadTrustStore, NotAMember of a private swarm without having
+    joined it, and a TransportError if the network daemon
     can't be started.
     """
     return open_swarm(settings_of(where))
@@ -55,14 +58,17 @@ def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -
     return settings
 
 
-def open_swarm(settings: Settings) -> Swarm:
-    """A connection with these settings. Raises what `connect` raises."""
+def open_swarm(settings: Settings, act: Act = Act.TRACE) -> Swarm:
+    """A connection with these settings, for who comes to do that. Raises what `connect` raises."""
     from glasshive.client.swarm import Swarm
     from glasshive.dht.hivemind_transport import HivemindTransport
     from glasshive.dht.loop_thread import LoopThread
     from glasshive.dht.transport import PeerAddress
+    from glasshive.member_keeper import keep_member
     from glasshive.models import cache_dir
+    from glasshive.new_member import renew_ended
     from glasshive.security.keys import Identity
+    from glasshive.swarm_members import open_gate
     from glasshive.swarm_trust import open_store
     from glasshive.trust_keeper import TrustKeeper
 
@@ -71,23 +77,26 @@ def open_swarm(settings: Settings) -> Swarm:
     identity = Identity.load_or_create(settings.client_key_path)
     loop = LoopThread("glasshive-client")
 
-    async def start() -> tuple[HivemindTransport, TrustKeeper | None]:
-        transport = await HivemindTransport.create(
-            identity, listen=(), dht="none", swarm=settings.swarm
-        )
-        if store is None:
-            return transport, None
-        keeper = TrustKeeper(transport, store, bootstraps, period_seconds=_KEEP_SECONDS)
-        try:
-            await keeper.start()
-        except BaseException:
-            await transport.close()
-            raise
-        return transport, keeper
+    async def start() -> tuple[HivemindTransport, TrustKeeper | None, AsyncExitStack]:
+        await renew_ended(settings, identity)
+        gate = open_gate(settings, identity, act)
+        async with AsyncExitStack() as ends:
+            transport = await HivemindTransport.create(
+                identity, listen=(), dht="none", swarm=settings.swarm, gate=gate
+            )
+            ends.push_async_callback(transport.close)
+            await ends.enter_async_context(
+                keep_member(settings, transport, gate, identity, period_seconds=_KEEP_SECONDS)
+            )
+            keeper = None
+            if store is not None:
+                keeper = TrustKeeper(transport, store, bootstraps, period_seconds=_KEEP_SECONDS)
+                await ends.enter_async_context(keeper)
+            return transport, keeper, ends.pop_all()
 
     try:
-        transport, keeper = loop.run(start(), _START_SECONDS)
+        transport, keeper, ends = loop.run(start(), _START_SECONDS)
     except BaseException:
         loop.close()
         raise
-    return Swarm(loop, transport, bootstraps, cache_dir() / "files", keeper)
+    return Swarm(loop, transport, bootstraps, cache_dir() / "files", keeper, ends.aclose)

@@ -23,13 +23,17 @@ from glasshive.dht.loop_thread import new_loop
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
 from glasshive.joining import join
+from glasshive.member_keeper import keep_member
 from glasshive.models import ModelUnavailableError, find_model
+from glasshive.new_member import renew_ended
 from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
+from glasshive.security.membership import Act
 from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
 from glasshive.settings import Settings
+from glasshive.swarm_members import open_book, open_gate
 from glasshive.swarm_trust import host_rules, open_store, own_rules
 from glasshive.terminal import LogFormat, byte_bar, console, print_error
 from glasshive.trust_keeper import TrustKeeper
@@ -93,19 +97,27 @@ class _Process:
 
     @contextlib.asynccontextmanager
     async def transport(self, *, may_be_alone: bool = False) -> AsyncIterator[HivemindTransport]:
-        """The transport, once a bootstrap peer has answered. Raises BadAddress at once.
+        """The transport, once a bootstrap peer has answered, as a member if the swarm is private.
 
+        Raises BadAddress and NotAMember at once.
         One that `may_be_alone` doesn't wait: two bootstraps that list each other would for ever,
         and the one that starts later joins the earlier.
         """
         life = self.life
         identity = Identity.load_or_create(life.key)
+        book = open_book(life.settings, life.key, identity)
+        await renew_ended(life.settings, identity)
+        gate = open_gate(life.settings, identity, Act.SERVE)
         own = f"/p2p/{identity.peer_id}"  # a config that all peers of a swarm share may list it
         others = [one for one in life.settings.bootstraps if not one.endswith(own)]
 
         def create(bootstraps: Sequence[str] = others) -> Awaitable[HivemindTransport]:
             return HivemindTransport.create(
-                identity, listen=[life.listen], bootstraps=bootstraps, swarm=life.settings.swarm
+                identity,
+                listen=[life.listen],
+                bootstraps=bootstraps,
+                swarm=life.settings.swarm,
+                gate=gate,
             )
 
         peers = [PeerAddress.parse(one) for one in others]
@@ -118,7 +130,8 @@ class _Process:
         else:
             transport = await join(create, peers, self._say_waiting)
         try:
-            yield transport
+            async with keep_member(life.settings, transport, gate, identity, book):
+                yield transport
         finally:
             await transport.close()
 
@@ -228,7 +241,11 @@ async def _bootstrap(process: _Process) -> None:
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
         else:
-            if store is None:
+            if process.life.settings.issuers:
+                how = (
+                    "--config hive.toml\nonce they have an invite (`glasshive invite`) and joined."
+                )
+            elif store is None:
                 how = "--bootstrap ADDRESS\nwhere ADDRESS is the line below."
             else:
                 # With the address alone a host would have no root, and be of the public swarm.

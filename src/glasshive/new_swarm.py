@@ -13,7 +13,7 @@ from typing import Final
 
 from glasshive.first_whitelist import DAY_SECONDS
 from glasshive.security.errors import KeyFileError
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.signing_keys import SigningKey
 from glasshive.security.trust_root import (
     add_root_signature,
@@ -44,9 +44,10 @@ class NewKey:
 @dataclass(frozen=True, slots=True)
 class NewSwarm:
     """What a swarm is made of. `whitelist` is its first and names it; `listen` is where the
-    bootstrap peer will be."""
+    bootstrap peer will be. One that isn't `public` takes in members only."""
 
     whitelist: Whitelist
+    public: bool
     listen: str
     root_holders: Sequence[Holder]
     root_threshold: int
@@ -79,7 +80,7 @@ def make_swarm(place: Path, new: NewSwarm, clock: Callable[[], float]) -> TrustF
         root = add_root_signature(root, key, None)
     with new_folder(place) as draft:
         bootstrap = Identity.load_or_create(draft / "keys/bootstrap.key")
-        hive = _hive_text(new.whitelist.swarm, f"{new.listen}/p2p/{bootstrap.peer_id}")
+        hive = _hive_text(new, bootstrap.peer_id)
         folder = TrustFolder.create(draft, hive, clock)
         for holder in holders.values():
             folder.add_holder(holder)
@@ -107,12 +108,17 @@ def _check_used(keys: Iterable[SigningKey], holders: Mapping[bytes, Holder]) -> 
             )
 
 
-def _hive_text(swarm: str, bootstrap: str) -> str:
+def _hive_text(new: NewSwarm, bootstrap: PeerId) -> str:
+    issuers = (
+        "# Who makes members of this private swarm: the bootstrap peer.\n"
+        f"issuers = [{json.dumps(bootstrap)}]\n"
+    )
     return (
         "# Hosts, bootstrap peers and clients read this file: --config, GLASSHIVE_CONFIG, or\n"
         "# glasshive.connect. It holds no secret; paths are relative to it.\n"
-        f"swarm = {json.dumps(swarm)}\n"
-        f"bootstraps = [{json.dumps(bootstrap)}]\n"
+        f"swarm = {json.dumps(new.whitelist.swarm)}\n"
+        f"bootstraps = [{json.dumps(f'{new.listen}/p2p/{bootstrap}')}]\n"
+        f"{'' if new.public else issuers}"
         "# Who may sign the whitelist that hosts keep to.\n"
         'root = "trust/1.root.json"\n'
         "# A host's own file, which can only narrow the whitelist:\n"

@@ -5,12 +5,13 @@
     key = "client.key"                                   # a researcher's; relative to this file
     host_key = "host.key"                                # a host's
     root = "root.json"                                   # who may sign the swarm's whitelist
+    issuers = ["12D3KooW..."]                            # who makes members: the swarm is private
     policy = "policy.toml"                               # what a host lends less of than that
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
-GLASSHIVE_ROOT, GLASSHIVE_POLICY).
+GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from pydantic_settings import (
 
 from glasshive.graph.errors import GlasshiveError
 from glasshive.security.envelope import PUBLIC_SWARM
+from glasshive.security.errors import BadPeerId
+from glasshive.security.keys import PeerId, public_key_of
 from glasshive.security.whitelist import read_toml
 
 CONFIG_VARIABLE = "GLASSHIVE_CONFIG"
@@ -45,6 +48,7 @@ _WANTED = {
     "key": 'a path in quotes, such as "client.key"',
     "host_key": 'a path in quotes, such as "host.key"',
     "root": 'a path in quotes, such as "root.json"',
+    "issuers": 'a list of peer ids, such as ["12D3KooW..."]',
     "policy": 'a path in quotes, such as "policy.toml"',
 }
 
@@ -63,13 +67,24 @@ class Settings(BaseSettings):
     key: Path | None = None
     host_key: Path | None = None
     root: Path | None = None
+    issuers: Annotated[tuple[PeerId, ...], NoDecode] = ()
     policy: Path | None = None
 
-    @field_validator("bootstraps", mode="before")
+    @field_validator("bootstraps", "issuers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(one.strip() for one in value.split(",") if one.strip())
+        return value
+
+    @field_validator("issuers", mode="after")
+    @classmethod
+    def _are_peers(cls, value: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+        try:
+            for one in value:
+                public_key_of(one)
+        except BadPeerId as error:
+            raise ValueError(str(error)) from None
         return value
 
     @property

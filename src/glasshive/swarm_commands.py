@@ -96,7 +96,7 @@ def init(
 
     check_new(place)
     swarm = place.resolve().name if name is None else name
-    _check_swarm(swarm)
+    _check_swarm(swarm, public)
     _check_listen(listen)
     both = holder or []
     if not (public or both or root_holder or whitelist_holder):
@@ -119,6 +119,7 @@ def init(
     holders, new_keys = _holders([*for_root, *for_whitelist], passphrase_file)
     new = NewSwarm(
         whitelist,
+        public,
         listen,
         [holders[one] for one in for_root],
         thresholds[0],
@@ -127,7 +128,7 @@ def init(
         new_keys,
         keys,
     )
-    say_made(make_swarm(place, new, time.time), new, public=public)
+    say_made(make_swarm(place, new, time.time), new)
 
 
 @app.command()
@@ -317,11 +318,11 @@ def take_and_sign(
     sign(load_signing_key(key, passphrase_file), found)
 
 
-def _check_swarm(name: str) -> None:
-    if not _SWARM_NAME.fullmatch(name):
+def _check_swarm(name: str, public: bool) -> None:
+    if not _SWARM_NAME.fullmatch(name) or (not public and " " in name):
         raise typer.BadParameter(
-            f"got the swarm's name {name[:80]!r}, wanted 1 to 64 letters, digits, spaces or ._-, "
-            "the first a letter or digit",
+            f"got the swarm's name {name[:80]!r}, wanted 1 to 64 letters, digits"
+            f"{', spaces' if public else ''} or ._-, the first a letter or digit",
             param_hint="--name",
         )
 

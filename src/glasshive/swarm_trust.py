@@ -32,7 +32,7 @@ def open_store(
     """
     if settings.root is None:
         return None
-    document = _read(settings.root)
+    document = read_root(settings.root)
     try:
         return store_of(settings.swarm, document, data=data, clock=clock)
     except TrustRefused as error:
@@ -53,8 +53,16 @@ def store_of(
     Copies of one root that other signers completed have one folder: a second would be a way back to
     older versions.
     """
-    name = hashlib.sha256(f"{swarm}\0{root_digest(root)}".encode()).hexdigest()[:32]
-    return TrustStore((data or data_dir()) / "trust" / name, swarm=swarm, root=root, clock=clock)
+    folder = (data or data_dir()) / "trust" / root_name(swarm, root)
+    return TrustStore(folder, swarm=swarm, root=root, clock=clock)
+
+
+def root_name(swarm: str, root: bytes) -> str:
+    """The name of a folder for what is kept of a swarm whose first root is this document.
+
+    Raises BadTrustDocument.
+    """
+    return hashlib.sha256(f"{swarm}\0{root_digest(root)}".encode()).hexdigest()[:32]
 
 
 def own_rules(settings: Settings) -> HostRules | None:
@@ -103,7 +111,8 @@ def _why_dropped(store: TrustStore) -> str:
     )
 
 
-def _read(path: Path) -> bytes:
+def read_root(path: Path) -> bytes:
+    """The document of the first root, not checked yet. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             document = file.read(MAX_DOCUMENT_BYTES + 1)

@@ -101,10 +101,10 @@ def say_publish(folder: TrustFolder) -> None:
     say(f"bring it to the hosts: glasshive whitelist publish --folder {_quoted(folder.place)}")
 
 
-def say_made(folder: TrustFolder, new: NewSwarm, *, public: bool) -> None:
+def say_made(folder: TrustFolder, new: NewSwarm) -> None:
     """What was made with a swarm: which files are secret, what to hand to whom, what comes next."""
     place, whitelist = folder.place, new.whitelist
-    kind = "public" if public else "private"
+    kind = "public" if new.public else "private"
     say(f"made the {kind} swarm {whitelist.swarm!r} in {place}")
     roots = folder.roots()
     if roots:
@@ -114,26 +114,33 @@ def say_made(folder: TrustFolder, new: NewSwarm, *, public: bool) -> None:
     say("\nsecret; keep each with its owner, and a copy offline:")
     for name in new.new_keys:
         say(f"  {folder.keys / f'{name}.key'}  signs for {name}; encrypted with the passphrase")
-    say(f"  {folder.keys / 'bootstrap.key'}  makes who has it the bootstrap peer")
-    say("\nno secret; hand both, side by side, to every host and client:")
+    makes = "the bootstrap peer" if new.public else "the bootstrap peer, who takes members in"
+    say(f"  {folder.keys / 'bootstrap.key'}  makes who has it {makes}")
+    if new.public:
+        say("\nno secret; hand both, side by side, to every host and client:")
+    else:
+        say("\nno secret; who joins by an invite gets what it needs of them:")
     say(f"  {folder.hive}\n  {place / 'trust'}")
     say("\nnext:")
     if not say_waiting(folder):
-        say_start(folder, new.listen)
+        say_start(folder, new.listen, public=new.public)
     say("\nHosts of this release listen on this machine only.")
-    if not public:
-        say("Certificates of members are not checked yet: who reaches the bootstrap peer can join.")
 
 
-def say_start(folder: TrustFolder, listen: str) -> None:
+def say_start(folder: TrustFolder, listen: str, *, public: bool) -> None:
     """The commands that start a swarm whose first whitelist is complete."""
     place, config = _quoted(folder.place), _quoted(folder.hive)
     own = _quoted(folder.keys / "bootstrap.key")
     say(f"  glasshive whitelist show --folder {place}")
     say(f"  glasshive bootstrap --config {config} --key {own} --listen {listen}")
     say(f"  glasshive whitelist publish --folder {place}    # and after every new whitelist")
-    say(f"  glasshive serve MODEL --config {config}")
-    say(f"  glasshive status --config {config}")
+    if public:
+        say(f"  glasshive serve MODEL --config {config}")
+        say(f"  glasshive status --config {config}")
+    else:
+        say(f"  glasshive invite host --folder {place}      # one word, for who lends a machine:")
+        say("  glasshive join                               # there; then `glasshive serve MODEL`")
+        say(f"  glasshive invite client --folder {place}    # and for who traces")
 
 
 def _quoted(path: Path) -> str:

@@ -354,14 +354,19 @@ def _tell(settings: Settings, store: TrustStore) -> None:
     from glasshive.dht.trust_exchange import exchange_trust
     from glasshive.security.errors import SecurityError
     from glasshive.security.keys import Identity
+    from glasshive.security.membership import Act
+    from glasshive.swarm_members import open_gate
 
     bootstraps = [PeerAddress.parse(one) for one in settings.bootstraps]
-
+    identity, gate = Identity.generate(), None
+    if settings.issuers:
+        identity = Identity.load_or_create(settings.client_key_path)
+        gate = open_gate(settings, identity, Act.READ)
     told: list[str] = []
 
     async def tell() -> None:
         transport = await HivemindTransport.create(
-            Identity.generate(), listen=(), dht="none", swarm=settings.swarm
+            identity, listen=(), dht="none", swarm=settings.swarm, gate=gate
         )
         try:
             await asyncio.gather(*(tell_one(transport, one) for one in bootstraps))

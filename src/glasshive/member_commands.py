@@ -1,0 +1,310 @@
+"""`glasshive invite`, `join`, `members`, `revoke`: who belongs to a private swarm.
+
+All but `join` work on the issuer's book, which lies beside the bootstrap peer's key in the folder
+that `glasshive swarm init` made; a bootstrap peer that runs takes up at once what they change.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from glasshive.swarm_commands import HERE, FolderOption
+from glasshive.terminal import set_up_logging
+from glasshive.trust_words import moment, say
+
+if TYPE_CHECKING:
+    from glasshive.security.book_state import Member
+    from glasshive.security.invite_book import InviteBook, InviteEntry
+    from glasshive.security.keys import PeerId
+    from glasshive.settings import Settings
+
+app = typer.Typer()
+
+_DAY_SECONDS: Final = 86_400
+
+IssuerKeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", help="The issuer's key; else keys/bootstrap.key in the folder."),
+]
+
+
+@app.command()
+def invite(
+    role: Annotated[str, typer.Argument(help="What the member will be: host, client or admin.")],
+    uses: Annotated[int, typer.Option(min=1, max=1024, help="How many keys may join by it.")] = 1,
+    days: Annotated[float, typer.Option(min=0.01, max=30, help="How long it may be used.")] = 7,
+    folder: FolderOption = HERE,
+    key: IssuerKeyOption = None,
+) -> None:
+    """Make an invite to a private swarm: one word, for whoever shall join by it."""
+    set_up_logging("pretty")
+    from glasshive.security.invites import Invite
+    from glasshive.security.trust_root import root_digest
+    from glasshive.swarm_trust import read_root
+
+    settings, book = _book(folder, key)
+    wanted = _role(role)
+    if not any(one.endswith(f"/p2p/{book.issuer}") for one in settings.bootstraps):
+        from glasshive.settings import ConfigError
+
+        raise ConfigError(
+            f"{folder / 'hive.toml'} names no address of the issuer {book.issuer} among its "
+            "bootstraps, and who joins has to reach it; add its address"
+        )
+    root = read_root(settings.root) if settings.root else b""
+    now = time.time()
+    token = book.invite(
+        wanted,
+        addresses=settings.bootstraps,
+        issuers=settings.issuers,
+        whitelist_root=bytes.fromhex(root_digest(root)),
+        now=now,
+        uses=uses,
+        lifetime_seconds=days * _DAY_SECONDS,
+    )
+    made = Invite.parse(token, now)
+    whom = "one key" if uses == 1 else f"{uses} keys"
+    article = "an" if role == "admin" else "a"
+    _note(
+        f"an invite for {whom} to join {settings.swarm!r} as {article} {made.role}, until "
+        f"{moment(int(made.expires_at_seconds))}.\n"
+        "Whoever has this word can join by it: hand it over by a channel that you trust.\n"
+        f"They run `glasshive join`, and paste it. Take it back, and all who came by it, with\n"
+        f"  glasshive revoke --invite {made.invite_id.hex()[:16]} --folder {_quoted(folder)}"
+    )
+    print(token)
+
+
+@app.command()
+def join(
+    token: Annotated[
+        str | None, typer.Argument(help="The invite; without it, it is asked for, or read.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The hive.toml to write; else the default one.")
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="The key that joins; else this user's for the invite's role."),
+    ] = None,
+) -> None:
+    """Join a private swarm by an invite; afterwards `glasshive serve` and `connect` find it."""
+    set_up_logging("pretty")
+    from glasshive.new_member import join_swarm
+    from glasshive.security.invites import Invite
+    from glasshive.security.keys import Identity
+    from glasshive.security.membership import Role
+    from glasshive.settings import config_path, load_settings
+
+    if token is None:
+        token = typer.prompt("The invite", hide_input=True) if sys.stdin.isatty() else ""
+        token = token or sys.stdin.read(1 << 16)
+    found = Invite.parse(token, time.time())
+    place = config_path(config)
+    settings = load_settings(place) if place.exists() else load_settings()
+    hosts = found.role is Role.HOST
+    own = settings.host_key_path if hosts else settings.client_key_path
+    path = key or own
+    identity = Identity.load_or_create(path)
+    joined = join_swarm(found, identity, place)
+    until = moment(int(joined.certificate.expires_at_seconds))
+    say(f"joined the private swarm {found.swarm!r} as a {found.role}, until {until};")
+    say("the certificate is renewed by itself while a process of this key runs, before it ends")
+    say(f"  key     {path}\n  peer    {identity.peer_id}")
+    say(f"  config  {place}{'' if joined.wrote_config else ' (as it was)'}")
+    from_default = config_path() == place
+    where = "" if from_default else f" --config {_quoted(place)}"
+    with_key = "" if path == own else f" --key {_quoted(path)}"
+    say("\nnext:")
+    if hosts:
+        say(f"  glasshive serve MODEL{where}{with_key}")
+    else:
+        say(f"  glasshive status{where}{with_key}")
+        argument = "" if from_default else f'"{place}"'
+        say(f"  python: swarm = glasshive.connect({argument})")
+
+
+@app.command()
+def members(
+    folder: FolderOption = HERE,
+    key: IssuerKeyOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Who belongs to a private swarm, by which invite and until when; and the invites."""
+    set_up_logging("pretty")
+    settings, book = _book(folder, key)
+    found, open_invites = book.members(), book.invites()
+    if as_json:
+        rows = {
+            "swarm": settings.swarm,
+            "members": [_member_row(one) for one in found],
+            "invites": [_invite_row(one) for one in open_invites],
+        }
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not found:
+        say(f"nobody has joined {settings.swarm!r} yet; `glasshive invite host` lets a host in")
+    else:
+        table = Table("peer", "role", "since", "until", "invite", title=settings.swarm)
+        now = time.time()
+        for member in found:
+            until = "revoked" if member.revoked else moment(int(member.until_seconds))
+            if member.until_seconds < now and not member.revoked:
+                until = f"ended {until}"
+            by = member.invite.hex()[:16] or "none"
+            since = moment(int(member.since_seconds))
+            table.add_row(f"…{member.peer_id[-8:]}", member.role.value, since, until, by)
+        console.print(table)
+    if open_invites:
+        table = Table("invite", "role", "used", "until", title="invites")
+        for one in open_invites:
+            until = "revoked" if one.revoked else moment(int(one.expires_at_seconds))
+            used = f"{one.used} of {one.uses}"
+            table.add_row(one.invite_id.hex()[:16], one.role.value, used, until)
+        console.print(table)
+
+
+@app.command()
+def revoke(
+    peers: Annotated[list[str] | None, typer.Argument(help="Members, by peer id.")] = None,
+    invite: Annotated[
+        list[str] | None,
+        typer.Option("--invite", help="An invite, and all who came by it. May be repeated."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask once more.")] = False,
+    folder: FolderOption = HERE,
+    key: IssuerKeyOption = None,
+) -> None:
+    """Throw members out of a private swarm, or take invites back. A key never comes in again."""
+    set_up_logging("pretty")
+    if not peers and not invite:
+        raise typer.BadParameter("name members by peer id, or invites with --invite")
+    settings, book = _book(folder, key)
+    known = book.members()
+    gone = [_peer(one, known) for one in peers or ()]
+    invites = [_invite_id(one, book) for one in invite or ()]
+    by_invite = [one for one in known if one.invite in invites and not one.revoked]
+    for peer_id in gone:
+        as_what = ", ".join(one.role.value for one in known if one.peer_id == peer_id)
+        say(f"{peer_id}, {as_what or 'not in the book of members'}")
+    for one in by_invite:
+        say(f"{one.peer_id}, {one.role}, by the invite {one.invite.hex()[:16]}")
+    if not yes:
+        typer.confirm(f"Throw out of {settings.swarm!r} for good?", abort=True)
+    book.revoke(time.time(), peers=gone, invites=invites)
+    say(
+        "done. A bootstrap peer that runs takes it up within seconds, hosts and clients from it; "
+        "while none does, certificates end by themselves within 7 days"
+    )
+
+
+def _book(folder: Path, key: Path | None) -> tuple[Settings, InviteBook]:
+    """The settings and the book of the issuer. Raises ConfigError, KeyFileError."""
+    from glasshive.security.errors import KeyFileError
+    from glasshive.security.invite_book import InviteBook
+    from glasshive.security.keys import Identity
+    from glasshive.settings import ConfigError, load_settings
+    from glasshive.swarm_members import book_path, member_files
+
+    settings = load_settings(folder / "hive.toml")
+    if member_files(settings) is None:
+        raise ConfigError(
+            f"the swarm {settings.swarm!r} of {folder / 'hive.toml'} is not private: it names no "
+            "issuers, and whoever reaches it belongs to it; `glasshive swarm init` makes a "
+            "private one"
+        )
+    place = key or folder / "keys/bootstrap.key"
+    if not place.exists():
+        raise KeyFileError(
+            f"there is no key {place}; members are made on the machine that has the issuer's key, "
+            "name it with --key"
+        )
+    identity = Identity.load_or_create(place)
+    if identity.peer_id not in settings.issuers:
+        raise ConfigError(
+            f"the key {place} is {identity.peer_id}, who is no issuer by {folder / 'hive.toml'}; "
+            f"the issuers are {', '.join(settings.issuers)}"
+        )
+    return settings, InviteBook(book_path(place), identity, settings.swarm)
+
+
+def _role(text: str) -> Any:
+    from glasshive.security.membership import Role
+
+    if text not in list(Role):
+        raise typer.BadParameter(
+            f"got the role {text[:40]!r}, wanted {', '.join(Role)}", param_hint="ROLE"
+        )
+    return Role(text)
+
+
+def _peer(text: str, known: tuple[Member, ...]) -> PeerId:
+    """The peer that is meant, by its whole id or by the end of a member's."""
+    from glasshive.security.errors import BadPeerId
+    from glasshive.security.keys import PeerId, public_key_of
+
+    ends = {one.peer_id for one in known if len(text) >= 6 and one.peer_id.endswith(text)}
+    if len(ends) == 1:
+        return ends.pop()
+    try:
+        public_key_of(text)
+    except BadPeerId as error:
+        raise typer.BadParameter(
+            f"{error}; `glasshive members` lists those who joined", param_hint="PEERS"
+        ) from None
+    return PeerId(text)
+
+
+def _invite_id(text: str, book: InviteBook) -> bytes:
+    """The invite that is meant, by the beginning of its id."""
+    known = {one.invite_id for one in book.invites()} | {one.invite for one in book.members()}
+    found = [one for one in known if one and len(text) >= 4 and one.hex().startswith(text.lower())]
+    if len(found) != 1:
+        raise typer.BadParameter(
+            f"{'no invite is' if not found else 'several invites are'} called {text[:40]!r}; "
+            "`glasshive members` lists them",
+            param_hint="--invite",
+        )
+    return found[0]
+
+
+def _member_row(one: Member) -> dict[str, Any]:
+    return {
+        "peer": one.peer_id,
+        "role": one.role.value,
+        "since_seconds": one.since_seconds,
+        "until_seconds": one.until_seconds,
+        "invite": one.invite.hex(),
+        "revoked": one.revoked,
+    }
+
+
+def _invite_row(one: InviteEntry) -> dict[str, Any]:
+    return {
+        "invite": one.invite_id.hex(),
+        "role": one.role.value,
+        "uses": one.uses,
+        "used": one.used,
+        "until_seconds": one.expires_at_seconds,
+        "revoked": one.revoked,
+    }
+
+
+def _note(text: str) -> None:
+    """Words for a person, beside what a script reads from standard output."""
+    typer.echo(text, err=True)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,215 @@
+"""Keeps a peer of a private swarm a member, and others out who were thrown out, while it runs.
+
+Every few seconds it asks bootstrap peers for lists of revocations; an issuer also looks into its
+own book, which `glasshive revoke` may have changed. A certificate is renewed by its issuer well
+before it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Final, final
+
+import structlog
+
+from glasshive.dht.errors import SwarmError
+from glasshive.dht.issuing import ask_to_renew, serve_issuer
+from glasshive.dht.member_gate import MemberGate
+from glasshive.dht.revocation_lists import (
+    EXCHANGE_SECONDS,
+    fetch_revocations,
+    serve_revocations,
+)
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.errors import SecurityError
+from glasshive.security.invite_book import InviteBook
+from glasshive.security.invites import renew_request
+from glasshive.security.keys import Identity
+from glasshive.security.membership import (
+    ID_BYTES,
+    USUAL_CERTIFICATE_SECONDS,
+    Act,
+    Certificate,
+)
+from glasshive.settings import Settings
+from glasshive.swarm_members import member_files
+from glasshive.swarm_trust import read_root
+
+log = structlog.get_logger(__name__)
+
+PERIOD_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 5.0
+RENEW_TRY_SECONDS: Final = 60.0  # between two tries, while the issuer is away
+_RENEW_LEFT: Final = 0.5  # of a certificate's usual life: two failed weekends don't end a host's
+
+
+@final
+class MemberKeeper:
+    """Keeps `gate` current over `transport`. An async context manager.
+
+    `keep` is called with each new certificate before it is used. With a `book` this peer is an
+    issuer, which renews its own.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        gate: MemberGate,
+        identity: Identity,
+        bootstraps: Sequence[PeerAddress],
+        keep: Callable[[bytes], None],
+        *,
+        book: InviteBook | None = None,
+        period_seconds: float = PERIOD_SECONDS,
+    ) -> None:
+        self._transport = transport
+        self._gate = gate
+        self._identity = identity
+        self._bootstraps = [one for one in bootstraps if one.peer_id != transport.peer_id]
+        self._keep = keep
+        self._book = book
+        self._period_seconds = period_seconds
+        self._task: asyncio.Task[None] | None = None
+        self._tried_at_seconds = 0.0
+        self._said: dict[str, str] = {}
+
+    async def start(self) -> None:
+        """Returns when the bootstrap peers were asked once; goes on in a task of its own."""
+        await serve_revocations(self._transport, self._gate)
+        await self._round()
+        self._task = asyncio.create_task(self._keep_asking())
+
+    async def close(self) -> None:
+        """Stop. Never raises; may be called again."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+
+    async def _keep_asking(self) -> None:
+        while True:
+            await asyncio.sleep(self._period_seconds)
+            try:
+                await self._round()
+            except Exception:
+                log.exception("membership_round_failed")  # a bug of ours must not end the others
+
+    async def _round(self) -> None:
+        if self._book is not None:
+            await self._look_into(self._book)
+        await asyncio.gather(*map(self._ask, self._bootstraps))
+        await self._renew()
+
+    async def _look_into(self, book: InviteBook) -> None:
+        """Put in force what this issuer itself has revoked since."""
+        with self._saying("the book"):
+            signed = await asyncio.to_thread(book.revocations)
+            if signed is not None and self._gate.learn(signed):
+                log.info("revocations_changed")
+
+    async def _ask(self, bootstrap: PeerAddress) -> None:
+        with self._saying(bootstrap.peer_id):
+            if await fetch_revocations(self._transport, bootstrap, self._gate, EXCHANGE_SECONDS):
+                log.info("revocations_changed", by=bootstrap.peer_id)
+
+    async def _renew(self) -> None:
+        """A new certificate, if it is time and the issuer of the last one can be asked."""
+        now = self._transport.now()
+        with self._saying("renewing"):
+            held = self._gate.membership.admit(
+                self._identity.peer_id, self._gate.certificate, Act.READ, now
+            )
+            left_seconds = held.expires_at_seconds - now
+            due = left_seconds < _RENEW_LEFT * USUAL_CERTIFICATE_SECONDS[held.role]
+            if not due or now < self._tried_at_seconds + min(RENEW_TRY_SECONDS, left_seconds / 10):
+                return
+            self._tried_at_seconds = now
+            certificate = await self._renewed(held, now)
+            if certificate is None:
+                return
+            await asyncio.to_thread(self._keep, certificate)
+            self._gate.certificate = certificate
+            log.info("certificate_renewed")
+
+    async def _renewed(self, held: Certificate, now: float) -> bytes | None:
+        """What the issuer gives for `held`, checked; None if nobody here knows where it is."""
+        if self._book is not None and held.issuer == self._identity.peer_id:
+            return await asyncio.to_thread(self._book.enrol, held.member, held.role, now)
+        issuer = next((one for one in self._bootstraps if one.peer_id == held.issuer), None)
+        if issuer is None:
+            log.warning("issuer_is_no_bootstrap", issuer=held.issuer)
+            return None
+        request = renew_request(
+            self._gate.certificate,
+            self._identity,
+            swarm=held.swarm,
+            issuer=held.issuer,
+            request_id=secrets.token_bytes(ID_BYTES),
+            now=now,
+        )
+        data = await ask_to_renew(self._transport, issuer, request, EXCHANGE_SECONDS)
+        new = Certificate.verify(
+            data, peer_id=held.member, swarm=held.swarm, issuers=(held.issuer,), now=now
+        )
+        return data if new.role is held.role else None
+
+    @contextlib.contextmanager
+    def _saying(self, what: str) -> Iterator[None]:
+        """Log what fails inside, once for each failure in a row."""
+        said = ""
+        try:
+            yield
+        except (SwarmError, SecurityError) as error:
+            said = str(error)
+            if self._said.get(what) != said:
+                log.warning("membership_not_kept", about=what, error=said)
+        self._said[what] = said
+
+    async def __aenter__(self) -> MemberKeeper:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+@contextlib.asynccontextmanager
+async def keep_member(
+    settings: Settings,
+    transport: Transport,
+    gate: MemberGate | None,
+    identity: Identity,
+    book: InviteBook | None = None,
+    period_seconds: float = PERIOD_SECONDS,
+) -> AsyncIterator[None]:
+    """Inside it, `transport` stays a member of the configured swarm, if that is private.
+
+    An issuer, who has a `book`, answers those who join. Raises ConfigError.
+    """
+    files = member_files(settings)
+    if gate is None or files is None or settings.root is None:
+        yield
+        return
+    if book is not None:
+        await serve_issuer(transport, book, read_root(settings.root))
+    keeper = MemberKeeper(
+        transport,
+        gate,
+        identity,
+        [PeerAddress.parse(one) for one in settings.bootstraps],
+        partial(files.keep_certificate, identity.peer_id),
+        book=book,
+        period_seconds=period_seconds,
+    )
+    async with keeper:
+        yield

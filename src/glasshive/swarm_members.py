@@ -1,0 +1,141 @@
+"""What this machine keeps of its membership in a private swarm: certificates and revocations.
+
+A swarm is private where its config names `issuers`. Each of its roots has a folder under the data
+folder, as for whitelists; a certificate in it is a key's, so that hosts and clients of one machine
+have their own. What is revoked is kept for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glasshive.dht.member_gate import MemberGate
+from glasshive.security.durable_file import read_durable, write_durable
+from glasshive.security.errors import MembershipFileError, NotAMember
+from glasshive.security.invite_book import InviteBook
+from glasshive.security.keys import Identity, PeerId
+from glasshive.security.membership import (
+    MAX_CERTIFICATE_BYTES,
+    MAX_KEPT_BYTES,
+    Act,
+    Membership,
+    Role,
+)
+from glasshive.settings import ConfigError, Settings, data_dir
+from glasshive.swarm_trust import read_root, root_name
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFiles:
+    """The files of one swarm's membership. Every method raises MembershipFileError."""
+
+    folder: Path
+
+    def certificate(self, peer_id: PeerId) -> bytes:
+        """The last certificate of this peer; empty if it never had one."""
+        return self._read(self.folder / f"{peer_id}.certificate", MAX_CERTIFICATE_BYTES)
+
+    def keep_certificate(self, peer_id: PeerId, certificate: bytes) -> None:
+        """Keep it instead of the last."""
+        self._write(self.folder / f"{peer_id}.certificate", certificate)
+
+    def revocations(self) -> bytes:
+        """What `keep_revocations` was last called with; empty if it never was."""
+        return self._read(self.folder / "revocations", MAX_KEPT_BYTES)
+
+    def keep_revocations(self, kept: bytes) -> None:
+        """Keep what a `Membership` knows."""
+        self._write(self.folder / "revocations", kept)
+
+    def _read(self, place: Path, max_bytes: int) -> bytes:
+        try:
+            return read_durable(place, max_bytes)
+        except (OSError, ValueError) as error:
+            raise MembershipFileError(
+                f"can't read what is kept of the membership: {error}; correct that, or remove the "
+                "file and join again"
+            ) from None
+
+    def _write(self, place: Path, data: bytes) -> None:
+        try:
+            write_durable(place, data)
+        except OSError as error:
+            raise MembershipFileError(
+                f"can't keep {place}: {error.strerror or error}; check the rights of its folder "
+                "and the space on its disk"
+            ) from None
+
+
+def member_files(settings: Settings, *, data: Path | None = None) -> MemberFiles | None:
+    """What is kept for the configured swarm, under `data` (without it this user's data folder).
+
+    None for a swarm that isn't private. Raises ConfigError for one that names issuers, and no root
+    or no name of its own.
+    """
+    if not settings.issuers:
+        return None
+    if settings.root is None:
+        raise ConfigError(
+            "the config names `issuers`, so its swarm is private, and no `root`; get its hive.toml "
+            "anew from who runs the swarm, or join with an invite (`glasshive join TOKEN`)"
+        )
+    name = root_name(settings.swarm, read_root(settings.root))
+    return MemberFiles((data or data_dir()) / "members" / name)
+
+
+def open_gate(
+    settings: Settings, identity: Identity, act: Act, *, clock: Callable[[], float] = time.time
+) -> MemberGate | None:
+    """The gate of this peer of a private swarm, with what is kept; None if the swarm isn't private.
+
+    Raises NotAMember if `identity` has no certificate here that permits `act` now, ConfigError and
+    MembershipFileError.
+    """
+    files = member_files(settings)
+    if files is None:
+        return None
+    membership = Membership(
+        settings.swarm,
+        settings.issuers,
+        kept=files.revocations(),
+        keep=files.keep_revocations,
+    )
+    certificate = files.certificate(identity.peer_id)
+    if not certificate:
+        role = "host" if act is Act.SERVE else "client"
+        raise NotAMember(
+            f"this machine's key, {identity.peer_id}, is no member of the private swarm "
+            f"{settings.swarm!r} yet; ask who runs it for an invite as a {role}, and run "
+            "`glasshive join TOKEN`"
+        )
+    membership.admit(identity.peer_id, certificate, act, clock())
+    return MemberGate(membership, clock, certificate)
+
+
+def open_book(
+    settings: Settings,
+    key: Path,
+    identity: Identity,
+    *,
+    data: Path | None = None,
+    clock: Callable[[], float] = time.time,
+) -> InviteBook | None:
+    """The book of members of the issuer whose key this is; None for who is none.
+
+    It lies beside the key. An issuer is a member by its own word: it has a new certificate, as a
+    host, after this. Raises what `member_files` does, and BadInviteBook.
+    """
+    files = member_files(settings, data=data)
+    if files is None or identity.peer_id not in settings.issuers:
+        return None
+    book = InviteBook(book_path(key), identity, settings.swarm)
+    files.keep_certificate(identity.peer_id, book.enrol(identity.peer_id, Role.HOST, clock()))
+    return book
+
+
+def book_path(key: Path) -> Path:
+    """Where the issuer of this key keeps its book."""
+    return key.with_suffix(".members")
