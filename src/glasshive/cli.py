@@ -170,15 +170,15 @@ def status(
     from glasshive.status_report import print_report, report_of
 
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
-    with open_swarm(settings) as swarm:
+    with open_swarm(settings, config) as swarm:
         report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
+        where = swarm.where
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         from rich.console import Console
 
-        where = [part for one in bootstrap or () for part in ("--bootstrap", one)]
-        print_report(report, Console(), [*where, *(("--config", str(config)) if config else ())])
+        print_report(report, Console(), where)
     if model is not None and not all(one["complete"] for one in report["models"]):
         raise typer.Exit(1)
 

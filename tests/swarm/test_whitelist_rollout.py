@@ -219,7 +219,7 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
     next_whitelist(3, revoked_peers=frozenset(hosts[1:]))
     with glasshive.connect(hive.config) as swarm:
         model = swarm.model(hive.model_name)
-        with pytest.raises(NoRoute, match="1 peer is left out, as lost, revoked or named in"):
+        with pytest.raises(NoRoute, match="1 peer is left out, as lost, busy, revoked or named in"):
             run(model, relu=False)
         with model.trace(PROMPT):
             first = model.model.layers[1].output.save()

@@ -380,9 +380,11 @@ def test_what_scripts_read_stays() -> None:
 
 
 def test_an_empty_swarm_is_said_to_be_empty() -> None:
-    assert shown([]).startswith(
-        "nobody serves a model in the swarm lab; `glasshive serve MODEL --blocks A:B --bootstrap"
-    )
+    """And how that is changed: in a line to paste, of which only MODEL is to be filled in."""
+    first, command, *_ = shown([]).splitlines()
+    assert first == "nobody serves a model in the swarm lab yet; to serve one from here, run"
+    assert command == "  " + " ".join(["glasshive serve MODEL", *WHERE])
+    assert "where MODEL is a model's folder, or the name of" in shown([])
 
 
 def test_ranges_and_the_bar() -> None:
