@@ -141,7 +141,7 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
         assert set(said["signers"]) <= set(ROOT.whitelist_keys)
         assert len(said["signers"]) == 2
         rules = "\n".join(said["rules"])
-        assert "Others can't run 1 ops of this release: linalg_svd; nor any other code." in rules
+        assert "Others can't run 1 op of this release: linalg_svd; nor any other code." in rules
         assert "batch_rows 4," in rules
     pids = [host.pids() for host in hive.hosts]
 

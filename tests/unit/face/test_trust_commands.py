@@ -818,7 +818,7 @@ def test_show_says_what_others_can_and_cannot_do() -> None:
     assert "whitelist 2 of the swarm 'lab': signed and in force\nsigned by: owner (" in said
     assert "1 of 1 signatures, by owner (" in said
     assert "(365 days left)" in said
-    assert "They can't run 1 ops of this release: linalg_svd; nor any other code." in said
+    assert "They can't run 1 op of this release: linalg_svd; nor any other code." in said
     assert "linalg_svdvals" in said
     assert "read and called, and whose weights may be fetched: every one\n" in said
     assert "modules that may be written: none\n" in said
@@ -846,7 +846,7 @@ def test_an_op_of_another_release_is_told_apart() -> None:
     Path("mine.toml").write_text(changed)
     run("whitelist", "bump", "--edit=mine.toml", "--folder=lab")
     said = run("whitelist", "show", "2", "--folder=lab")
-    assert "They can't run 1 ops of this release: relu; nor any other code." in said
+    assert "They can't run 1 op of this release: relu; nor any other code." in said
     assert "Allowed, and not in this release: relu, teleport." in said
 
 
