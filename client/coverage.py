@@ -67,6 +67,18 @@ def spans_to_add(records: Sequence[PeerRecord], n_blocks: int) -> list[Span]:
     return spans
 
 
+class Wanted(NamedTuple):
+    """What a trace wants more of: what a command that serves it says besides the blocks.
+
+    `where` are the arguments that say which swarm. What isn't known stands there as a word in
+    capitals.
+    """
+
+    name: str = "MODEL"
+    kind: Kind | None = None
+    where: Sequence[str] = ("--bootstrap", "ADDRESS")
+
+
 def serve_command(name: str, span: Span, kind: Kind | None, where: Sequence[str] = ()) -> str:
     """The command line that serves a span; `where` are its arguments that say which swarm."""
     how = ["--dtype", kind.dtype, "--attention", kind.attention] if kind else []

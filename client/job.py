@@ -173,7 +173,7 @@ class Job:
             stream = _PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
                 hop,
-                self.peers,
+                self.hops,
                 self.silence_seconds,
             )
             streams.append(stream)
@@ -285,7 +285,7 @@ class _PeerStream:
 
     stream: Stream
     hop: HopReport
-    peers: Sequence[PeerAddress]
+    hops: Sequence[HopReport]  # all of them
     silence_seconds: float
 
     @property
@@ -307,7 +307,7 @@ class _PeerStream:
                     continue  # it was this process that stood still; what came meanwhile is there
                 raise
             if is_a(frame.header, Failed):
-                raise _failure(self.hop, decode(frame.header, Failed), self.peers)
+                raise _failure(self.hop, decode(frame.header, Failed), self.hops)
             if frame.header != _ALIVE:
                 return frame
 
@@ -316,17 +316,18 @@ async def _cancel(stream: _PeerStream) -> None:
     await stream.stream.send(encode(Cancel()), b"", 1.0)
 
 
-def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> PeerError:
+def _failure(hop: HopReport, message: Failed, hops: Sequence[HopReport]) -> PeerError:
     """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
-    who = f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
+    who = _who(hop)
     text = _printable(message.text)
     if message.code in ("NeighbourLost", "BadNeighbour"):
         # It may speak of those that the plan gives it to deal with, and of nobody else.
         others = {i for stage in hop.part.stages for _, i in (*stage.imports, *stage.exports)}
-        named = [peers[i].peer_id for i in sorted(others) if peers[i].peer_id in text]
-        lost = named[0] if named else hop.peer.peer_id
+        named = [one for one in hops if one.part.index in others and one.peer.peer_id in text]
         kind = PeerLost if message.code == "NeighbourLost" else BadAnswer
-        return kind(f"{who} says: {text}", peer=lost)
+        if not named:
+            return kind(f"{who} says: {text}", peer=hop.peer.peer_id)
+        return kind(f"{_who(named[0])}: {who} says: {text}", peer=named[0].peer.peer_id)
     if message.code == "Busy":
         return PeerBusy(f"{who} is busy: {text}", peer=hop.peer.peer_id)
     return PeerFailed(
@@ -336,6 +337,10 @@ def _failure(hop: HopReport, message: Failed, peers: Sequence[PeerAddress]) -> P
         peer=hop.peer.peer_id,
         span=hop.part.span,
     )
+
+
+def _who(hop: HopReport) -> str:
+    return f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
 
 
 def _printable(text: str) -> str:
@@ -355,7 +360,7 @@ class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        who = f"peer {self.hop.peer.peer_id} (blocks {self.hop.part.span})"
+        who = _who(self.hop)
         if isinstance(error, MalformedMessage):
             raise BadAnswer(f"{who}: {error}", peer=self.hop.peer.peer_id) from error
         if isinstance(error, DeadlineExceeded):

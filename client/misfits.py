@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from glasshive.client.errors import Misfit, NotInTable, PlainDestination
@@ -23,6 +24,12 @@ _INDICES: Final[Mapping[str, tuple[str, tuple[torch.dtype, ...]]]] = {
     "put": ("index", (torch.int64,)),
     "take": ("index", (torch.int64,)),
 }
+
+
+def array_hint(*values: object) -> str:
+    """What to do with a NumPy array that stands where a tensor is wanted; empty if none does."""
+    is_array = any(isinstance(value, np.ndarray) for value in values)
+    return "; torch.from_numpy(array) makes a tensor of a NumPy array" if is_array else ""
 
 
 def check_dtypes(name: str, bound: Bound) -> None:

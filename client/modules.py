@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glasshive.client.errors import NotInATrace, TraceError
 from glasshive.client.functional import Cell
+from glasshive.client.misfits import array_hint
 from glasshive.client.source_lines import at_line, here
 from glasshive.client.structures import NamedValues, Parts
 from glasshive.client.traced import TracedTensor
@@ -120,9 +121,10 @@ class Module:
         tracer = self._tracer()
         if kwargs or not args or not all(isinstance(arg, Tensor) for arg in args):
             kinds = [type(arg).__name__ for arg in args] + [f"{name}=" for name in kwargs]
+            advice = array_hint(*args) or "; call a part of it, or write the rest with torch"
             raise TraceError(
                 f"{self.path}({', '.join(kinds)}): in a trace a module takes tensors by position, "
-                "one at least; call a part of it, or write the rest with torch",
+                f"one at least{advice}",
                 line=here(),
             )
         recorder = tracer.sites.recorder

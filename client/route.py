@@ -11,7 +11,14 @@ import heapq
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from glasshive.client.coverage import Kind, by_kind, kinds_text, serve_command, spans_to_add
+from glasshive.client.coverage import (
+    Kind,
+    Wanted,
+    by_kind,
+    kinds_text,
+    serve_command,
+    spans_to_add,
+)
 from glasshive.client.errors import NoRoute
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress
@@ -19,6 +26,7 @@ from glasshive.graph.plan import Span
 from glasshive.security.keys import PeerId
 
 _MOST_NAMED = 8
+_ANYTHING = Wanted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +52,14 @@ def choose_route(
     n_blocks: int,
     *,
     avoid: Collection[PeerId] = (),
+    wanted: Wanted = _ANYTHING,
 ) -> Route:
     """A route over the `needed` blocks.
 
     The blocks from 0 on without a gap are covered by a chain in which each span starts where the
     one before it ended; single blocks behind them (the home of a head or a parameter) by any peer
-    behind the chain. Raises NoRoute, naming the missing blocks and who serves the rest.
+    behind the chain. Raises NoRoute, naming the missing blocks, who serves the rest, and the
+    commands that would serve what is missing of what is `wanted`.
     """
     usable = [one for one in records if one.peer_id not in avoid and one.n_blocks == n_blocks]
     depth = next(i for i in range(n_blocks + 1) if i not in needed)
@@ -64,7 +74,7 @@ def choose_route(
                 if best is None or cost < best[0]:
                     best = cost, chain
     if best is None:
-        raise NoRoute(_why_none(usable, sorted(needed), avoid, n_blocks))
+        raise NoRoute(_why_none(usable, sorted(needed), avoid, n_blocks, wanted))
     return Route(tuple(best[1]))
 
 
@@ -119,7 +129,11 @@ def _cover_extra(
 
 
 def _why_none(
-    records: Sequence[PeerRecord], needed: Sequence[int], avoid: Collection[PeerId], n_blocks: int
+    records: Sequence[PeerRecord],
+    needed: Sequence[int],
+    avoid: Collection[PeerId],
+    n_blocks: int,
+    wanted: Wanted,
 ) -> str:
     served = {block for one in records for block in range(one.start, one.end)}
     missing = [block for block in needed if block not in served]
@@ -142,29 +156,30 @@ def _why_none(
     lost = ""
     if avoid:
         many = "1 peer is" if len(avoid) == 1 else f"{len(avoid)} peers are"
-        lost = f"; {many} left out, as lost, revoked or named in avoid="
+        lost = f"; {many} left out, as lost, busy, revoked or named in avoid="
     return (
         f"{text} (served now: {', '.join(who) or 'nothing'}{lost}); start the missing part with "
-        f"{_commands(kinds, needed, n_blocks)}"
+        f"{_commands(kinds, needed, n_blocks, wanted)}"
     )
 
 
 def _commands(
-    kinds: Mapping[Kind, Sequence[PeerRecord]], needed: Sequence[int], n_blocks: int
+    kinds: Mapping[Kind, Sequence[PeerRecord]],
+    needed: Sequence[int],
+    n_blocks: int,
+    wanted: Wanted,
 ) -> str:
     """The commands that would complete the kind that lacks least, for what is needed."""
     if not kinds:
-        return f"`{serve_command('MODEL', Span(0, n_blocks), None)} --bootstrap ADDRESS`"
+        command = serve_command(wanted.name, Span(0, n_blocks), wanted.kind, wanted.where)
+        return f"`{command}`"
     kind, missing = min(
         ((kind, spans_to_add(records, n_blocks)) for kind, records in kinds.items()),
         key=lambda found: sum(span.end - span.start for span in found[1]),
     )
-    # Any host answers what a bootstrap peer answers.
-    known = next((one for one in kinds[kind] if one.addresses), None)
     name, *_ = (one.model_name for one in kinds[kind])
-    where = ("--bootstrap", known.addresses[0] if known else "ADDRESS")
-    wanted = [span for span in missing if any(span.start <= one < span.end for one in needed)]
-    return " and ".join(f"`{serve_command(name, span, kind, where)}`" for span in wanted)
+    spans = [span for span in missing if any(span.start <= one < span.end for one in needed)]
+    return " and ".join(f"`{serve_command(name, span, kind, wanted.where)}`" for span in spans)
 
 
 def _ranges(blocks: Sequence[int]) -> str:

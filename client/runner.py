@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.errors import NoRoute, PeerBusy, PeerError, PeerFailed, TraceTimeout
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
@@ -17,7 +19,7 @@ from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.route import Route, choose_route
 from glasshive.client.saved import fill
-from glasshive.dht.errors import DeadlineExceeded, SwarmError
+from glasshive.dht.errors import DeadlineExceeded, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import HIDDEN, Plan
@@ -32,10 +34,17 @@ class ModelRunner:
     """Implements `glasshive.client.model.Runner` for one model, in one dtype and attention."""
 
     def __init__(
-        self, swarm: Swarm, model_id: str, dtype: str, attention: str, n_blocks: int
+        self,
+        swarm: Swarm,
+        model_id: str,
+        name: str,
+        dtype: str,
+        attention: str,
+        n_blocks: int,
     ) -> None:
         self._swarm = swarm
         self._model_id = model_id
+        self._name = name
         self._dtype = dtype
         self._attention = attention
         self._n_blocks = n_blocks
@@ -75,13 +84,19 @@ class ModelRunner:
                 avoid.add(error.peer)
                 if not isinstance(error, PeerBusy):  # which is there, and free again soon
                     self._remember_lost(error.peer, route)
-                if attempt == options.retries or time.monotonic() > ends_at:
+                if attempt == options.retries:
+                    self._advise(error, f"{_routes(attempt + 1)} tried, as retries={attempt} says")
                     raise
                 try:
                     route = self._route(experiment, avoid, fresh=True, ends_at=ends_at)
-                except (NoRoute, SwarmError) as none:
+                except NoRoute as none:
+                    self._advise(error, str(none).replace("no route", "no other route", 1))
+                    raise error from none
+                except SwarmError as none:
+                    self._advise(error, f"whether there is another route is not known: {none}")
                     raise error from none
                 if time.monotonic() > ends_at:
+                    self._advise(error, "the deadline left no time for another route (deadline=)")
                     raise
             attempt += 1
 
@@ -111,6 +126,13 @@ class ModelRunner:
             for one in records
         ]
         return "served by\n" + "\n".join(lines or ["  nobody"])
+
+    def _advise(self, error: PeerError, why: str) -> None:
+        """Say behind what happened why the trace was not run elsewhere, and what to do."""
+        status = shlex.join(["glasshive", "status", *self._swarm.where])
+        error.args = (
+            f"{error}; {why}; run the trace again when `{status}` shows its blocks as served",
+        )
 
     def _edge_bytes(self, experiment: Experiment, plan: Plan) -> list[int]:
         sizes = []
@@ -222,7 +244,8 @@ class ModelRunner:
                 for one in known
                 if one.expires_at_seconds <= self._lost.get(one.peer_id, 0.0)
             }
-        return choose_route(known, needed, self._n_blocks, avoid=left_out)
+        wanted = Wanted(self._name, Kind(self._dtype, "none", self._attention), self._swarm.where)
+        return choose_route(known, needed, self._n_blocks, avoid=left_out, wanted=wanted)
 
     def _remember_lost(self, peer: PeerId, route: Route) -> None:
         now = self._swarm.transport.now()
@@ -238,7 +261,10 @@ class ModelRunner:
             now = self._swarm.transport.now()
             if fresh or not self._known or any(one.expires_at_seconds < now for one in self._known):
                 left_seconds = max(ends_at - time.monotonic(), 0.0)
-                records = self._swarm.records(self._model_id, left_seconds)
+                try:
+                    records = self._swarm.records(self._model_id, left_seconds)
+                except UnknownModel:  # its last peer withdrew: the route says what is missing
+                    records = []
                 kind = (self._dtype, self._attention)
                 self._known = [one for one in records if (one.dtype, one.attention) == kind]
             return list(self._known)
@@ -252,6 +278,10 @@ def _compute_seconds(plan: Plan, route: Route) -> float:
         tokens = sum(one.batch * one.seq for one in passes)
         seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
     return seconds
+
+
+def _routes(count: int) -> str:
+    return "1 route was" if count == 1 else f"{count} routes were"
 
 
 def _told(error: PeerFailed) -> str:

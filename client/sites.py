@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glasshive.client.constants import Constants
 from glasshive.client.functional import Alias, Cell, View
+from glasshive.client.misfits import array_hint
 from glasshive.client.recorder import Recorder
 from glasshive.client.source_lines import Mark, at_line, here, mark, resolve
 from glasshive.client.traced import TracedTensor
@@ -283,7 +284,7 @@ class Sites:
         if not isinstance(value, Tensor):
             raise ShapeMismatch(
                 f"{at_line()}a {type(value).__name__} is assigned to {seen.site}; a tensor of "
-                f"{seen.spec} is wanted"
+                f"{seen.spec} is wanted{array_hint(value)}"
             )
         got = TensorSpec(from_torch_dtype(value.dtype), tuple(value.shape))
         if got != seen.spec:

@@ -40,7 +40,8 @@ class Swarm:
     """A swarm as a researcher uses it. A context manager; `close` ends it.
 
     `transport` and `keeper` live on `loop`, where `end` ends them and all that belongs to them (by
-    default the transport alone); `bootstraps` are peers whose directory is asked.
+    default the transport alone); `bootstraps` are peers whose directory is asked, and `where` the
+    arguments with which a command comes to the same swarm.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Swarm:
         bootstraps: Sequence[PeerAddress],
         cache: Path,
         keeper: PolicyKeeper | None = None,
+        where: Sequence[str] = ("--bootstrap", "ADDRESS"),
         end: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._loop = loop
@@ -58,6 +60,7 @@ class Swarm:
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
         self._end = end or transport.close
+        self._where = tuple(where)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -103,7 +106,7 @@ class Swarm:
         """
         self._check_open()
         seconds = min(within_seconds, _DIRECTORY_SECONDS)
-        asking = ask_directory(self._transport, self._bootstraps, model, seconds)
+        asking = ask_directory(self._transport, self._bootstraps, model, seconds, where=self._where)
         return self._loop.run(asking, seconds + 5)
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
@@ -152,7 +155,14 @@ class Swarm:
             tokenizer=read_tokenizer(folder),
             twin=twin,
             outline=scan(twin, config),
-            runner=ModelRunner(self, model_id, mine[0].dtype, mine[0].attention, _blocks(config)),
+            runner=ModelRunner(
+                self,
+                model_id,
+                mine[0].model_name,
+                mine[0].dtype,
+                mine[0].attention,
+                _blocks(config),
+            ),
         )
 
     def run_job(self, job: Job, on_tick: Callable[[], None] | None = None) -> None:
@@ -168,6 +178,11 @@ class Swarm:
             raise TransportClosed(
                 "this swarm was closed; connect again with glasshive.connect(...)"
             )
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """The arguments with which a command comes to this swarm, such as `--bootstrap ADDRESS`."""
+        return self._where
 
     @property
     def transport(self) -> Transport:

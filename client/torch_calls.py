@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from glasshive.client.errors import Misfit
 from glasshive.client.functional import layout_of
 from glasshive.client.lowering import first_line
+from glasshive.client.misfits import array_hint
 from glasshive.client.source_lines import here
 from glasshive.client.traced import TracedTensor
 from glasshive.client.values_only import is_values_only, values_only
@@ -105,6 +106,6 @@ def _misassigned(tensor: TracedTensor, index: object, value: object, error: Exce
     elif isinstance(error, TypeError) and "assign" in str(error):
         return (
             f"a {type(value).__name__} is assigned to a part of {tensor._alias}; a tensor or a "
-            "number is wanted, such as torch.tensor(value)"
+            f"number is wanted{array_hint(value) or ', such as torch.tensor(value)'}"
         )
     return _misindexed(tensor, index, error)

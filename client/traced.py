@@ -165,7 +165,8 @@ class TracedTensor(torch.Tensor):
             self,
             OutOfSight,
             "a traced value has no memory here, so NumPy, pickle, storage and other libraries "
-            "cannot see it; use torch functions, or save it and use it after the block",
+            "cannot see it; use torch functions, or save it and use it after the block; a NumPy "
+            "array beside it becomes a tensor with torch.from_numpy(array)",
         )
 
     numpy = __array__ = __array_wrap__ = __reduce_ex__ = __reduce__ = __dlpack__ = _no_memory

@@ -131,6 +131,9 @@ class Tracer:
         if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
             for note in sorted(self.notes):
                 error.add_note(note)
+        if type(error) is TypeError and "numpy" in str(error).lower():
+            # Torch and NumPy refuse an array beside a traced value before anything here is asked.
+            error.add_note("torch.from_numpy(array) makes a tensor of a NumPy array")
         try:
             if error is None or isinstance(error, _Stop):
                 experiment = self._finish()

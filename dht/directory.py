@@ -21,6 +21,7 @@ import asyncio
 import difflib
 import logging
 import re
+import shlex
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,13 +120,16 @@ async def ask_directory(
     peers: Sequence[PeerAddress],
     model: str | None = None,
     deadline_seconds: float = 30.0,
+    *,
+    where: Sequence[str] = ("--bootstrap", "ADDRESS"),
 ) -> list[PeerRecord]:
     """The live records of `model` (name or manifest hash; None: of all), checked here.
 
     Asks the peers one after the other until one knows the model. Withdrawn records are left out.
     Raises AmbiguousModel if the name has several manifests, UnknownModel if those that answered
     know nobody (it names models that are called alike), DirectoryUnavailable if none answered or
-    only peers of other swarms did, DeadlineExceeded.
+    only peers of other swarms did, DeadlineExceeded. `where` are the arguments with which a command
+    comes to this swarm, for what the errors advise.
     """
     if model is not None and not _MODEL.fullmatch(model):
         raise UnknownModel(
@@ -163,7 +167,7 @@ async def ask_directory(
             return resolve(records, model)
     if answered is not None and model is not None:
         known = await _names(transport, answered, ends_at - loop.time())
-        raise _unknown(model, known)
+        raise _unknown(model, known, where)
     if not peers:
         raise DirectoryUnavailable("no bootstrap peer is known that could be asked; give one")
     one = len(peers) == 1
@@ -215,7 +219,7 @@ def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord
     if model is None:
         return list(records)
     if not records:
-        raise _unknown(model, ())
+        raise _unknown(model, (), ("--bootstrap", "ADDRESS"))
     manifests = Counter(record.model for record in records)
     if len(manifests) > 1:
         listed = ", ".join(f"{one} ({count} peers)" for one, count in sorted(manifests.items()))
@@ -226,7 +230,7 @@ def resolve(records: Sequence[PeerRecord], model: str | None) -> list[PeerRecord
     return list(records)
 
 
-def _unknown(model: str, known: Sequence[str]) -> UnknownModel:
+def _unknown(model: str, known: Sequence[str], where: Sequence[str]) -> UnknownModel:
     """The error for a model that nobody announces, where these names are announced."""
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(model.lower(), by_lower, n=3, cutoff=0.6)
@@ -239,7 +243,7 @@ def _unknown(model: str, known: Sequence[str]) -> UnknownModel:
         there = f" (announced are {', '.join(known[:_MOST_NAMES])}{more})"
     return UnknownModel(
         f"no peer announces {model}{there}; check the name, or serve it with "
-        f"`glasshive serve {model}`"
+        f"`{shlex.join(['glasshive', 'serve', model, *where])}`"
     )
 
 

@@ -21,7 +21,7 @@ _WORDS: Final = (
         r"protocols? not supported|doesn't speak",
         "a peer answers there, but not to this (another release?)",
     ),
-    (r"dial backoff", "it did not answer some seconds ago; try again in a moment"),
+    (r"dial backoff", "it did not answer when it was asked some seconds ago"),
     (r"i/o timeout|deadline exceeded|took longer than", "no answer in time"),
     (
         r"security protocol|multistream|not multistream|\bEOF\b|reset by peer|connection reset",

@@ -50,7 +50,7 @@ from glasshive.security.whitelist import (
     limits_by_name,
 )
 
-__all__ = ["PROTOCOL", "Policy", "diff_whitelists", "why_floor"]
+__all__ = ["PROTOCOL", "Policy", "counted", "diff_whitelists", "why_floor"]
 
 PROTOCOL: Final = 1
 """The protocol that this release speaks: the number at the end of its streams' names."""
@@ -368,9 +368,10 @@ class Policy:
         numbers = limits_by_name(self.limits)
         if refused:
             lines += [
-                f"Others can run {len(self.ops)} ops: {', '.join(sorted(self.ops)) or 'none'}.",
-                f"Others can't run {len(refused)} ops of this release: {', '.join(refused)}; nor "
-                "any other code.",
+                f"Others can run {counted(len(self.ops), 'op')}: "
+                f"{', '.join(sorted(self.ops)) or 'none'}.",
+                f"Others can't run {counted(len(refused), 'op')} of this release: "
+                f"{', '.join(refused)}; nor any other code.",
             ]
         else:
             lines.append(f"Others can run all {len(OPS)} ops of this release, and no other code.")
@@ -379,10 +380,16 @@ class Policy:
             f"Others can write {_words(self.writable)}.",
             f"Models: {_models_in_words(self.models)}.",
             "Limits: " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()) + ".",
-            f"Revoked: {len(self.revoked_peers)} hosts, {len(self.revoked_clients)} clients, "
-            f"{len(self.revoked_versions)} versions.",
+            f"Revoked: {counted(len(self.revoked_peers), 'host')}, "
+            f"{counted(len(self.revoked_clients), 'client')}, "
+            f"{counted(len(self.revoked_versions), 'version')}.",
         ]
         return lines
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 op`, `2 ops`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def diff_whitelists(old: Whitelist, new: Whitelist) -> list[str]:

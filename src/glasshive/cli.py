@@ -53,6 +53,14 @@ BootstrapOption = Annotated[
     list[str] | None,
     typer.Option("--bootstrap", help="Address of a bootstrap peer; may be given several times."),
 ]
+ServeBootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        help="Address of a bootstrap peer of the swarm to join; may be given several times. "
+        "Without one here or in the config this host begins a swarm of its own.",
+    ),
+]
 KeyOption = Annotated[
     Path | None, typer.Option("--key", help="Key file; made at the first use, for you only.")
 ]
@@ -62,6 +70,7 @@ HostKeyOption = Annotated[
 ]
 LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", help="How to write logs.")]
 ReportOption = Annotated[int | None, typer.Option("--report-descriptor", hidden=True)]
+KeyInUseOption = Annotated[str | None, typer.Option("--key-in-use", hidden=True)]
 StdinOption = Annotated[bool, typer.Option("--until-stdin-ends", hidden=True)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -114,11 +123,12 @@ def serve(
     attention: Annotated[Literal["sdpa", "eager", "flash"], typer.Option()] = "sdpa",
     name: Annotated[str | None, typer.Option(help="Announce the model under this name.")] = None,
     listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = LOOPBACK,
-    bootstrap: BootstrapOption = None,
+    bootstrap: ServeBootstrapOption = None,
     config: ConfigOption = None,
     key: HostKeyOption = None,
     log_format: LogFormatOption = "pretty",
     report_descriptor: ReportOption = None,
+    key_in_use: KeyInUseOption = None,
     until_stdin_ends: StdinOption = False,
 ) -> None:
     """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
@@ -131,7 +141,7 @@ def serve(
     from glasshive.host_process import Life, ServeOptions, run_host
 
     run_host(
-        Life(settings, settings.host_key_path, listen, log_format, report_descriptor),
+        Life(settings, settings.host_key_path, listen, log_format, report_descriptor, key_in_use),
         ServeOptions(model, span, dtype, device, attention, name),
     )
 
@@ -144,6 +154,7 @@ def bootstrap(
     key: HostKeyOption = None,
     log_format: LogFormatOption = "pretty",
     report_descriptor: ReportOption = None,
+    key_in_use: KeyInUseOption = None,
     until_stdin_ends: StdinOption = False,
 ) -> None:
     """Be the peer through which others find the swarm. Prints its address; serves no model."""
@@ -154,7 +165,7 @@ def bootstrap(
         _supervise(key, default, listen, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
-    run_bootstrap(Life(settings, key or default, listen, log_format, report_descriptor))
+    run_bootstrap(Life(settings, key or default, listen, log_format, report_descriptor, key_in_use))
 
 
 @app.command()
@@ -172,15 +183,15 @@ def status(
     from glasshive.status_report import print_report, report_of
 
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
-    with open_swarm(settings, Act.READ) as swarm:
+    with open_swarm(settings, config, Act.READ) as swarm:
         report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
+        where = swarm.where
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         from rich.console import Console
 
-        where = [part for one in bootstrap or () for part in ("--bootstrap", one)]
-        print_report(report, Console(), [*where, *(("--config", str(config)) if config else ())])
+        print_report(report, Console(), where)
     if model is not None and not all(one["complete"] for one in report["models"]):
         raise typer.Exit(1)
 
@@ -300,18 +311,19 @@ def _supervise(
     _check_listen(listen)
     for address in settings.bootstraps:
         PeerAddress.parse(address)
+    in_use: list[str] = []
     if key is not None:
         lock = take_key(key)
     else:
         key, lock = take_free_key(default)
-        if key != default:
-            console.print(f"{default.name} is in use; this process is the peer of {key}")
+        if key != default:  # which the process says once it knows that it can start
+            in_use = ["--key-in-use", default.name]
     Identity.load_or_create(key)
 
     def command(report_descriptor: int, listening_at: str | None) -> list[str]:
         again = ["--listen", listening_at] if listening_at else []
         report = ["--report-descriptor", str(report_descriptor), "--key", str(key)]
-        return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *report]
+        return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *in_use, *report]
 
     async def run() -> int:
         return await Supervisor(command).run(until_stdin_ends=until_stdin_ends)

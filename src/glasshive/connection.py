@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.membership import Act
 from glasshive.settings import ConfigError, Settings, config_path, load_settings
 
@@ -29,21 +30,39 @@ def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swar
     config names a root. The client's key is made at the first connection.
 
     Raises ConfigError, KeyFileError, BadTrustStore, NotAMember of a private swarm without having
-    joined it, and a TransportError if the network daemon
-    can't be started.
+    joined it, and a TransportError if the network daemon can't be started.
     """
-    return open_swarm(settings_of(where))
+    config, bootstraps = config_and_bootstraps(where)
+    settings = with_bootstraps(load_settings(config, bootstraps=bootstraps), config)
+    return open_swarm(settings, config)
 
 
-def settings_of(where: str | os.PathLike[str] | Sequence[str] | None) -> Settings:
-    """The settings that `connect(where)` uses, with at least one bootstrap. Raises ConfigError."""
+def config_and_bootstraps(
+    where: str | os.PathLike[str] | Sequence[str] | None,
+) -> tuple[str | os.PathLike[str] | None, tuple[str, ...]]:
+    """Which config file, and which addresses, the argument of `connect` names."""
     if where is None:
-        return with_bootstraps(load_settings(), None)
+        return None, ()
     if isinstance(where, str) and _ADDRESS.match(where) and not os.path.exists(where):
-        where = (where,)
+        return None, (where,)
     if isinstance(where, str | os.PathLike):
-        return with_bootstraps(load_settings(where), where)
-    return with_bootstraps(load_settings(bootstraps=tuple(where)), None)
+        return where, ()
+    return None, tuple(where)
+
+
+def swarm_arguments(settings: Settings, config: str | os.PathLike[str] | None) -> tuple[str, ...]:
+    """The arguments with which a command of this user comes to the swarm of these settings.
+
+    `config` is the file that was named, if one was. With the address alone a host would have no
+    root, and be of the public swarm: whoever needs more gets the config file's path.
+    """
+    found: list[str] = []
+    place = config_path(config)
+    if (settings.root is not None or settings.swarm != PUBLIC_SWARM) and place.is_file():
+        found = ["--config", str(place.absolute())]
+    for one in settings.bootstraps:
+        found += ["--bootstrap", one]
+    return tuple(found)
 
 
 def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -> Settings:
@@ -58,8 +77,13 @@ def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -
     return settings
 
 
-def open_swarm(settings: Settings, act: Act = Act.TRACE) -> Swarm:
-    """A connection with these settings, for who comes to do that. Raises what `connect` raises."""
+def open_swarm(
+    settings: Settings, config: str | os.PathLike[str] | None, act: Act = Act.TRACE
+) -> Swarm:
+    """A connection with these settings, read from `config`, for who comes to do `act`.
+
+    Raises what `connect` raises.
+    """
     from glasshive.client.swarm import Swarm
     from glasshive.dht.hivemind_transport import HivemindTransport
     from glasshive.dht.loop_thread import LoopThread
@@ -99,4 +123,6 @@ def open_swarm(settings: Settings, act: Act = Act.TRACE) -> Swarm:
     except BaseException:
         loop.close()
         raise
-    return Swarm(loop, transport, bootstraps, cache_dir() / "files", keeper, ends.aclose)
+    where = swarm_arguments(settings, config)
+    files = cache_dir() / "files"
+    return Swarm(loop, transport, bootstraps, files, keeper, where, ends.aclose)

@@ -57,6 +57,7 @@ class Life:
     listen: str
     log_format: LogFormat
     report_descriptor: int
+    key_in_use: str | None = None  # another process's, in whose place `key` was taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,19 @@ class _Process:
         """What will keep `store` current, with the bootstrap peers as neighbours."""
         bootstraps = [PeerAddress.parse(one) for one in self.life.settings.bootstraps]
         return TrustKeeper(transport, store, bootstraps, own=own)
+
+    def say_key(self) -> None:
+        """Whose peer this process is, if that is not what one would expect."""
+        life = self.life
+        if life.key_in_use is None:
+            return
+        if life.log_format == "json":
+            log.info("key_in_use", in_use=life.key_in_use, key=str(life.key))
+        else:
+            console.print(
+                f"{life.key_in_use} is in use; this process is the peer of {life.key}",
+                markup=False,
+            )
 
     def _say_waiting(self, why: str, seconds: float) -> None:
         if self.life.log_format == "json":
@@ -231,12 +245,13 @@ async def _until_stopped(life: Life, work: Callable[[_Process], Awaitable[None]]
 
 async def _bootstrap(process: _Process) -> None:
     store = open_store(process.life.settings)
+    process.say_key()
     async with contextlib.AsyncExitStack() as ends:
         transport = await ends.enter_async_context(process.transport(may_be_alone=True))
         await serve_directory(transport)
         if store is not None:
-            keeper = await ends.enter_async_context(process.keeper(transport, store))
-            log.info("policy", policy=keeper.policy.who, whitelist_version=keeper.policy.version)
+            await ends.enter_async_context(process.keeper(transport, store))
+            _say_whitelist(process, store)
         address = transport.addresses[0]
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
@@ -267,6 +282,8 @@ async def _host(process: _Process, options: ServeOptions) -> None:
     # Before anybody is waited for.
     _check(options)
     store, own = open_store(settings), own_rules(settings)
+    process.say_key()
+    _say_alone(process)
     async with contextlib.AsyncExitStack() as ends:
         transport = await ends.enter_async_context(process.transport())
         policy = host_rules(None, own, time.time()) if store is None else Policy.floor()
@@ -368,6 +385,38 @@ def _say_policy(process: _Process, policy: Policy) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def _say_whitelist(process: _Process, store: TrustStore) -> None:
+    """Which whitelist a bootstrap peer, which runs nothing itself, has for others."""
+    version = store.highest_version
+    if process.life.log_format == "json":
+        log.info("whitelist", version=version, root_version=store.root.version)
+    elif version:
+        console.print(f"hosts get whitelist {version} of the swarm from here", highlight=False)
+    else:
+        console.print(
+            "no whitelist of the swarm was published yet, so its hosts allow reads and little "
+            "else; who signs for it runs\n"
+            "  glasshive whitelist publish --folder FOLDER",
+            markup=False,
+        )
+
+
+def _say_alone(process: _Process) -> None:
+    """That a host without a bootstrap joins nobody: before it loads for minutes."""
+    if process.life.settings.bootstraps:
+        return
+    if process.life.log_format == "json":
+        log.warning("begins_a_swarm", swarm=process.life.settings.swarm)
+        return
+    console.print(
+        "no bootstrap peer is given, so this host begins a swarm of its own, with nobody else in "
+        "it; to join one that is there, stop this with Ctrl-C and add\n"
+        "  --bootstrap ADDRESS\n"
+        "where ADDRESS is what its `glasshive bootstrap` or `glasshive serve` printed",
+        markup=False,
+    )
+
+
 def _say_ready(process: _Process, serving: Serving) -> None:
     record = serving.record
     if process.life.log_format == "json":
@@ -394,8 +443,7 @@ def _say_ready(process: _Process, serving: Serving) -> None:
     )
     if not process.life.settings.bootstraps:
         console.print(
-            "no bootstrap was given, so this host is the first of its swarm; other hosts and "
-            "clients find it by\n"
+            "other hosts and clients find the swarm that this host began by\n"
             f"  --bootstrap {record.addresses[0]}",
             markup=False,
             soft_wrap=True,

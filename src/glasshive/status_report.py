@@ -7,6 +7,7 @@ lacks least.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -43,11 +44,15 @@ def print_report(report: dict[str, Any], console: Console, where: Sequence[str] 
     `where` are the arguments that say which swarm, for the commands that fill holes.
     """
     if not report["models"]:
-        command = " ".join(["glasshive serve MODEL --blocks A:B", *where])
+        command = shlex.join(["glasshive", "serve", "MODEL", *where])
         console.print(
-            f"nobody serves a model in the swarm [bold]{escape(report['swarm'])}[/]; "
-            f"`{escape(command)}` starts",
+            f"nobody serves a model in the swarm [bold]{escape(report['swarm'])}[/] yet; to serve "
+            "one from here, run\n"
+            f"  {escape(command)}\n"
+            "where MODEL is a model's folder, or the name of one that was fetched; "
+            "with --blocks A:B only some of its blocks",
             soft_wrap=True,
+            highlight=False,
         )
     for model in report["models"]:
         console.print(

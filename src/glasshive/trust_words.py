@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from glasshive.new_swarm import NewSwarm
-    from glasshive.security.trust_root import RootTerms, TrustedRoot
+    from glasshive.security.trust_root import RoleSignatures, RootTerms, TrustedRoot
     from glasshive.trust_files import Holder
     from glasshive.trust_folder import TrustFolder
 
@@ -28,9 +29,20 @@ def moment(seconds: int) -> str:
 
 
 def confirm(yes: bool) -> None:
-    """Return if the user wants to sign what was shown, or said so before."""
-    if not yes:
-        typer.confirm("Sign this?", abort=True)
+    """Return if the user wants to sign what was shown, or said so before.
+
+    Raises SigningRefused where there is no terminal to ask at, and Abort for a no.
+    """
+    from glasshive.trust_folder import SigningRefused
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise SigningRefused(
+            "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
+            "shown above, and pass --yes"
+        )
+    typer.confirm("Sign this?", abort=True)
 
 
 def say_terms(
@@ -55,24 +67,41 @@ def say_waiting(folder: TrustFolder) -> bool:
     roots = folder.roots()
     if document is not None:
         say(f"root {len(roots) + 1} waits for signatures")
-        for state in folder.root_states(document):
+        states = folder.root_states(document)
+        for state in states:
             say(f"  {folder.in_words(state)}")
-        _say_pass_on(folder, "swarm")
+        _say_sign(folder, "swarm", states)
     if file is not None:
         say(f"whitelist {file.whitelist.version} waits for signatures")
         if not roots:
             say("  it can be signed once root 1 is complete")
         else:
-            say(f"  {folder.in_words(whitelist_signatures(file.document, roots[-1]))}")
-        _say_pass_on(folder, "whitelist")
+            state = whitelist_signatures(file.document, roots[-1])
+            say(f"  {folder.in_words(state)}")
+            _say_sign(folder, "whitelist", [state])
     return document is not None or file is not None
 
 
-def _say_pass_on(folder: TrustFolder, group: str) -> None:
-    say(
-        f"  pass {folder.hive.name} and trust/ of {folder.place} on; each signer runs, in the copy,"
-    )
-    say(f"    glasshive {group} sign --key NAME.key")
+def _say_sign(folder: TrustFolder, group: str, states: Iterable[RoleSignatures]) -> None:
+    """The commands that sign what waits: here with the keys that are here, else in a copy."""
+    where = [] if folder.place == Path() else ["--folder", str(folder.place)]
+    keys = {one: folder.keys / f"{holder.name}.key" for one, holder in folder.holders().items()}
+    commands: dict[str, None] = {}
+    is_enough = True
+    for state in states:
+        here = [keys[one] for one in state.missing if one in keys and keys[one].is_file()]
+        lacks = max(state.threshold - len(state.signed), 0)
+        is_enough = is_enough and len(here) >= lacks
+        for key in here[:lacks]:
+            command = ["glasshive", group, "sign", *where, "--key", str(key)]
+            commands[shlex.join(command)] = None
+    if commands:
+        say("  whose key is here signs with")
+        for one in commands:
+            say(f"    {one}")
+    if not is_enough:
+        say(f"  pass {folder.hive} and {folder.place / 'trust'} on; each signer runs, in the copy,")
+        say(f"    glasshive {group} sign --key NAME.key")
 
 
 def say_root_done(folder: TrustFolder) -> None:

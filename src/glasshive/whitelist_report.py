@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from glasshive.graph.ops import OPS
-from glasshive.security.policy import Policy
+from glasshive.security.policy import Policy, counted
 from glasshive.security.whitelist import Whitelist, limits_by_name
 from glasshive.trust_words import moment
 
@@ -99,14 +99,14 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     line(f"signed by: {escape(', '.join(report['signers']) or 'nobody')}")
     line(f"  {escape(report['signatures'])}")
     days = round(report["expires_in_seconds"] / 86_400)
-    left = f"{days} days left" if report["expires_in_seconds"] > 0 else "that is past"
+    left = f"{counted(days, 'day')} left" if report["expires_in_seconds"] > 0 else "that is past"
     line(f"issued {report['issued']}, ends {report['expires']} ({left})")
     line(f"hosts speak protocol {report['min_protocol']} or newer\n")
     line("[bold]Others can run[/] ops, by what they cost:")
     _print_ops(report, console)
     refused = report["ops_refused"]
     if refused:
-        count = f"{len(refused)} ops of this release: {', '.join(refused)}; nor"
+        count = f"{counted(len(refused), 'op')} of this release: {', '.join(refused)}; nor"
         line(f"[bold]They can't run[/] {escape(count)} any other code.")
     else:
         line("[bold]They can't run[/] any other code.")

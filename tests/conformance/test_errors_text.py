@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import HIDDEN, IDS, OTHER, Setting
@@ -344,6 +345,29 @@ def test_a_value_that_is_no_tensor(one_llama: Setting) -> None:
         one_llama.model.model.layers[1].output = "zero"  # blamed
 
     assert "a str is assigned to model.layers.1.output" in told(one_llama, ShapeMismatch, body)
+
+
+@pytest.mark.parametrize("use", ["assigned", "called", "added", "before"])
+def test_an_array_in_the_place_of_a_tensor(one_llama: Setting, use: str) -> None:
+    """Failed: torch and NumPy say what they got, and not what to do."""
+    array, site = np.ones((1, 6, HIDDEN), np.float32), one_llama.model.model.layers[1]
+
+    def body(tracer: Any) -> None:
+        if use == "assigned":
+            site.output = array
+        elif use == "called":
+            one_llama.model.lm_head(array)
+        elif use == "added":
+            torch.add(site.output, array)
+        else:
+            array @ site.output
+
+    kind = {"assigned": ShapeMismatch, "called": TraceError}.get(use, TypeError)
+    with pytest.raises(kind) as caught, one_llama.model.trace(IDS) as tracer:
+        body(tracer)
+    said = [str(caught.value), *getattr(caught.value, "__notes__", ())]
+    assert said[-1].endswith("torch.from_numpy(array) makes a tensor of a NumPy array")
+    assert len(said) == (2 if kind is TypeError else 1)
 
 
 def test_an_in_place_edit_of_another_shape(one_llama: Setting) -> None:

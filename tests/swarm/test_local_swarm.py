@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import glasshive
-from glasshive.client.errors import NoRoute, PeerLost, TraceTimeout
+from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.dht.errors import AmbiguousModel, UnknownModel
 from glasshive.testing import LocalPeer, LocalSwarm, SwarmNotReady
 
@@ -232,8 +233,16 @@ def test_a_host_killed_without_a_replacement_is_named(
     victim = hive.hosts[0]
     victim.kill()
     began = time.monotonic()
-    with pytest.raises((PeerLost, NoRoute), match=victim.peer_id):
+    with pytest.raises(PeerLost, match=victim.peer_id) as caught:
         run(model, deadline=30)
+    text, where = str(caught.value), f"--config {hive.config} --bootstrap {hive.bootstrap.address}"
+    assert re.search(
+        rf"{victim.peer_id} \(blocks 0:2\) .*; no other route: nobody serves blocks 0:2 .*; start "
+        rf"the missing part with `glasshive serve {NAME} --blocks 0:2 --dtype float32 --attention ",
+        text,
+    )
+    assert text.count(where) == 2
+    assert "again in a moment" not in text
     assert time.monotonic() - began < 20
     victim.restart()
     assert equal(run(model), oracle(llama))

@@ -44,31 +44,38 @@ from glasshive.security.keys import Identity
 
 ONE, TWO, THREE = (PeerAddress(Identity.generate().peer_id) for _ in range(3))
 STAGE = Stage(0, (), exports=((HIDDEN, 1),), forward=True)
-HOP = HopReport(ONE, Part(0, Span(0, 2), Graph({}), (STAGE,), {}))
+HOPS = [
+    HopReport(one, Part(i, Span(2 * i, 2 * i + 2), Graph({}), (STAGE,), {}))
+    for i, one in enumerate((ONE, TWO, THREE))
+]
+HOP = HOPS[0]
 
 
 def test_a_lost_neighbour_is_the_one_to_avoid() -> None:
     said = Failed("NeighbourLost", -1, f"peer {TWO.peer_id} (part 1) was lost: gone")
-    error = _failure(HOP, said, [ONE, TWO, THREE])
+    error = _failure(HOP, said, HOPS)
     assert isinstance(error, PeerLost)
     assert error.peer == TWO.peer_id
+    assert str(error) == (  # the lost one first, with its blocks
+        f"peer {TWO.peer_id} (blocks 2:4): peer {ONE.peer_id} (blocks 0:2) says: {said.text}"
+    )
 
 
 def test_nobody_speaks_of_a_peer_that_it_has_nothing_to_do_with() -> None:
     said = Failed("NeighbourLost", -1, f"peer {THREE.peer_id} (part 2) was lost: gone")
-    error = _failure(HOP, said, [ONE, TWO, THREE])
+    error = _failure(HOP, said, HOPS)
     assert isinstance(error, PeerLost)
     assert error.peer == ONE.peer_id
 
 
 def test_a_busy_peer_is_avoided_itself() -> None:
-    error = _failure(HOP, Failed("Busy", -1, "16 traces are running here"), [ONE, TWO])
+    error = _failure(HOP, Failed("Busy", -1, "16 traces are running here"), HOPS)
     assert isinstance(error, PeerBusy)
     assert error.peer == ONE.peer_id
 
 
 def test_a_peer_s_text_cannot_steer_the_terminal() -> None:
-    error = _failure(HOP, Failed("\x1b[2J", 7, "\x1b]0;owned\x07 no"), [ONE, TWO])
+    error = _failure(HOP, Failed("\x1b[2J", 7, "\x1b]0;owned\x07 no"), HOPS)
     assert isinstance(error, PeerFailed)
     assert error.node == 7
     assert (error.code + str(error)).isprintable()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.errors import NoRoute
 from glasshive.client.route import choose_route
 from glasshive.dht.records import PeerRecord
@@ -15,6 +16,7 @@ from glasshive.security.manifest import ModelId
 
 BLOCKS = 30
 ALL = range(BLOCKS)
+WANTED = Wanted("other", Kind("bfloat16", "none", "eager"), ("--config", "/lab/hive.toml"))
 
 
 def record(start: int, end: int, **fields: object) -> PeerRecord:
@@ -84,19 +86,21 @@ def test_a_peer_to_avoid() -> None:
     lost, spare = record(0, 30), record(0, 30, load=0.9)
     route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id})
     assert route.records == (spare,)
-    with pytest.raises(NoRoute, match="1 peer is left out, as lost, revoked or named in avoid="):
+    with pytest.raises(
+        NoRoute, match="1 peer is left out, as lost, busy, revoked or named in avoid="
+    ):
         choose_route([lost], ALL, BLOCKS, avoid={lost.peer_id})
 
 
 def test_what_is_missing_and_who_serves_the_rest() -> None:
     first, last = record(0, 10), record(20, 25, dtype="float32")
     with pytest.raises(NoRoute) as caught:
-        spans([first, last])
+        spans([first, last], wanted=WANTED)
     text = str(caught.value)
     assert "nobody serves blocks 10:20, 25:30" in text
     assert f"0:10 float32 sdpa by {first.peer_id[-8:]}" in text
     assert f"20:25 float32 sdpa by {last.peer_id[-8:]}" in text
-    kind = "--dtype float32 --attention sdpa --bootstrap /ip4/127.0.0.1/tcp/1"
+    kind = "--dtype float32 --attention sdpa --config /lab/hive.toml"
     assert text.endswith(
         f"start the missing part with `glasshive serve tiny --blocks 10:20 {kind}` "
         f"and `glasshive serve tiny --blocks 25:30 {kind}`"
@@ -132,6 +136,12 @@ def test_nobody_at_all() -> None:
         spans([])
     with pytest.raises(NoRoute, match="`glasshive serve MODEL --blocks 0:30 --bootstrap ADDRESS`"):
         spans([])
+    with pytest.raises(NoRoute) as caught:
+        spans([], wanted=WANTED)
+    assert str(caught.value).endswith(
+        "with `glasshive serve other --blocks 0:30 --dtype bfloat16 --attention eager "
+        "--config /lab/hive.toml`"
+    )
 
 
 def test_spans_that_overlap_do_not_fit() -> None:

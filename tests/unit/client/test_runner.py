@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from glasshive.client import runner
 from glasshive.client import swarm as client_swarm
-from glasshive.client.errors import PeerBusy, PeerLost, TraceTimeout
+from glasshive.client.errors import NoRoute, PeerBusy, PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
-from glasshive.dht.errors import DeadlineExceeded
+from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, UnknownModel
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
@@ -34,6 +36,7 @@ class Experiment:
 class Swarm:
     """Knows three peers that serve everything, and notes how long it was given to say so."""
 
+    where = ("--bootstrap", "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW")
     policy: Policy | None = None
     revoked = client_swarm.Swarm.revoked
 
@@ -44,15 +47,17 @@ class Swarm:
 
     def records(self, model: str, within_seconds: float) -> list[PeerRecord]:
         self.given_seconds.append(within_seconds)
+        if not self.known:
+            raise UnknownModel(f"no peer announces {model}")
         return self.known
 
-    def _record(self) -> PeerRecord:
+    def _record(self, start: int = 0, end: int = BLOCKS) -> PeerRecord:
         return PeerRecord(
             peer_id=Identity.generate().peer_id,
             model=ModelId("ab" * 32),
             model_name="tiny",
-            start=0,
-            end=BLOCKS,
+            start=start,
+            end=end,
             n_blocks=BLOCKS,
             dtype="float32",
             quantisation="none",
@@ -67,12 +72,16 @@ class Swarm:
         )
 
 
+def runner_of(swarm: Swarm) -> ModelRunner:
+    return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+
+
 def test_the_directory_is_asked_within_the_deadline_of_the_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
-    model: Any = ModelRunner(swarm, "ab" * 32, "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+    model: Any = runner_of(swarm)
     tried: list[str] = []
 
     def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
@@ -93,7 +102,7 @@ def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
 ) -> None:
     monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
-    model: Any = ModelRunner(swarm, "ab" * 32, "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+    model: Any = runner_of(swarm)
 
     def late(*args: object) -> list[PeerRecord]:
         raise DeadlineExceeded("the directory did not answer")
@@ -113,7 +122,7 @@ def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.Monkey
     monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
     swarm.known = swarm.known[:1]
-    model: Any = ModelRunner(swarm, "ab" * 32, "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+    model: Any = runner_of(swarm)
 
     def busy(experiment: object, options: object, route: Route, *rest: object) -> None:
         raise PeerBusy("16 traces are running here", peer=route.records[0].peer_id)
@@ -123,3 +132,91 @@ def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.Monkey
         with pytest.raises(PeerBusy):
             model.run(Experiment(), TraceOptions(retries=0))
         assert model._lost == {}
+
+
+WHERE = " ".join(Swarm.where)
+KIND = "--dtype float32 --attention sdpa"
+ADVICE = f"; run the trace again when `glasshive status {WHERE}` shows its blocks as served"
+
+
+def lost_text(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, options: TraceOptions, *, then: Any = None
+) -> str:
+    """The text of the PeerLost of a trace whose every peer is lost; `then` is done after each."""
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    model: Any = runner_of(swarm)
+
+    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+        if then is not None:
+            then()
+        raise PeerLost("peer X (blocks 0:2) was lost: gone", peer=route.records[0].peer_id)
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    with pytest.raises(PeerLost) as caught:
+        model.run(Experiment(), options)
+    return str(caught.value)
+
+
+def test_a_lost_peer_that_nobody_replaces_says_what_to_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swarm = Swarm()
+    swarm.known = [swarm._record(0, 2), swarm._record(2, BLOCKS)]
+    last = swarm.known[1].peer_id[-8:]
+    assert lost_text(swarm, monkeypatch, TraceOptions()) == (
+        "peer X (blocks 0:2) was lost: gone; no other route: nobody serves blocks 0:2 (served now: "
+        f"2:4 float32 sdpa by {last}; 1 peer is left out, as lost, busy, revoked or named in "
+        f"avoid=); start the missing part with `glasshive serve tiny --blocks 0:2 {KIND} {WHERE}`"
+        f"{ADVICE}"
+    )
+
+
+def test_a_last_host_that_withdrew_says_what_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed with "no peer announces abab...; serve it with `glasshive serve abab...`"."""
+    swarm = Swarm()
+    whole = f"start the missing part with `glasshive serve tiny --blocks 0:4 {KIND} {WHERE}`"
+    text = lost_text(swarm, monkeypatch, TraceOptions(), then=swarm.known.clear)
+    assert text.endswith(
+        "gone; no other route: nobody serves blocks 0:4 (served now: nothing; 1 peer is left out, "
+        f"as lost, busy, revoked or named in avoid=); {whole}{ADVICE}"
+    )
+    with pytest.raises(NoRoute, match=re.escape(f"(served now: nothing); {whole}")):
+        runner_of(swarm).run(Experiment(), TraceOptions())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("retries", "said"),
+    [(0, "1 route was tried, as retries=0 says"), (1, "2 routes were tried, as retries=1 says")],
+)
+def test_a_lost_peer_after_the_last_try(
+    monkeypatch: pytest.MonkeyPatch, retries: int, said: str
+) -> None:
+    text = lost_text(Swarm(), monkeypatch, TraceOptions(retries=retries))
+    assert text == f"peer X (blocks 0:2) was lost: gone; {said}{ADVICE}"
+
+
+def test_a_lost_peer_when_the_directory_is_gone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+
+    def gone(*args: object) -> list[PeerRecord]:
+        raise DirectoryUnavailable("the bootstrap peer gave no directory")
+
+    text = lost_text(
+        swarm, monkeypatch, TraceOptions(), then=lambda: setattr(swarm, "records", gone)
+    )
+    assert text.endswith(
+        "gone; whether there is another route is not known: the bootstrap peer gave no directory"
+        f"{ADVICE}"
+    )
+
+
+def test_a_lost_peer_when_the_deadline_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    text = lost_text(
+        Swarm(),
+        monkeypatch,
+        TraceOptions(deadline_seconds=5),
+        then=lambda: clock.append(clock.pop() + 6),
+    )
+    assert text.endswith(f"gone; the deadline left no time for another route (deadline=){ADVICE}")

@@ -161,6 +161,7 @@ MEMORY: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
     "numpy": (lambda h: h.numpy(), "no memory here"),
     "numpy force": (lambda h: h.numpy(force=True), "no memory here"),
     "asarray": (lambda h: np.asarray(h), "no memory here"),
+    "array beside": (lambda h: h + np.ones(8), r"beside it .* torch\.from_numpy\(array\)"),
     "reduce_ex": (lambda h: h.__reduce_ex__(4), "no memory here"),
     "torch.save": (lambda h: torch.save(h, io.BytesIO()), "no memory here"),
     "data_ptr": (lambda h: h.data_ptr(), "no memory here"),
@@ -343,6 +344,11 @@ PARTS: dict[str, tuple[Callable[[TracedTensor], Any], str]] = {
     "einsum": (
         lambda h: torch.einsum("bsd,de->bse", h, torch.ones(3, 3)),
         r"einsum of float32\[2, 5, 8\]: .*has size 3 for operand 1",
+    ),
+    "an array assigned": (
+        lambda h: operator.setitem(h, 0, np.ones(8)),
+        r"a ndarray is assigned to a part of float32\[2, 5, 8\]; a tensor or a number is wanted; "
+        r"torch\.from_numpy\(array\) makes a tensor of a NumPy array$",
     ),
     "None assigned": (lambda h: operator.setitem(h, 0, None), "a NoneType is assigned to a part"),
 }

@@ -74,7 +74,8 @@ class Swarm:
 
 async def ask(swarm: Swarm, model: str | None = "tiny") -> list[PeerRecord]:
     swarm.clock.seconds += 1.5  # past what the directory keeps
-    return await ask_directory(swarm.client, [swarm.bootstrap], model, 5)
+    where = ("--config", "a b.toml")
+    return await ask_directory(swarm.client, [swarm.bootstrap], model, 5, where=where)
 
 
 @pytest.mark.asyncio
@@ -147,7 +148,11 @@ async def test_the_next_bootstrap_is_asked_when_one_is_dead_or_knows_nothing() -
     ("asked", "said"),
     [
         ("Tiny-2", "no peer announces Tiny-2; did you mean tiny-1?"),
-        ("gpt2", "no peer announces gpt2 (announced are tiny-1); check the name"),
+        (
+            "gpt2",
+            "no peer announces gpt2 (announced are tiny-1); check the name, or serve it with "
+            "`glasshive serve gpt2 --config 'a b.toml'`",
+        ),
         (
             "/models/tiny",
             "'/models/tiny', which can't be a model's name in a swarm (it is no path)",

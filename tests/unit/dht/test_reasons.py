@@ -33,7 +33,7 @@ DIALS = f"Connect failed. msg=failed to dial: failed to dial {ID}: "
             "another peer answers there than the one of this id",
         ),
         (f"{DIALS}context deadline exceeded", "no answer in time"),
-        (f"{DIALS}dial backoff", "it did not answer some seconds ago; try again in a moment"),
+        (f"{DIALS}dial backoff", "it did not answer when it was asked some seconds ago"),
         (
             f"{DIALS}failed to negotiate security protocol: message did not have trailing newline",
             "what listens there is no peer of a swarm",

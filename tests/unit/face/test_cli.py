@@ -76,6 +76,14 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out.startswith("glasshive 0.")
 
 
+def test_help_says_what_serving_without_a_bootstrap_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("serve", "--help", monkeypatch=monkeypatch) == 0
+    said = one_line(capfd.readouterr().out)
+    assert "Without one here or in the config this host begins a swarm of its own." in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -203,7 +211,7 @@ def test_a_free_key_is_taken_by_itself(tmp_path: Path) -> None:
     again.release()
 
 
-def test_which_key_was_taken_is_said(
+def test_which_key_was_taken_is_passed_on(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     started: list[list[str]] = []
@@ -217,12 +225,15 @@ def test_which_key_was_taken_is_said(
     assert run("serve", "m", "--listen", LOOPBACK, monkeypatch=monkeypatch) == 0
     lock.release()
     second = key.with_name("host-2.key")
-    said = capfd.readouterr().err
-    assert said == f"host.key is in use; this process is the peer of {second}\n"
+    # Not by this process: the model may not be there, and that would be said after it.
+    assert capfd.readouterr().err == ""
+    at = started[0].index("--key-in-use")
+    assert started[0][at + 1] == "host.key"
     assert started[0][-2:] == ["--key", str(second)]
     assert second.stat().st_mode & 0o777 == 0o600
     assert run("serve", "m", "--listen", LOOPBACK, monkeypatch=monkeypatch) == 0
     assert started[1][-1] == str(key)
+    assert "--key-in-use" not in started[1]
     assert capfd.readouterr().err == ""
 
 
@@ -380,9 +391,11 @@ def test_what_scripts_read_stays() -> None:
 
 
 def test_an_empty_swarm_is_said_to_be_empty() -> None:
-    assert shown([]).startswith(
-        "nobody serves a model in the swarm lab; `glasshive serve MODEL --blocks A:B --bootstrap"
-    )
+    """And how that is changed: in a line to paste, of which only MODEL is to be filled in."""
+    first, command, *_ = shown([]).splitlines()
+    assert first == "nobody serves a model in the swarm lab yet; to serve one from here, run"
+    assert command == "  " + " ".join(["glasshive serve MODEL", *WHERE])
+    assert "where MODEL is a model's folder, or the name of" in shown([])
 
 
 def test_ranges_and_the_bar() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import glasshive
-from glasshive.connection import settings_of
+from glasshive.connection import config_and_bootstraps, swarm_arguments
 from glasshive.dht.errors import BadAddress
-from glasshive.settings import ConfigError
+from glasshive.settings import ConfigError, load_settings
 
 ONE = "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
 TWO = ONE.replace("31330", "31331")
@@ -25,15 +25,39 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_an_address_or_several(tmp_path: Path) -> None:
-    assert settings_of(ONE).bootstraps == (ONE,)
-    assert settings_of([ONE, TWO]).bootstraps == (ONE, TWO)
+def test_an_address_or_several() -> None:
+    assert config_and_bootstraps(ONE) == (None, (ONE,))
+    assert config_and_bootstraps([ONE, TWO]) == (None, (ONE, TWO))
+    assert config_and_bootstraps(None) == (None, ())
 
 
 def test_a_file_as_text_or_path(tmp_path: Path) -> None:
     file = tmp_path / "hive.toml"
     file.write_text(f'bootstraps = ["{ONE}"]\n')
-    assert settings_of(file).bootstraps == settings_of(str(file)).bootstraps == (ONE,)
+    for where in (file, str(file)):
+        assert config_and_bootstraps(where) == (where, ())
+        settings = load_settings(where)
+        assert settings.bootstraps == (ONE,)
+        # Of the public swarm: the address is enough, on every machine.
+        assert swarm_arguments(settings, where) == ("--bootstrap", ONE)
+
+
+def test_a_command_comes_to_a_swarm_of_its_own_by_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failed with the address alone: it would be of the public swarm."""
+    file = tmp_path / "lab.toml"
+    file.write_text(f'swarm = "lab"\nbootstraps = ["{ONE}", "{TWO}"]\n')
+    both = ("--bootstrap", ONE, "--bootstrap", TWO)
+    monkeypatch.chdir(tmp_path)
+    for where in (file, "lab.toml"):
+        assert swarm_arguments(load_settings(where), where) == ("--config", str(file), *both)
+    monkeypatch.setenv("GLASSHIVE_CONFIG", str(file))
+    found = load_settings(bootstraps=(ONE,))
+    assert swarm_arguments(found, None) == ("--config", str(file), "--bootstrap", ONE)
+    monkeypatch.delenv("GLASSHIVE_CONFIG")
+    monkeypatch.setenv("GLASSHIVE_SWARM", "lab")  # and no file: what is pasted here has it too
+    assert swarm_arguments(load_settings(bootstraps=(ONE,)), None) == ("--bootstrap", ONE)
 
 
 def test_no_bootstrap_says_where_to_write_one(tmp_path: Path) -> None:

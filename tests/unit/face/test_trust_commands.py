@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tuf.api.metadata import Metadata, Root, Signature, Targets
 from typer.testing import CliRunner
 
-from glasshive import cli
+from glasshive import cli, trust_words
 from glasshive.dht import trust_exchange
 from glasshive.dht.errors import PeerUnreachable
 from glasshive.dht.messages import TrustVersions
@@ -49,6 +52,7 @@ from glasshive.trust_folder import SigningRefused, TrustFolder
 
 PASSPHRASE = "correct horse battery staple"
 DAY = 86_400
+AT_TERMINAL = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
 SVD = ("--remove-op", "linalg_svd")
 
 
@@ -330,6 +334,53 @@ def test_two_of_three_sign_files_that_are_passed_around(three: list[Path]) -> No
     assert "waits" not in run("swarm", "show", "--folder", bens)
 
 
+def pasted(said: str, after: str) -> list[str]:
+    """The commands that are printed under the line `after`, without the program's name."""
+    lines = said.splitlines()
+    indent = "    glasshive "
+    found = itertools.takewhile(
+        lambda line: line.startswith(indent), lines[lines.index(after) + 1 :]
+    )
+    return [line.removeprefix(indent) for line in found]
+
+
+@pytest.mark.parametrize("folder", ["my lab", ""])
+def test_the_command_that_is_printed_signs_as_it_is(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failed with `glasshive whitelist sign --key NAME.key`, in the folder's parent."""
+    run("swarm", "init", "my lab", "--holder=ann", "--holder=ben", "--name=lab")
+    if not folder:
+        monkeypatch.chdir("my lab")
+    said = run("whitelist", "bump", *SVD, *(["--folder", folder] if folder else []))
+    assert "pass " not in said
+    command, *rest = pasted(said, "  whose key is here signs with")
+    assert not rest  # one signature is missing, though both keys are here
+    assert ("--folder" in command) == bool(folder)
+    assert "whitelist 2 is complete" in run(*shlex.split(command), "--yes")
+
+
+def test_who_has_no_key_here_signs_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    key("ben")
+    both = ("--holder=ann", "--holder=ben/ben.pub")
+    said = run("swarm", "init", "lab", *both, "--root-threshold=2", "--whitelist-threshold=2")
+    # The whitelist that can't be signed before the root has no command yet.
+    assert "glasshive whitelist sign" not in said
+    passed = "  pass lab/hive.toml and lab/trust on; each signer runs, in the copy,"
+    assert pasted(said, passed) == ["swarm sign --key NAME.key"]
+    run("swarm", "sign", "--folder=lab", "--yes", "--key=ben/ben.key")
+    said = run("whitelist", "bump", "--folder=lab", "--replace")
+    (mine,) = pasted(said, "  whose key is here signs with")
+    assert mine == "whitelist sign --folder lab --key lab/keys/ann.key"
+    assert pasted(said, passed) == ["whitelist sign --key NAME.key"]
+    said = run(*shlex.split(mine), "--yes")
+    assert "whose key is here" not in said  # she has signed
+    copied = copy_of(Path("lab"), "ben")
+    (his,) = pasted(said, passed)
+    monkeypatch.chdir(copied)
+    assert "is complete" in run(*shlex.split(his.replace("NAME.key", "../ben.key")), "--yes")
+
+
 def test_signatures_that_were_made_side_by_side_are_put_together(signed: list[Path]) -> None:
     run("whitelist", "bump", "--folder=lab", *SVD)
     places = [copy_of(Path("lab"), name) for name in ("ben", "cat")]
@@ -496,10 +547,17 @@ def test_a_revoked_version_is_not_signed(signed: list[Path]) -> None:
     assert text.startswith("whitelist 3 is revoked by 2; make the next one with")
 
 
-def test_nobody_signs_unasked(signed: list[Path]) -> None:
+def test_nobody_signs_unasked(signed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run("whitelist", "bump", "--folder=lab", *SVD)
     before = bytes_of(Path("lab"))
     arguments = ["whitelist", "sign", "--folder=lab", "--key", str(signed[0])]
+    text = refused(*arguments, kind=SigningRefused)
+    assert text == (
+        "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
+        "shown above, and pass --yes"
+    )
+    assert bytes_of(Path("lab")) == before
+    monkeypatch.setattr(trust_words, "sys", AT_TERMINAL)
     done = CliRunner().invoke(cli.app, arguments, input="n\n")
     assert done.exit_code == 1
     assert bytes_of(Path("lab")) == before
@@ -760,7 +818,7 @@ def test_show_says_what_others_can_and_cannot_do() -> None:
     assert "whitelist 2 of the swarm 'lab': signed and in force\nsigned by: owner (" in said
     assert "1 of 1 signatures, by owner (" in said
     assert "(365 days left)" in said
-    assert "They can't run 1 ops of this release: linalg_svd; nor any other code." in said
+    assert "They can't run 1 op of this release: linalg_svd; nor any other code." in said
     assert "linalg_svdvals" in said
     assert "read and called, and whose weights may be fetched: every one\n" in said
     assert "modules that may be written: none\n" in said
@@ -788,7 +846,7 @@ def test_an_op_of_another_release_is_told_apart() -> None:
     Path("mine.toml").write_text(changed)
     run("whitelist", "bump", "--edit=mine.toml", "--folder=lab")
     said = run("whitelist", "show", "2", "--folder=lab")
-    assert "They can't run 1 ops of this release: relu; nor any other code." in said
+    assert "They can't run 1 op of this release: relu; nor any other code." in said
     assert "Allowed, and not in this release: relu, teleport." in said
 
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,8 @@ def test_the_commands_run_as_they_are_written(
     monkeypatch.setenv("GLASSHIVE_DATA", str(tmp_path / "data"))
     monkeypatch.setattr("glasshive.swarm_commands.set_up_logging", lambda form: None)
     monkeypatch.setattr("glasshive.whitelist_commands.set_up_logging", lambda form: None)
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("glasshive.trust_words.sys", terminal)
     monkeypatch.chdir(tmp_path)
     script = "\n".join(re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.DOTALL))
     lines = [line for line in script.splitlines() if line and line[0] != "#"]

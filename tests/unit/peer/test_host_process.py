@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trust_documents import root_now
+from trust_documents import root_now, whitelist_now
 
 from glasshive import host_process
 from glasshive.dht.directory import find_records
@@ -22,7 +22,9 @@ from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 from glasshive.settings import Settings
+from glasshive.swarm_trust import open_store
 
+SWARM = "lab"
 BOOTSTRAP = "/ip4/127.0.0.1/tcp/31330/p2p/" + Identity.generate().peer_id
 
 
@@ -60,9 +62,15 @@ def options(served: ServedModel, device: str = "cpu") -> ServeOptions:
     return ServeOptions(str(served.folder), None, "auto", device, "sdpa", "tiny")
 
 
-def process(key: Path, descriptor: int, bootstraps: tuple[str, ...] = ()) -> _Process:
-    life = Life(Settings(bootstraps=bootstraps), key, "/ip4/127.0.0.1/tcp/0", "pretty", descriptor)
-    return _Process(life)
+def process(
+    key: Path,
+    descriptor: int,
+    bootstraps: tuple[str, ...] = (),
+    *,
+    key_in_use: str | None = None,
+) -> _Process:
+    settings, listen = Settings(bootstraps=bootstraps), "/ip4/127.0.0.1/tcp/0"
+    return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use))
 
 
 @pytest.mark.asyncio
@@ -97,20 +105,37 @@ async def test_a_record_is_withdrawn_when_the_start_is_cancelled(
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("bootstraps", [(), (BOOTSTRAP,)])
-async def test_a_host_without_a_bootstrap_says_how_it_is_found(
+async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found(
     home: Home,
     served: ServedModel,
     descriptor: int,
     tmp_path: Path,
     bootstraps: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Failed: who had forgotten --bootstrap heard of it after the model was loaded."""
+    before: list[str] = []
+
+    def load(*args: object) -> ServedModel:
+        before.append(capfd.readouterr().err)
+        return served
+
+    monkeypatch.setattr(host_process, "_load", load)
     one = process(tmp_path / "host.key", descriptor, bootstraps)
     one.stop.set()
     await _host(one, options(served))
     said = capfd.readouterr().err
     assert "ready; Ctrl-C withdraws the record and stops" in said
-    assert ("this host is the first of its swarm" in said) == (not bootstraps)
+    assert before[0] == (
+        ""
+        if bootstraps
+        else "no bootstrap peer is given, so this host begins a swarm of its own, with nobody else "
+        "in it; to join one that is there, stop this with Ctrl-C and add\n"
+        "  --bootstrap ADDRESS\n"
+        "where ADDRESS is what its `glasshive bootstrap` or `glasshive serve` printed\n"
+    )
+    assert ("find the swarm that this host began by\n" in said) == (not bootstraps)
     assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
 
 
@@ -164,9 +189,71 @@ async def test_a_bootstrap_says_how_others_join_its_swarm(
 
 
 @pytest.mark.asyncio
-async def test_a_device_that_is_not_there_is_said_at_once(
-    served: ServedModel, descriptor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("published", [False, True])
+async def test_a_bootstrap_says_which_whitelist_it_has(
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    published: bool,
 ) -> None:
+    """Failed with "policy=floor of this release (no whitelist is known here yet)"."""
+    monkeypatch.setenv("GLASSHIVE_DATA", str(tmp_path))
+    transport = MemoryNetwork().transport(Identity.generate())
+
+    @contextlib.asynccontextmanager
+    async def given(self: _Process, *, may_be_alone: bool) -> AsyncIterator[MemoryTransport]:
+        yield transport
+
+    monkeypatch.setattr(_Process, "transport", given)
+    root = tmp_path / "root.json"
+    root.write_bytes(root_now())
+    settings = Settings(swarm=SWARM, root=root)
+    if published:
+        store = open_store(settings)
+        assert store is not None
+        assert store.accept_whitelist(*whitelist_now(1, store.root, swarm=SWARM))
+    life = Life(settings, tmp_path / "bootstrap.key", "/ip4/127.0.0.1/tcp/0", "pretty", descriptor)
+    one = _Process(life)
+    one.stop.set()
+    await _bootstrap(one)
+    said = capfd.readouterr().err
+    assert said.startswith(
+        "hosts get whitelist 1 of the swarm from here\n"
+        if published
+        else "no whitelist of the swarm was published yet, so its hosts allow reads and little "
+        "else; who signs for it runs\n"
+        "  glasshive whitelist publish --folder FOLDER\n"
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_not_there_is_said_at_once(
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also before anything that is said of a start."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one = process(tmp_path / "host-2.key", descriptor, key_in_use="host.key")
     with pytest.raises(NoSuchDevice):  # without a transport, and nobody is waited for
-        await _host(process(tmp_path / "host.key", descriptor), options(served, "cuda"))
+        await _host(one, options(served, "cuda"))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.asyncio
+async def test_which_key_was_taken_is_said(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    key = tmp_path / "host.key"
+    one = process(key, descriptor, (BOOTSTRAP,), key_in_use="busy.key")
+    one.stop.set()
+    await _host(one, options(served))
+    said = capfd.readouterr().err
+    assert said.startswith(f"busy.key is in use; this process is the peer of {key}\n")

@@ -344,7 +344,16 @@ def test_description_says_all_that_can_and_cannot_run() -> None:
     assert "Others can write model.layers.*.mlp, model.layers.*.self_attn.**." in text
     assert "tiny (abababababababab...)" in text
     assert all(f"{name} {value:,}" in text for name, value in limits_by_name(LIMITS).items())
-    assert "Revoked: 1 hosts, 1 clients, 2 versions." in text
+    assert "Revoked: 1 host, 1 client, 2 versions." in text
+
+
+def test_one_op_is_one() -> None:
+    """Failed with "1 ops"."""
+    others = {name: spec.version for name, spec in OPS.items() if name != "add"}
+    lines = Policy.effective(replace(WHITELIST, ops=others), NOW).describe()
+    assert any(line.startswith("Others can't run 1 op of this release: add; nor") for line in lines)
+    lines = Policy.effective(replace(WHITELIST, ops={"add": OPS["add"].version}), NOW).describe()
+    assert "Others can run 1 op: add." in lines
 
 
 def test_all_ops_are_not_listed() -> None:
