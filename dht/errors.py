@@ -6,7 +6,7 @@ SwarmError
 │   ├── StreamClosed            the other side, or a failing link, ended the stream
 │   │   └── StreamRefused       the other side ended it at once and said why
 │   ├── DeadlineExceeded        the wait ran out
-│   ├── TransportLost           our own daemon died; close or rebuild the transport
+│   ├── TransportLost           our own daemon is lost; close or rebuild the transport
 │   └── TransportClosed         the transport was closed here
 ├── MalformedMessage            bytes from outside that break the format
 │   ├── BadFrame
@@ -15,6 +15,7 @@ SwarmError
 ├── RecordRefused               a record that is forged, stale, too large or misplaced
 ├── BadAddress                  not a multiaddr that this release can use
 │   └── ListenRefused           an address this release doesn't listen on
+├── DaemonFailed                our own daemon can't be started on this machine
 ├── NoDht                       a DHT call on a transport without a DHT node
 └── DirectoryError
     ├── DirectoryUnavailable    none of the peers asked gave a directory
@@ -31,6 +32,7 @@ __all__ = [
     "BadAddress",
     "BadDhtValue",
     "BadFrame",
+    "DaemonFailed",
     "DeadlineExceeded",
     "DirectoryError",
     "DirectoryUnavailable",
@@ -75,7 +77,7 @@ class DeadlineExceeded(TransportError):
 
 
 class TransportLost(TransportError):
-    """The daemon under this transport died; every stream is gone."""
+    """The daemon under this transport is lost; every stream is gone."""
 
 
 class TransportClosed(TransportError):
@@ -108,6 +110,10 @@ class BadAddress(SwarmError):
 
 class ListenRefused(BadAddress):
     """An address that this release doesn't listen on."""
+
+
+class DaemonFailed(SwarmError):
+    """The daemon of a transport can't be started on this machine; no waiting for others helps."""
 
 
 class NoDht(SwarmError):

@@ -7,8 +7,8 @@ Rules:
    signed requests are not in it yet.
 3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
    file in a private folder, which is gone as soon as the daemon is up.
-4. hivemind's calls can hang for ever once the daemon has died. So every one of them races with a
-   deadline and with the death of the daemon, which is watched.
+4. hivemind's calls can hang for ever once the daemon has died, or the tasks that hivemind talks to
+   it with. So every one of them races with a deadline and with their end, which is watched.
 5. Before each store, bootstrap peers that dropped out of the routing table are met again.
 6. None from hivemind's get is not "no peers": a node that knows nobody says so.
 """
@@ -30,11 +30,13 @@ from typing import Any, Final, Literal, TypeVar, final
 
 from glasshive.dht import daemon_control, hardening, serializer
 from glasshive.dht.errors import (
+    DaemonFailed,
     DeadlineExceeded,
     ListenRefused,
     NoDht,
     PeerUnreachable,
     RecordRefused,
+    SwarmError,
     TransportClosed,
     TransportError,
     TransportLost,
@@ -62,6 +64,12 @@ SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
+# What p2pd, hivemind's wait for it, and its DHT node say of bootstrap peers that are away.
+_NOBODY_ANSWERED: Final = (
+    "failed to connect to bootstrap",
+    "failed to start in",
+    "bootstrap failed",
+)
 
 _PREPARING: Final = threading.Lock()
 
@@ -123,8 +131,8 @@ class HivemindTransport:
         `dht` is "server" for a host or bootstrap peer, "client" to read and store without holding
         others' records, "none" for streams only. An empty `listen` listens nowhere. Bootstraps are
         multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
-        doesn't contact them. Raises ListenRefused, BadAddress, PeerUnreachable, TransportLost or
-        DeadlineExceeded.
+        doesn't contact them. Raises ListenRefused, BadAddress, PeerUnreachable, DaemonFailed,
+        TransportLost or DeadlineExceeded.
         """
         for address in listen:
             check_loopback(address)
@@ -154,17 +162,29 @@ class HivemindTransport:
         except BaseException as error:
             await self._stop()
             if isinstance(error, (P2PDaemonError, RuntimeError, OSError)):
-                if "address already in use" in str(error) or "failed to listen" in str(error):
-                    raise ListenRefused(
-                        f"can't listen at {', '.join(self._listen)}: {_line(error)}; end what "
-                        "listens there, or choose another port (0 takes a free one)"
-                    ) from None
-                tried = ", ".join(one.addresses[0] for one in self.bootstraps) or "none given"
-                raise PeerUnreachable(
-                    f"the swarm could not be joined ({_line(error)}); bootstrap peers: {tried}; "
-                    "check that one of them runs"
-                ) from None
+                raise self._why_not_started(error) from None
             raise
+
+    def _why_not_started(self, error: Exception) -> SwarmError:
+        """Whose fault it is: of the address, of the bootstrap peers, or of this machine."""
+        said = _line(error)
+        if "address already in use" in said or "failed to listen" in said:
+            return ListenRefused(
+                f"can't listen at {', '.join(self._listen)}: {said}; end what "
+                "listens there, or choose another port (0 takes a free one)"
+            )
+        if self.bootstraps and any(words in said for words in _NOBODY_ANSWERED):
+            tried = ", ".join(one.addresses[0] for one in self.bootstraps)
+            return PeerUnreachable(
+                f"the swarm could not be joined ({said}); bootstrap peers: {tried}; "
+                "check that one of them runs"
+            )
+        cause = said.partition(". ")[0]  # what follows is advice to those who build hivemind
+        return DaemonFailed(
+            f"the network daemon (p2pd) can't be started on this machine: {cause}; it needs "
+            "room in /tmp and in the folder for temporary files (TMPDIR), and hivemind installed "
+            "whole (pip install --force-reinstall --no-deps hivemind)"
+        )
 
     async def _start_daemon(self) -> None:
         from hivemind.p2p import P2P
@@ -201,7 +221,7 @@ class HivemindTransport:
                 self._p2p.get_visible_maddrs(), CONTROL_DEADLINE_SECONDS, "asking for addresses"
             )
             self.addresses = tuple(str(address) for address in visible)
-        self._watcher = asyncio.create_task(self._watch(self._p2p._child, self._gone))
+        self._watcher = asyncio.create_task(self._watch(self._p2p, self._gone))
 
     async def _start_node(self) -> None:
         from hivemind.dht.node import DHTNode
@@ -229,12 +249,27 @@ class HivemindTransport:
         )
         hardening.harden_node(self._node)
 
-    async def _watch(self, child: Any, gone: asyncio.Future[None]) -> None:
-        """Notices that the daemon has died, whoever waits for what."""
-        await child.wait()
-        if self._closed:
-            return
-        logger.warning("daemon_lost peer=%s code=%s", self.peer_id, child.returncode)
+    async def _watch(self, p2p: Any, gone: asyncio.Future[None]) -> None:
+        """Notices that the daemon is lost, whoever waits for what.
+
+        It is too when it lives, and hivemind has stopped to read or write its control connection.
+        """
+        died = asyncio.create_task(p2p._child.wait())
+        control = p2p._client.control
+        try:
+            ended, _ = await asyncio.wait(
+                {died, control._read_task, control._write_task},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            died.cancel()
+        failures = [one.exception() for one in ended if not one.cancelled()]
+        logger.warning(
+            "daemon_lost peer=%s code=%s errors=%r",
+            self.peer_id,
+            p2p._child.returncode,
+            [error for error in failures if error is not None],
+        )
         self.lost.set()
         if not gone.done():
             gone.set_result(None)
@@ -423,6 +458,8 @@ class HivemindTransport:
         node, p2p, watcher = self._node, self._p2p, self._watcher
         self._node = self._p2p = self._watcher = None
         self._connected.clear()
+        if watcher is not None:
+            watcher.cancel()  # what ends now is no loss
         if node is not None:
             node.is_alive = False
             if not self.lost.is_set():
@@ -433,8 +470,6 @@ class HivemindTransport:
                 p2p._child.kill()  # it is frozen: the polite signal waits with it
                 await self._quietly(p2p._child.wait())
             await self._end_tasks_of(p2p)
-        if watcher is not None:
-            watcher.cancel()
         if self._gone is not None and not self._gone.done():
             self._gone.cancel()
 
@@ -506,7 +541,7 @@ class HivemindTransport:
             return TransportClosed("the transport was closed; make a new one")
         if self.lost.is_set():
             return TransportLost(
-                "the network daemon of this process died and every stream with it; "
+                "the network daemon of this process is lost and every stream with it; "
                 "rebuild the transport and announce again"
             )
         return None
@@ -534,6 +569,7 @@ def _prepare_hivemind() -> None:
         serializer.install()
         hardening.patch_storage()
         daemon_control.detach_daemons()
+        daemon_control.forget_ended_calls()
 
 
 def check_loopback(address: str) -> None:
