@@ -7,6 +7,7 @@ GlasshiveError
     │   └── MissingTensor          weights that the span needs and no file holds
     ├── BadSpan                    a span that this model does not have
     ├── UnsupportedAttention       an attention backend that the model or this machine lacks
+    ├── NotEnoughMemory            memory ran out while a span was loaded
     ├── NoSuchDevice               a device that torch does not have on this machine
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
@@ -55,6 +56,10 @@ class UnsupportedAttention(HostError):
 
 class NoSuchDevice(HostError):
     """A device that torch does not have on this machine."""
+
+
+class NotEnoughMemory(HostError):
+    """Memory ran out while a span was loaded; fewer blocks, or smaller numbers, may fit."""
 
 
 class ModelTypeRefused(HostError):
