@@ -189,6 +189,13 @@ class HivemindTransport:
     async def _start_daemon(self) -> None:
         from hivemind.p2p import P2P
 
+        made: list[Any] = []
+
+        class Kept(P2P):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                made.append(self)
+
         bootstraps = [address for one in self.bootstraps for address in one.addresses]
         self._gone = asyncio.get_running_loop().create_future()
         with tempfile.TemporaryDirectory(prefix="glasshive-") as folder:  # mode 0700
@@ -196,24 +203,29 @@ class HivemindTransport:
             descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(self._identity.libp2p_key_file_bytes())
-            self._p2p = await self._call(
-                P2P.create(
-                    # With dht="none" the addresses that matter come with each stream.
-                    initial_peers=bootstraps if self.dht != "none" else None,
-                    host_maddrs=list(self._listen) or None,
-                    no_listen=not self._listen,
-                    dht_mode="server" if self.dht == "server" else "client",
-                    identity_path=str(key_file),
-                    check_if_identity_free=False,
-                    nat_port_map=False,
-                    auto_nat=False,
-                    use_relay=False,
-                    use_auto_relay=False,
-                    startup_timeout=self._startup_timeout_seconds,
-                ),
-                self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
-                "starting the network daemon",
-            )
+            try:
+                self._p2p = await self._call(
+                    Kept.create(
+                        # With dht="none" the addresses that matter come with each stream.
+                        initial_peers=bootstraps if self.dht != "none" else None,
+                        host_maddrs=list(self._listen) or None,
+                        no_listen=not self._listen,
+                        dht_mode="server" if self.dht == "server" else "client",
+                        identity_path=str(key_file),
+                        check_if_identity_free=False,
+                        nat_port_map=False,
+                        auto_nat=False,
+                        use_relay=False,
+                        use_auto_relay=False,
+                        startup_timeout=self._startup_timeout_seconds,
+                    ),
+                    self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
+                    "starting the network daemon",
+                )
+            except BaseException:
+                for one in made:  # hivemind leaves alone what it started
+                    await self._end_daemon(one)
+                raise
         if self._p2p.peer_id.to_base58() != self.peer_id:
             raise TransportLost("the network daemon came up under another identity")
         if self._listen:
@@ -465,13 +477,16 @@ class HivemindTransport:
             if not self.lost.is_set():
                 await self._quietly(node.shutdown())
         if p2p is not None:
-            await self._quietly(p2p.shutdown())
-            if p2p._child is not None and p2p._child.returncode is None:
-                p2p._child.kill()  # it is frozen: the polite signal waits with it
-                await self._quietly(p2p._child.wait())
-            await self._end_tasks_of(p2p)
+            await self._end_daemon(p2p)
         if self._gone is not None and not self._gone.done():
             self._gone.cancel()
+
+    async def _end_daemon(self, p2p: Any) -> None:
+        await self._quietly(p2p.shutdown())
+        if p2p._child is not None and p2p._child.returncode is None:
+            p2p._child.kill()  # it is frozen: the polite signal waits with it
+            await self._quietly(p2p._child.wait())
+        await self._end_tasks_of(p2p)
 
     async def _quietly(self, awaitable: Awaitable[Any]) -> None:
         """Awaits it for a while; what it says no longer matters."""

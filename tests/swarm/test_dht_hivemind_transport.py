@@ -472,6 +472,22 @@ async def test_a_daemon_that_cannot_start_is_no_missing_bootstrap(
 
 
 @pytest.mark.asyncio
+async def test_a_daemon_that_fails_its_start_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hivemind.p2p import p2p_daemon
+
+    program, pid = tmp_path / "p2pd", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}\necho Peer ID: none\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(p2p_daemon, "path", lambda *_: contextlib.nullcontext(program))
+    with pytest.raises(DaemonFailed, match="No such file or directory"):  # its control socket
+        await HivemindTransport.create(Identity.generate())
+    with pytest.raises(ProcessLookupError):  # it has ended, and was waited for
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.asyncio
 async def test_the_key_file_is_private_and_gone_when_the_daemon_is_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
