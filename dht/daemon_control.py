@@ -14,7 +14,14 @@ from typing import Any
 
 from glasshive.security.keys import PeerId
 
-__all__ = ["SocketWriter", "connect", "detach_daemons", "forget_ended_calls", "open_stream"]
+__all__ = [
+    "SocketWriter",
+    "connect",
+    "detach_daemons",
+    "forget_ended_calls",
+    "open_stream",
+    "remembering",
+]
 
 
 class _Detached:
@@ -73,6 +80,18 @@ def forget_ended_calls() -> None:
 
     ControlClient.__init__ = init
     ControlClient._glasshive = True
+
+
+def remembering(made: list[Any]) -> Any:
+    """hivemind's P2P, which adds to `made` what it makes, also when its `create` fails later."""
+    from hivemind.p2p import P2P
+
+    class Remembered(P2P):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    return Remembered
 
 
 async def connect(p2p: Any, peer_id: PeerId, addresses: Iterable[str]) -> None:

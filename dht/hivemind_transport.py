@@ -43,7 +43,7 @@ from glasshive.dht.errors import (
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
 from glasshive.dht.outcome import forget_outcome
-from glasshive.dht.reasons import why_unreachable
+from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
 from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
@@ -64,12 +64,6 @@ SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
-# What p2pd, hivemind's wait for it, and its DHT node say of bootstrap peers that are away.
-_NOBODY_ANSWERED: Final = (
-    "failed to connect to bootstrap",
-    "failed to start in",
-    "bootstrap failed",
-)
 
 _PREPARING: Final = threading.Lock()
 
@@ -167,13 +161,13 @@ class HivemindTransport:
 
     def _why_not_started(self, error: Exception) -> SwarmError:
         """Whose fault it is: of the address, of the bootstrap peers, or of this machine."""
-        said = _line(error)
+        said = in_one_line(error)
         if "address already in use" in said or "failed to listen" in said:
             return ListenRefused(
                 f"can't listen at {', '.join(self._listen)}: {said}; end what "
                 "listens there, or choose another port (0 takes a free one)"
             )
-        if self.bootstraps and any(words in said for words in _NOBODY_ANSWERED):
+        if self.bootstraps and nobody_answered(said):
             tried = ", ".join(one.addresses[0] for one in self.bootstraps)
             return PeerUnreachable(
                 f"the swarm could not be joined ({said}); bootstrap peers: {tried}; "
@@ -187,15 +181,7 @@ class HivemindTransport:
         )
 
     async def _start_daemon(self) -> None:
-        from hivemind.p2p import P2P
-
         made: list[Any] = []
-
-        class Kept(P2P):  # type: ignore[misc]
-            def __init__(self) -> None:
-                super().__init__()
-                made.append(self)
-
         bootstraps = [address for one in self.bootstraps for address in one.addresses]
         self._gone = asyncio.get_running_loop().create_future()
         with tempfile.TemporaryDirectory(prefix="glasshive-") as folder:  # mode 0700
@@ -205,7 +191,7 @@ class HivemindTransport:
                 file.write(self._identity.libp2p_key_file_bytes())
             try:
                 self._p2p = await self._call(
-                    Kept.create(
+                    daemon_control.remembering(made).create(
                         # With dht="none" the addresses that matter come with each stream.
                         initial_peers=bootstraps if self.dht != "none" else None,
                         host_maddrs=list(self._listen) or None,
@@ -601,9 +587,3 @@ def check_loopback(address: str) -> None:
             'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
             "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
-
-
-def _line(error: BaseException) -> str:
-    """The error in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
