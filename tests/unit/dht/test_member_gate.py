@@ -80,7 +80,7 @@ async def test_a_role_opens_what_it_is_permitted_to(protocol: str, role: Role) -
         await stream.send("hello")
         assert (await stream.receive(5)).header == "hello"
     else:
-        with pytest.raises(StreamRefused, match=f"not let in: {ALICE.peer_id} is a {role} of swar"):
+        with pytest.raises(StreamRefused, match=f"not let in: this peer is a {role} of swarm"):
             await alice.open_stream(address_of(bob), protocol, 5)
 
 
@@ -214,7 +214,7 @@ async def test_who_is_thrown_out_loses_its_streams() -> None:
     await streams[1].send("still here")
     assert (await streams[1].receive(5)).header == "still here"
     again = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)  # he was seen before
-    with pytest.raises(StreamRefused, match=f"the member {ALICE.peer_id} was revoked"):
+    with pytest.raises(StreamRefused, match="the member this peer was revoked; ask an issuer"):
         await again.receive(5)
 
     # And the other way round: who opened it may be the first to hear of it.
