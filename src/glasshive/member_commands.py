@@ -108,7 +108,7 @@ def join(
         token = token or sys.stdin.read(1 << 16)
     found = Invite.parse(token, time.time())
     place = config_path(config)
-    settings = load_settings(place) if place.exists() else load_settings()
+    settings = load_settings(place, may_be_missing=True)
     hosts = found.role is Role.HOST
     own = settings.host_key_path if hosts else settings.client_key_path
     path = key or own
