@@ -20,7 +20,7 @@ from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, scan
-from glasshive.security.keys import PeerId
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.policy import Policy
 
 _DIRECTORY_SECONDS: Final = 20.0
@@ -41,13 +41,15 @@ class PolicyKeeper(Protocol):
 class Swarm:
     """A swarm as a researcher uses it. A context manager; `close` ends it.
 
-    `transport` and `keeper` live on `loop`; `bootstraps` are peers whose directory is asked.
+    `transport` and `keeper` live on `loop`; `identity` is the transport's, and signs what is asked
+    of peers. `bootstraps` are peers whose directory is asked.
     """
 
     def __init__(
         self,
         loop: LoopThread,
         transport: Transport,
+        identity: Identity,
         bootstraps: Sequence[PeerAddress],
         cache: Path,
         keeper: PolicyKeeper | None = None,
@@ -55,6 +57,7 @@ class Swarm:
         self._loop = loop
         self._keeper = keeper
         self._transport = transport
+        self.identity = identity
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
         self._closed = False

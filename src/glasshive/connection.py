@@ -90,4 +90,4 @@ def open_swarm(settings: Settings) -> Swarm:
     except BaseException:
         loop.close()
         raise
-    return Swarm(loop, transport, bootstraps, cache_dir() / "files", keeper)
+    return Swarm(loop, transport, identity, bootstraps, cache_dir() / "files", keeper)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import pytest
+from askers import Sent, done_of
 
 from glasshive.client.errors import (
     BadAnswer,
@@ -24,7 +25,6 @@ from glasshive.dht.messages import (
     TRACE_PROTOCOL,
     Accepted,
     Alive,
-    Done,
     Failed,
     More,
     Need,
@@ -42,6 +42,7 @@ from glasshive.graph.plan import HIDDEN, Part, Plan, Span, Stage
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.keys import Identity
 
+HOST, OTHER, CLIENT = (Identity.generate() for _ in range(3))
 ONE, TWO, THREE = (PeerAddress(Identity.generate().peer_id) for _ in range(3))
 STAGE = Stage(0, (), exports=((HIDDEN, 1),), forward=True)
 HOP = HopReport(ONE, Part(0, Span(0, 2), Graph({}), (STAGE,), {}))
@@ -88,6 +89,7 @@ def job_of(
 ) -> Job:
     return Job(
         transport=client,
+        identity=CLIENT,
         plan=Plan(Passes(()), parts),
         peers=peers,
         model_id="ab",
@@ -116,7 +118,7 @@ async def ran(
 ) -> Job:
     """A job of one part, whose saves are those expected, on a peer that behaves so."""
     network = MemoryNetwork()
-    home, client = network.transport(Identity.generate()), network.transport(Identity.generate())
+    home, client = network.transport(HOST), network.transport(CLIENT)
     await home.serve(TRACE_PROTOCOL, peer)
     job = job_of(
         client,
@@ -134,11 +136,16 @@ async def ran(
     return job
 
 
-async def prepared(stream: Stream) -> None:
-    decode((await stream.receive(5)).header, Prepare)
+async def prepared(stream: Stream) -> Prepare:
+    prepare = decode((await stream.receive(5)).header, Prepare)
     await stream.send(encode(Need([])))
     await stream.send(encode(Accepted(0, 0, 0)))
     decode((await stream.receive(5)).header, Run)
+    return prepare
+
+
+async def say_done(stream: Stream, prepare: Prepare, *sent: Sent, host: Identity = HOST) -> None:
+    await stream.send(encode(done_of(host, CLIENT.peer_id, prepare, *sent)))
 
 
 @pytest.mark.asyncio
@@ -164,9 +171,9 @@ async def test_a_failure_in_place_of_a_tensor_s_next_slice_is_heard() -> None:
 @pytest.mark.asyncio
 async def test_another_frame_in_place_of_a_slice_is_a_bad_answer() -> None:
     async def confused(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         await stream.send(encode(Saved("s", "int8", [3 * SLICE_BYTES])), bytes(SLICE_BYTES))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     with pytest.raises(BadAnswer, match="got Done; More is wanted here"):
@@ -184,7 +191,7 @@ async def test_another_frame_in_place_of_a_slice_is_a_bad_answer() -> None:
 async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) -> None:
     """Its neighbour is quicker to say that it is gone than it is to say why."""
     network = MemoryNetwork()
-    first, second, client = (network.transport(Identity.generate()) for _ in range(3))
+    first, second, client = (network.transport(one) for one in (HOST, OTHER, CLIENT))
     blamed = asyncio.Event()
 
     async def failing(stream: Stream) -> None:
@@ -228,7 +235,7 @@ async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) 
 async def test_no_peer_answers_for_another(last: bool) -> None:
     """Whoever sends another's save is to blame, whether or not that one sends its own."""
     network = MemoryNetwork()
-    liar, honest, client = (network.transport(Identity.generate()) for _ in range(3))
+    liar, honest, client = (network.transport(one) for one in (HOST, OTHER, CLIENT))
     hers = asyncio.Event()
 
     async def lies(stream: Stream) -> None:
@@ -239,9 +246,9 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
         await asyncio.Event().wait()
 
     async def answers(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         await stream.send(encode(Saved("hers", "int8", [2])), bytes([1, 2]))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare, ("hers", "int8", [2], bytes([1, 2])), host=OTHER)
         hers.set()
 
     await liar.serve(TRACE_PROTOCOL, lies)
@@ -268,8 +275,8 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
 @pytest.mark.asyncio
 async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
     async def forgets(stream: Stream) -> None:
-        await prepared(stream)
-        await stream.send(encode(Done(1.0, [])))
+        prepare = await prepared(stream)
+        await say_done(stream, prepare)
 
     with pytest.raises(BadAnswer, match=r"said that it is done, but \['s'\] never came"):
         await ran(
@@ -305,11 +312,11 @@ async def test_a_peer_that_never_answers_is_lost() -> None:
 @pytest.mark.asyncio
 async def test_a_slow_peer_that_is_heard_is_waited_for() -> None:
     async def slow(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         for _ in range(20):  # longer than the silence that is allowed
             await stream.send(encode(Alive()))
             await asyncio.sleep(0.05)
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     job = await ran(slow, silence_seconds=0.5, deadline_seconds=30)
@@ -331,13 +338,13 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 @pytest.mark.asyncio
 async def test_a_client_that_stood_still_blames_nobody() -> None:
     async def heard(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         # The client's own process is stopped, and the peer's words pile up meanwhile.
         asyncio.get_running_loop().call_later(0.05, time.sleep, 1.5)
         for _ in range(8):
             await asyncio.sleep(0.1)
             await stream.send(encode(Alive()))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgpack
 import pytest
 import pytest_asyncio
 import torch
+from askers import prepare_of, request_of
 
 from glasshive.dht.errors import DeadlineExceeded, StreamClosed, StreamRefused
 from glasshive.dht.framing import Stream
@@ -29,7 +32,6 @@ from glasshive.dht.messages import (
     More,
     Need,
     Opening,
-    Prepare,
     Received,
     Run,
     Saved,
@@ -52,8 +54,11 @@ from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
+from glasshive.security.envelope import open_envelope
 from glasshive.security.keys import Identity
+from glasshive.security.requests import PlannedPeer
 
+HOME, CLIENT, OTHER = (Identity.generate() for _ in range(3))
 ROWS, SEQ = 256, 24
 PASSES = Passes((Pass((0,), SEQ, False, ((0, ROWS),)),))
 SITE = Site("model.layers.0", "output")
@@ -105,11 +110,22 @@ class Swarm:
     async def asked(self, part: Part) -> Stream:
         """The client's stream of a trace of this part."""
         self.traces += 1
-        peers = [[one.peer_id, list(one.addresses)] for one in (self.other, self.home)]
+        planned = [PlannedPeer(one.peer_id, one.addresses) for one in (self.other, self.home)]
+        if part.index == 0:  # then the host's is the first
+            planned.reverse()
         stream = await self.client.open_stream(self.address, TRACE_PROTOCOL, 5)
-        model_id = self.served.manifest.model_id
-        message = Prepare(self._trace_id, model_id, "float32", peers, 60.0)
-        await stream.send(encode(message), encode_part(part, PASSES))
+        data = encode_part(part, PASSES)
+        request = request_of(
+            CLIENT.peer_id,
+            HOME.peer_id,
+            data,
+            model_id=self.served.manifest.model_id,
+            trace_id=self._trace_id,
+            index=part.index,
+            peers=planned,
+            deadline_seconds=60.0,
+        )
+        await stream.send(encode(prepare_of(CLIENT, request)), data)
         return stream
 
     async def prepared(self, part: Part) -> Stream:
@@ -143,8 +159,8 @@ class Swarm:
 @pytest_asyncio.fixture
 async def swarm(served: ServedModel) -> AsyncIterator[Swarm]:
     network = MemoryNetwork()
-    home, client, other = (network.transport(Identity.generate()) for _ in range(3))
-    host = Host(home, served, limits=HostLimits(traces=1))
+    home, client, other = (network.transport(one) for one in (HOME, CLIENT, OTHER))
+    host = Host(home, HOME, served, limits=HostLimits(traces=1))
     await host.start()
     yield Swarm(served, host, home, client, other)
     host.close()
@@ -282,7 +298,7 @@ async def test_another_peer_than_the_plan_s_is_refused(swarm: Swarm) -> None:
     with pytest.raises(StreamRefused, match="the plan gives this edge to another peer"):
         await edge.receive(5)
     edge = await swarm.edge()
-    await edge.send(encode(Value(0, 0, "float32", [4], [0])), bytes(16))
+    await edge.send(encode(Value(0, -1, "float32", [4], [0])), bytes(16))
     assert decode((await news(client)).header, Saved).name == "s"  # nothing was lost of the trace
 
 
@@ -401,7 +417,12 @@ async def test_a_sender_is_done_when_its_values_have_arrived(swarm: Swarm) -> No
     with pytest.raises(DeadlineExceeded):
         await client.receive(0.1)
     received.set()
-    assert decode((await news(client)).header, Done).traffic == [[0, 0, 16]]
+    done = decode((await news(client)).header, Done)
+    signed = open_envelope(
+        done.result, kind="result", swarm="public", receiver=CLIENT.peer_id, clock=time.time
+    )
+    assert signed.sender == HOME.peer_id
+    assert msgpack.unpackb(signed.body)[5] == [[0, 0, 16]]
     await client.close()
 
 
