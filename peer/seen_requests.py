@@ -67,14 +67,13 @@ class SeenRequests:
             self._keep(self._place, envelope)
 
     def _keep(self, place: Path, envelope: Envelope) -> None:
-        self._records += 1
+        key = public_key_of(envelope.sender)
+        record = _record(key, envelope.request_id, envelope.expires_at_seconds)
         try:
-            if self._records > 2 * max(len(self._cache), LEAST_RECORDS):
+            append_private(place, record)
+            self._records += 1
+            if not self._is_kept or self._records > 2 * max(len(self._cache), LEAST_RECORDS):
                 self._write(place)
-            else:
-                key = public_key_of(envelope.sender)
-                record = _record(key, envelope.request_id, envelope.expires_at_seconds)
-                append_private(place, record)
             self._is_kept = True
         except OSError as error:
             if self._is_kept:  # said once, and again after it was well
