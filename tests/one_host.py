@@ -133,19 +133,25 @@ class OneHost:
 
     async def prepared(self, part: Part) -> Stream:
         """The same, when the host has accepted it."""
-        stream = await self.asked(part)
-        decode((await stream.receive(5)).header, Need)
-        decode((await stream.receive(5)).header, Accepted)
-        return stream
+        return await self._accepted(await self.asked(part))
 
     async def running(self, part: Part) -> Stream:
-        """The client's stream of a trace which runs."""
-        stream = await self.prepared(part)
+        """The client's stream of a new trace, which runs."""
+        return await self.run(await self.asked(part), part)
+
+    async def run(self, stream: Stream, part: Part) -> Stream:
+        """The same stream, of a trace that the client has asked for, when it runs."""
+        await self._accepted(stream)
         if part.stages[0].forward:
             ids = torch.zeros((ROWS, SEQ), dtype=torch.int64)
             message = Input(0, "input_ids", "int64", [ROWS, SEQ])
             await send_tensor(stream, message, tensor_to_bytes(ids), 5)
         await stream.send(encode(Run()))
+        return stream
+
+    async def _accepted(self, stream: Stream) -> Stream:
+        decode((await news(stream)).header, Need)
+        decode((await news(stream)).header, Accepted)
         return stream
 
     async def edge(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import pytest
-from askers import Sent, done_of
+from askers import Sent, done_of, prepare_of
 
 from glasshive.client.errors import (
     BadAnswer,
@@ -25,6 +26,7 @@ from glasshive.dht.messages import (
     TRACE_PROTOCOL,
     Accepted,
     Alive,
+    Done,
     Failed,
     More,
     Need,
@@ -34,13 +36,17 @@ from glasshive.dht.messages import (
     decode,
     encode,
 )
+from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import Graph, NodeId, Ref, Save
 from glasshive.graph.order import Passes
 from glasshive.graph.plan import HIDDEN, Part, Plan, Span, Stage
 from glasshive.graph.tensors import TensorSpec
+from glasshive.security.errors import BadEnvelope
 from glasshive.security.keys import Identity
+from glasshive.security.requests import PlannedPeer, TraceRequest
+from glasshive.security.results import Traffic
 
 HOST, OTHER, CLIENT = (Identity.generate() for _ in range(3))
 ONE, TWO, THREE = (PeerAddress(Identity.generate().peer_id) for _ in range(3))
@@ -285,6 +291,105 @@ async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
             deadline_seconds=30,
             expected={"s": TensorSpec(DType.INT8, (2,))},
         )
+
+
+SAVES = {"s": TensorSpec(DType.INT8, (2 * SLICE_BYTES,)), "t": TensorSpec(DType.INT8, (2,))}
+LARGE = bytes(range(256)) * (2 * SLICE_BYTES // 256)
+SENT = [("s", "int8", [2 * SLICE_BYTES], LARGE), ("t", "int8", [2], b"tt")]
+
+
+async def answered(done: Callable[[Stream, Prepare], bytes]) -> Job:
+    """A job whose peer sends both saves, and then this as its result."""
+
+    async def answers(stream: Stream) -> None:
+        prepare = await prepared(stream)
+        for name, dtype, shape, data in SENT:
+            await send_tensor(stream, Saved(name, dtype, list(shape)), data, 5)
+        await stream.send(encode(Done(done(stream, prepare))))
+        await asyncio.Event().wait()
+
+    return await ran(answers, silence_seconds=5, deadline_seconds=30, expected=SAVES)
+
+
+@pytest.mark.asyncio
+async def test_a_signed_result_of_what_came_is_taken() -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        traffic = [Traffic(1, 100, 8), Traffic(2, 0, 16)]
+        return done_of(HOST, stream.peer_id, prepare, *SENT, traffic=traffic).result
+
+    job = await answered(done)
+    assert {name: bytes(one.numpy()) for name, one in job.saves.items()} == {
+        "s": LARGE,
+        "t": b"tt",
+    }
+    (hop,) = job.hops
+    assert (hop.hidden_bytes, hop.carried_bytes, hop.compute_seconds) == (100, 24, 1.0)
+    assert (hop.state, hop.audited) == ("done", False)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [("s", "int8", [2 * SLICE_BYTES], LARGE[:-1] + b"!"), SENT[1]],
+        [SENT[0], ("t", "int8", [2], b"t!")],
+        [SENT[1], SENT[0]],
+        [SENT[0]],
+        [SENT[0], ("t", "int8", [2, 1], b"tt")],
+    ],
+    ids=["last slice", "second save", "order", "one fewer", "shape"],
+)
+async def test_other_values_than_the_peer_signed_are_a_bad_answer(sent: list[Sent]) -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        return done_of(HOST, stream.peer_id, prepare, *sent).result
+
+    text = (
+        r"blocks 0:2\): its result can't be taken: the saves that came are not those whose hash "
+        "the result signs$"
+    )
+    with pytest.raises(BadAnswer, match=text) as caught:
+        await answered(done)
+    assert caught.value.peer == HOST.peer_id
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("lie", ["other host", "other request", "not signed", "nonsense"])
+async def test_a_result_of_another_or_for_another_is_a_bad_answer(lie: str) -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        stock = done_of(HOST, stream.peer_id, prepare, *SENT).result
+        if lie == "not signed":
+            return stock[:-1] + bytes([stock[-1] ^ 1])
+        if lie == "nonsense":
+            return b"done"
+        request, _ = TraceRequest.verify(
+            prepare.request, client=CLIENT.peer_id, host=HOST.peer_id, swarm="public",
+            now=time.time(),
+        )  # fmt: skip
+        if lie == "other request":  # which the same client has asked of it
+            again = prepare_of(CLIENT, dataclasses.replace(request, deadline_seconds=7.0))
+            return done_of(HOST, CLIENT.peer_id, again, *SENT).result
+        hers = dataclasses.replace(request, host=OTHER.peer_id, peers=(PlannedPeer(OTHER.peer_id),))
+        return done_of(OTHER, CLIENT.peer_id, prepare_of(CLIENT, hers), *SENT).result
+
+    text = {
+        "other host": f"a result by {OTHER.peer_id} of trace 0+; wanted {HOST.peer_id}'s",
+        "other request": "the result is signed for another request than the one that was sent",
+        "not signed": "the signature is not by",
+        "nonsense": "not an envelope",
+    }[lie]
+    with pytest.raises(BadAnswer, match=f"its result can't be taken: {text}"):
+        await answered(done)
+
+
+@pytest.mark.asyncio
+async def test_a_plan_of_too_many_peers_is_nobody_s_fault() -> None:
+    network = MemoryNetwork()
+    client = network.transport(CLIENT)
+    peers = [PeerAddress(HOST.peer_id)] * 257
+    job = job_of(client, peers, (part_of(0, []),), silence_seconds=1, deadline_seconds=5)
+    with pytest.raises(BadEnvelope, match="a plan of 257 peers, wanted 1 to 256"):
+        await job.run()
+    await client.close()
 
 
 @pytest.mark.asyncio
