@@ -1,6 +1,6 @@
 """A host: what it answers on its streams, and the traces that it runs.
 
-- `glasshive/trace/1`: a client's trace. Prepare, admit, take constants and inputs, run, tell.
+- `glasshive/trace/1`: a client's trace. Verify, admit, take constants and inputs, run, tell, sign.
 - `glasshive/edge/1`: values that other peers of a plan push.
 - `glasshive/files/1`: manifest, configuration and tokenizer, for clients that have no files.
 
