@@ -14,6 +14,7 @@ from glasshive.dht.transport import Transport
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
+from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 from glasshive.security.policy import Policy
@@ -30,9 +31,10 @@ class Serving:
         *,
         limits: HostLimits | None = None,
         policy: Policy | None = None,
+        seen: SeenRequests | None = None,
         lifetime_seconds: float = MAX_LIFETIME_SECONDS,
     ) -> None:
-        self.host = Host(transport, served, limits=limits, policy=policy)
+        self.host = Host(transport, identity, served, limits=limits, policy=policy, seen=seen)
         self._transport = transport
         version = self.host.policy.version
         self.record = record_of(transport, served, lifetime_seconds, version)
