@@ -465,7 +465,6 @@ def test_no_process_outlives_the_one_that_started_it(home: Path, tmp_path: Path)
         import os, signal
         from pathlib import Path
         from glasshive.testing import LocalPeer
-from glasshive.testing import LocalPeer
         arguments = ["bootstrap", "--key", {str(tmp_path / "key")!r}, "--log-format", "json",
                      "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
         peer = LocalPeer("bootstrap", arguments, Path({str(tmp_path / "log")!r}), dict(os.environ))
