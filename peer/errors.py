@@ -11,6 +11,7 @@ GlasshiveError
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       as many traces as the host allows are running
+    ├── QuotaExceeded              a member's quota doesn't leave what its trace takes
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
     ├── BadNeighbour               another peer of the plan that breaks the protocol
     ├── HostFailed                 an error inside the host, which only its own log explains
@@ -67,6 +68,10 @@ class WrongInput(HostError):
 
 class Busy(HostError):
     """As many traces as the host allows are running; another peer, or later, may do."""
+
+
+class QuotaExceeded(HostError):
+    """A member's quota on this host doesn't leave what its trace takes; the text says which."""
 
 
 class NeighbourLost(HostError):

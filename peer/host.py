@@ -64,6 +64,7 @@ from glasshive.graph.order import Passes, slots
 from glasshive.graph.plan import Part, check_part
 from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer.accounts import Account, Accounts
 from glasshive.peer.admission import Admission
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
@@ -108,15 +109,20 @@ class Host:
         *,
         limits: HostLimits | None = None,
         policy: Policy | None = None,
+        accounts: Accounts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without a `policy` this release's own is in force, as where no root is configured."""
+        """Without a `policy` this release's own is in force, as where no root is configured.
+
+        Without `accounts` there are no quotas, and nothing is written down.
+        """
         self._transport = transport
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
         self._own_limits = limits or HostLimits()
         self._limits = self._own_limits  # under the policy
+        self._accounts = accounts or Accounts()
         self._clock = clock
         self._torch = TorchThread()
         # What a client sends is checked beside the loop, which answers everybody.
@@ -193,12 +199,13 @@ class Host:
         try:
             frame = await client.receive(self._limits.prepare_seconds)
             prepare = decode(frame.header, Prepare)
-            self._take_slot(prepare.trace_id, client.peer_id)
-            try:
-                async with _heard(client):
-                    done = await self._serve_trace(client, prepare, frame.body)
-            finally:
-                del self._tenants[prepare.trace_id]
+            with self._accounts.open(client.peer_id, prepare.trace_id) as account:
+                self._take_slot(prepare.trace_id, client.peer_id)
+                try:
+                    async with _heard(client):
+                        done = await self._serve_trace(client, account, prepare, frame.body)
+                finally:
+                    del self._tenants[prepare.trace_id]
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(done))
             log.info(
@@ -218,8 +225,10 @@ class Host:
             log.exception("host_failed", extra={"client": client.peer_id})
             await self._fail(client, HostFailed("an error inside the host; its own log says what"))
 
-    async def _serve_trace(self, client: ClientStream, prepare: Prepare, body: bytearray) -> Done:
-        trace, bill = await self._prepare(client, prepare, body)
+    async def _serve_trace(
+        self, client: ClientStream, account: Account, prepare: Prepare, body: bytearray
+    ) -> Done:
+        trace, bill = await self._prepare(client, account, prepare, body)
         # Before the client is told: other peers may push as soon as it has heard of all.
         self._traces[trace.trace_id] = trace
         try:
@@ -250,7 +259,7 @@ class Host:
         self._tenants[trace_id] = client
 
     async def _prepare(
-        self, client: ClientStream, prepare: Prepare, body: bytearray
+        self, client: ClientStream, account: Account, prepare: Prepare, body: bytearray
     ) -> tuple[HostedTrace, Bill]:
         limits = self._limits
         if prepare.model_id != self._manifest.model_id:
@@ -264,6 +273,7 @@ class Host:
         peers = _peers(prepare)
         ends_at = self._clock() + min(prepare.deadline_seconds, limits.trace_seconds)
         admission, checked = await self._checked(client.peer_id, peers, body)
+        account.admit(checked[0], body, checked[2], model_id=self._manifest.model_id, dtype=ours)
         consts = await self._take_consts(client, checked[0], ends_at)
         if admission is not self._admission:  # a policy came meanwhile
             admission, checked = await self._checked(client.peer_id, peers, body)
@@ -271,6 +281,7 @@ class Host:
         trace = HostedTrace(
             trace_id=prepare.trace_id,
             client=client,
+            account=account,
             peers=peers,
             part=part,
             passes=passes,

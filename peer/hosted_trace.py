@@ -45,6 +45,7 @@ from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
+from glasshive.peer.accounts import Account
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.errors import BadNeighbour, HostError, NeighbourLost, TraceEnded
 from glasshive.peer.executor import Executor, PassInputs
@@ -78,6 +79,7 @@ class HostedTrace:
 
     trace_id: bytes
     client: ClientStream
+    account: Account
     peers: tuple[PeerAddress, ...]
     part: Part
     passes: Passes
@@ -89,7 +91,6 @@ class HostedTrace:
     stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
-    compute_seconds: float = 0.0
     inputs: dict[int, PassInputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,7 +153,7 @@ class HostedTrace:
             causes: list[BaseException] = list(group.exceptions)
             raise min(causes, key=lambda e: not isinstance(e, GraphError)) from None
         traffic = [[to, one.hidden_bytes, one.carried_bytes] for to, one in self._traffic.items()]
-        return Done(self.compute_seconds, traffic)
+        return Done(self.account.compute_seconds, traffic)
 
     async def receive_from(self, sender: int, stream: Stream) -> None:
         """Park what the peer `sender` pushes, and tell it when everything has arrived.
@@ -219,13 +220,10 @@ class HostedTrace:
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
-            began = time.perf_counter()
-            try:
+            with self.account.computing():
                 while carried:
                     self._executor.put(*carried.popitem())
                 self._executor.run(stage, inputs, hidden)
-            finally:
-                self.compute_seconds += time.perf_counter() - began
 
         await self._soon(self.run_on_torch(work))
 
@@ -245,6 +243,7 @@ class HostedTrace:
         """A value for the client (Outbox)."""
         spec = spec_of_tensor(value)
         item = (Saved(name, spec.dtype.value, list(spec.shape)), tensor_to_bytes(value))
+        self.account.saved(len(item[1]))
         self._loop.call_soon_threadsafe(self._saves.put_nowait, item)
 
     def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
