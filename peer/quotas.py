@@ -140,7 +140,8 @@ class Quotas:
             if not running:
                 del self._running[hold.client]
             self._today()
-            if hold.quota.by_day:
+            taken = seconds or saved_bytes or hold.seconds or hold.saved_bytes
+            if hold.quota.by_day and taken:
                 use = self._used.setdefault(hold.client, _Use())
                 use.seconds += seconds
                 use.saved_bytes += saved_bytes

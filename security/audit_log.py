@@ -175,9 +175,7 @@ class AuditLog:
         try:
             size = os.fstat(descriptor).st_size
             if size < self._size:
-                raise OSError(
-                    errno.EIO, f"{self._file} was cut by somebody; restore it from a copy"
-                )
+                raise OSError(errno.EIO, f"{self._file} was cut; restore it from a copy")
             if size > self._size:  # what is left of a try that failed
                 os.ftruncate(descriptor, self._size)
             left = memoryview(data)

@@ -8,7 +8,7 @@ has written another history, or has left out the newest entries before it export
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
@@ -34,13 +34,13 @@ def log_files(folder: Path) -> list[Path]:
     return sorted(one for one in folder.glob("*.jsonl") if one.stem.isdecimal())
 
 
-def entries_in(folder: Path, host: PeerId) -> Iterator[SignedEntry]:
-    """The entries of the log of `host` in `folder`, checked, oldest first.
+def entries_in(files: Sequence[Path], host: PeerId) -> Iterator[SignedEntry]:
+    """The entries of the log of `host` in these files of it, checked, oldest first.
 
     Of a log that is being written, those whose lines are whole. Raises BadAuditLog and OSError.
     """
     chain = _Chain(host)
-    for where, line in _lines_in(folder):
+    for where, line in _lines_in(files):
         found = chain.read(where, line)
         if isinstance(found, AuditExport):
             _bad(where, "it ends an export, and this is a log")
@@ -55,7 +55,7 @@ def export_log(
     Raises BadAuditLog and OSError.
     """
     chain = _Chain(identity.peer_id)
-    for where, line in _lines_in(folder):
+    for where, line in _lines_in(log_files(folder)):
         found = chain.read(where, line)
         if isinstance(found, AuditExport) or found.swarm != swarm:
             _bad(where, f"it is no entry of swarm {swarm!r}")
@@ -69,7 +69,7 @@ def export_log(
 
 @dataclass(frozen=True, slots=True)
 class VerifiedExport:
-    """What an export says as a whole: its last line, and the times of its first and last entry."""
+    """An export that holds: its last line, and the times of its first and last entry."""
 
     end: AuditExport
     from_milliseconds: int | None
@@ -166,8 +166,7 @@ class _Chain:
         return found
 
 
-def _lines_in(folder: Path) -> Iterator[tuple[str, bytes]]:
-    files = log_files(folder)
+def _lines_in(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for file in files:
 
         def where(number: int, name: str = file.name) -> str:
