@@ -79,11 +79,10 @@ class Quotas:
         with self._lock:
             running = self._running.get(client, [])
             if quota.traces is not None and len(running) >= quota.traces:
+                full = ", and as many are running; wait until one has ended, or"
                 raise QuotaExceeded(
-                    f"your quota is {quota.traces} traces at a time on this host, and "
-                    f"{len(running)} are running; "
-                    + ("wait until one has ended, or " if quota.traces else "")
-                    + "ask who runs the swarm for a larger one"
+                    f"your quota of traces at a time on this host is {quota.traces}"
+                    f"{full if quota.traces else ';'} ask who runs the swarm for a larger one"
                 )
             taken = self._taken(client)
             for limit, n, unit in (

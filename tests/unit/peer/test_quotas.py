@@ -76,8 +76,8 @@ def test_traces_at_a_time(quotas: Quotas) -> None:
     first, _ = quotas.begin(ALICE, quota), quotas.begin(ALICE, quota)
     quotas.begin(BOB, quota)  # counted for himself
     assert refusal(quotas, quota) == (
-        "your quota is 2 traces at a time on this host, and 2 are running; wait until one has "
-        "ended, or ask who runs the swarm for a larger one"
+        "your quota of traces at a time on this host is 2, and as many are running; wait until one "
+        "has ended, or ask who runs the swarm for a larger one"
     )
     first.settle(1e6, 1 << 50)
     quotas.begin(ALICE, quota)
@@ -85,8 +85,7 @@ def test_traces_at_a_time(quotas: Quotas) -> None:
 
 def test_a_quota_of_no_traces_doesnt_say_to_wait(quotas: Quotas) -> None:
     assert refusal(quotas, Quota(traces=0)) == (
-        "your quota is 0 traces at a time on this host, and 0 are running; ask who runs the swarm "
-        "for a larger one"
+        "your quota of traces at a time on this host is 0; ask who runs the swarm for a larger one"
     )
 
 
