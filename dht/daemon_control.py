@@ -14,7 +14,14 @@ from typing import Any
 
 from glasshive.security.keys import PeerId
 
-__all__ = ["SocketWriter", "connect", "detach_daemons", "open_stream"]
+__all__ = [
+    "SocketWriter",
+    "connect",
+    "detach_daemons",
+    "forget_ended_calls",
+    "open_stream",
+    "remembering",
+]
 
 
 class _Detached:
@@ -45,6 +52,46 @@ def detach_daemons() -> None:
 
     if not isinstance(p2p_daemon.asyncio, _Detached):
         p2p_daemon.asyncio = _Detached()
+
+
+class _Calls(dict[Any, Any]):
+    """hivemind's calls by id. It asks whether one is there before it gives it its answer."""
+
+    def __contains__(self, call_id: object) -> bool:
+        call = self.get(call_id)
+        return call is not None and not call.done()
+
+
+def forget_ended_calls() -> None:
+    """From now on an answer to a call that was cancelled is dropped. May be repeated.
+
+    hivemind forgets such a call a moment after its end. An answer that comes within that moment
+    would end the task which reads every answer, and all later calls would wait for ever.
+    """
+    from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+
+    if "_glasshive" in ControlClient.__dict__:
+        return
+    stock_init = ControlClient.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        self._pending_calls = _Calls()
+
+    ControlClient.__init__ = init
+    ControlClient._glasshive = True
+
+
+def remembering(made: list[Any]) -> Any:
+    """hivemind's P2P, which adds to `made` what it makes, also when its `create` fails later."""
+    from hivemind.p2p import P2P
+
+    class Remembered(P2P):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    return Remembered
 
 
 async def connect(p2p: Any, peer_id: PeerId, addresses: Iterable[str]) -> None:

@@ -34,6 +34,7 @@ from glasshive.dht.errors import (
     DeadlineExceeded,
     DirectoryUnavailable,
     RecordRefused,
+    StreamRefused,
     SwarmError,
     TransportError,
     UnknownModel,
@@ -138,7 +139,7 @@ async def ask_directory(
         )
     problems: list[str] = []
     answered: PeerAddress | None = None
-    elsewhere = 0
+    elsewhere = refused = 0
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + deadline_seconds
     for peer in peers:
@@ -156,6 +157,7 @@ async def ask_directory(
             )
         except SwarmError as error:
             problems.append(_problem(peer, error))
+            refused += isinstance(error, StreamRefused)
             continue
         if signed and all(_is_of_another_swarm(one, transport.swarm) for one in signed):
             elsewhere += 1
@@ -171,14 +173,16 @@ async def ask_directory(
     if not peers:
         raise DirectoryUnavailable("no bootstrap peer is known that could be asked; give one")
     one = len(peers) == 1
-    if elsewhere:
+    if refused == len(peers):
+        advice = ""  # each said why
+    elif elsewhere:
         advice = "check `swarm` in hive.toml or GLASSHIVE_SWARM, and the address"
     elif one:
         advice = "check that it runs, and that its address is the one that it printed at its start"
     else:
         advice = "check that one of them runs, and that the addresses are those that they printed"
     who = "the bootstrap peer gave no" if one else f"none of {len(peers)} bootstrap peers gave a"
-    raise DirectoryUnavailable(f"{who} directory: {'; '.join(problems)}; {advice}")
+    raise DirectoryUnavailable(f"{who} directory: {'; '.join(problems)}{advice and '; '}{advice}")
 
 
 def _place(peer: PeerAddress) -> str:
@@ -187,7 +191,8 @@ def _place(peer: PeerAddress) -> str:
 
 def _problem(peer: PeerAddress, error: SwarmError) -> str:
     """Why a peer gave no directory, in one line that has its address once."""
-    said = why_unreachable(str(error)) if isinstance(error, TransportError) else str(error)
+    plain = isinstance(error, StreamRefused) or not isinstance(error, TransportError)
+    said = str(error) if plain else why_unreachable(str(error))
     return f"{_place(peer)}: {said}"
 
 

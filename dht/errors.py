@@ -7,7 +7,7 @@ SwarmError
 │   │   └── StreamRefused       the other side ended it at once and said why
 │   ├── NotLetIn                the other side is no member that may serve a private swarm
 │   ├── DeadlineExceeded        the wait ran out
-│   ├── TransportLost           our own daemon died; close or rebuild the transport
+│   ├── TransportLost           our own daemon is lost; close or rebuild the transport
 │   └── TransportClosed         the transport was closed here
 ├── MalformedMessage            bytes from outside that break the format
 │   ├── BadFrame
@@ -16,6 +16,7 @@ SwarmError
 ├── RecordRefused               a record that is forged, stale, too large or misplaced
 ├── BadAddress                  not a multiaddr that this release can use
 │   └── ListenRefused           an address this release doesn't listen on
+├── DaemonFailed                our own daemon can't be started on this machine
 ├── NoDht                       a DHT call on a transport without a DHT node
 └── DirectoryError
     ├── DirectoryUnavailable    none of the peers asked gave a directory
@@ -32,6 +33,7 @@ __all__ = [
     "BadAddress",
     "BadDhtValue",
     "BadFrame",
+    "DaemonFailed",
     "DeadlineExceeded",
     "DirectoryError",
     "DirectoryUnavailable",
@@ -81,7 +83,7 @@ class DeadlineExceeded(TransportError):
 
 
 class TransportLost(TransportError):
-    """The daemon under this transport died; every stream is gone."""
+    """The daemon under this transport is lost; every stream is gone."""
 
 
 class TransportClosed(TransportError):
@@ -114,6 +116,10 @@ class BadAddress(SwarmError):
 
 class ListenRefused(BadAddress):
     """An address that this release doesn't listen on."""
+
+
+class DaemonFailed(SwarmError):
+    """The daemon of a transport can't be started on this machine; no waiting for others helps."""
 
 
 class NoDht(SwarmError):

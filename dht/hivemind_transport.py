@@ -7,8 +7,8 @@ Rules:
    signed requests are not in it yet.
 3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
    file in a private folder, which is gone as soon as the daemon is up.
-4. hivemind's calls can hang for ever once the daemon has died. So every one of them races with a
-   deadline and with the death of the daemon, which is watched.
+4. hivemind's calls can hang for ever once the daemon has died, or the tasks that hivemind talks to
+   it with. So every one of them races with a deadline and with their end, which is watched.
 5. Before each store, bootstrap peers that dropped out of the routing table are met again.
 6. None from hivemind's get is not "no peers": a node that knows nobody says so.
 """
@@ -30,6 +30,7 @@ from typing import Any, Final, Literal, TypeVar, final
 
 from glasshive.dht import daemon_control, hardening, member_calls, serializer
 from glasshive.dht.errors import (
+    DaemonFailed,
     DeadlineExceeded,
     ListenRefused,
     NoDht,
@@ -37,6 +38,7 @@ from glasshive.dht.errors import (
     PeerUnreachable,
     RecordRefused,
     StreamRefused,
+    SwarmError,
     TransportClosed,
     TransportError,
     TransportLost,
@@ -45,7 +47,7 @@ from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL
 from glasshive.dht.outcome import forget_outcome
-from glasshive.dht.reasons import why_unreachable
+from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
 from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
@@ -133,7 +135,7 @@ class HivemindTransport:
         others' records, "none" for streams only. An empty `listen` listens nowhere. Bootstraps are
         multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
         doesn't contact them. With a `gate` the swarm is private: who is no member of it opens no
-        stream here and gets no answer of the DHT. Raises ListenRefused, BadAddress,
+        stream here and gets no answer of the DHT. Raises ListenRefused, BadAddress, DaemonFailed,
         PeerUnreachable, TransportLost, DeadlineExceeded, and StreamRefused or NotLetIn if the
         bootstrap peers answer and none lets this peer in.
         """
@@ -168,21 +170,32 @@ class HivemindTransport:
         except BaseException as error:
             await self._stop()
             if isinstance(error, (P2PDaemonError, RuntimeError, OSError)):
-                if "address already in use" in str(error) or "failed to listen" in str(error):
-                    raise ListenRefused(
-                        f"can't listen at {', '.join(self._listen)}: {_line(error)}; end what "
-                        "listens there, or choose another port (0 takes a free one)"
-                    ) from None
-                tried = ", ".join(one.addresses[0] for one in self.bootstraps) or "none given"
-                raise PeerUnreachable(
-                    f"the swarm could not be joined ({_line(error)}); bootstrap peers: {tried}; "
-                    "check that one of them runs"
-                ) from None
+                raise self._why_not_started(error) from None
             raise
 
-    async def _start_daemon(self) -> None:
-        from hivemind.p2p import P2P
+    def _why_not_started(self, error: Exception) -> SwarmError:
+        """Whose fault it is: of the address, of the bootstrap peers, or of this machine."""
+        said = in_one_line(error)
+        if "address already in use" in said or "failed to listen" in said:
+            return ListenRefused(
+                f"can't listen at {', '.join(self._listen)}: {said}; end what "
+                "listens there, or choose another port (0 takes a free one)"
+            )
+        if self.bootstraps and nobody_answered(said):
+            tried = ", ".join(one.addresses[0] for one in self.bootstraps)
+            return PeerUnreachable(
+                f"the swarm could not be joined ({said}); bootstrap peers: {tried}; "
+                "check that one of them runs"
+            )
+        cause = said.partition(". ")[0]  # what follows is advice to those who build hivemind
+        return DaemonFailed(
+            f"the network daemon (p2pd) can't be started on this machine: {cause}; it needs "
+            "room in /tmp and in the folder for temporary files (TMPDIR), and hivemind installed "
+            "whole (pip install --force-reinstall --no-deps hivemind)"
+        )
 
+    async def _start_daemon(self) -> None:
+        made: list[Any] = []
         bootstraps = [address for one in self.bootstraps for address in one.addresses]
         self._gone = asyncio.get_running_loop().create_future()
         with tempfile.TemporaryDirectory(prefix="glasshive-") as folder:  # mode 0700
@@ -190,24 +203,29 @@ class HivemindTransport:
             descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(self._identity.libp2p_key_file_bytes())
-            self._p2p = await self._call(
-                P2P.create(
-                    # With dht="none" the addresses that matter come with each stream.
-                    initial_peers=bootstraps if self.dht != "none" else None,
-                    host_maddrs=list(self._listen) or None,
-                    no_listen=not self._listen,
-                    dht_mode="server" if self.dht == "server" else "client",
-                    identity_path=str(key_file),
-                    check_if_identity_free=False,
-                    nat_port_map=False,
-                    auto_nat=False,
-                    use_relay=False,
-                    use_auto_relay=False,
-                    startup_timeout=self._startup_timeout_seconds,
-                ),
-                self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
-                "starting the network daemon",
-            )
+            try:
+                self._p2p = await self._call(
+                    daemon_control.remembering(made).create(
+                        # With dht="none" the addresses that matter come with each stream.
+                        initial_peers=bootstraps if self.dht != "none" else None,
+                        host_maddrs=list(self._listen) or None,
+                        no_listen=not self._listen,
+                        dht_mode="server" if self.dht == "server" else "client",
+                        identity_path=str(key_file),
+                        check_if_identity_free=False,
+                        nat_port_map=False,
+                        auto_nat=False,
+                        use_relay=False,
+                        use_auto_relay=False,
+                        startup_timeout=self._startup_timeout_seconds,
+                    ),
+                    self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
+                    "starting the network daemon",
+                )
+            except BaseException:
+                for one in made:  # hivemind leaves alone what it started
+                    await self._end_daemon(one)
+                raise
         if self._p2p.peer_id.to_base58() != self.peer_id:
             raise TransportLost("the network daemon came up under another identity")
         if self._listen:
@@ -215,7 +233,7 @@ class HivemindTransport:
                 self._p2p.get_visible_maddrs(), CONTROL_DEADLINE_SECONDS, "asking for addresses"
             )
             self.addresses = tuple(str(address) for address in visible)
-        self._watcher = asyncio.create_task(self._watch(self._p2p._child, self._gone))
+        self._watcher = asyncio.create_task(self._watch(self._p2p, self._gone))
 
     async def _knock(self) -> None:
         """Raise what bootstrap peers say if they answer, and none of them lets this peer in.
@@ -267,12 +285,27 @@ class HivemindTransport:
         )
         hardening.harden_node(self._node)
 
-    async def _watch(self, child: Any, gone: asyncio.Future[None]) -> None:
-        """Notices that the daemon has died, whoever waits for what."""
-        await child.wait()
-        if self._closed:
-            return
-        logger.warning("daemon_lost peer=%s code=%s", self.peer_id, child.returncode)
+    async def _watch(self, p2p: Any, gone: asyncio.Future[None]) -> None:
+        """Notices that the daemon is lost, whoever waits for what.
+
+        It is too when it lives, and hivemind has stopped to read or write its control connection.
+        """
+        died = asyncio.create_task(p2p._child.wait())
+        control = p2p._client.control
+        try:
+            ended, _ = await asyncio.wait(
+                {died, control._read_task, control._write_task},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            died.cancel()
+        failures = [one.exception() for one in ended if not one.cancelled()]
+        logger.warning(
+            "daemon_lost peer=%s code=%s errors=%r",
+            self.peer_id,
+            p2p._child.returncode,
+            [error for error in failures if error is not None],
+        )
         self.lost.set()
         if not gone.done():
             gone.set_result(None)
@@ -464,20 +497,23 @@ class HivemindTransport:
         node, p2p, watcher = self._node, self._p2p, self._watcher
         self._node = self._p2p = self._watcher = None
         self._connected.clear()
+        if watcher is not None:
+            watcher.cancel()  # what ends now is no loss
         if node is not None:
             node.is_alive = False
             if not self.lost.is_set():
                 await self._quietly(node.shutdown())
         if p2p is not None:
-            await self._quietly(p2p.shutdown())
-            if p2p._child is not None and p2p._child.returncode is None:
-                p2p._child.kill()  # it is frozen: the polite signal waits with it
-                await self._quietly(p2p._child.wait())
-            await self._end_tasks_of(p2p)
-        if watcher is not None:
-            watcher.cancel()
+            await self._end_daemon(p2p)
         if self._gone is not None and not self._gone.done():
             self._gone.cancel()
+
+    async def _end_daemon(self, p2p: Any) -> None:
+        await self._quietly(p2p.shutdown())
+        if p2p._child is not None and p2p._child.returncode is None:
+            p2p._child.kill()  # it is frozen: the polite signal waits with it
+            await self._quietly(p2p._child.wait())
+        await self._end_tasks_of(p2p)
 
     async def _quietly(self, awaitable: Awaitable[Any]) -> None:
         """Awaits it for a while; what it says no longer matters."""
@@ -547,7 +583,7 @@ class HivemindTransport:
             return TransportClosed("the transport was closed; make a new one")
         if self.lost.is_set():
             return TransportLost(
-                "the network daemon of this process died and every stream with it; "
+                "the network daemon of this process is lost and every stream with it; "
                 "rebuild the transport and announce again"
             )
         return None
@@ -576,6 +612,7 @@ def _prepare_hivemind() -> None:
         hardening.patch_storage()
         member_calls.patch_calls()
         daemon_control.detach_daemons()
+        daemon_control.forget_ended_calls()
 
 
 def check_loopback(address: str) -> None:
@@ -592,9 +629,3 @@ def check_loopback(address: str) -> None:
             'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
             "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
-
-
-def _line(error: BaseException) -> str:
-    """The error in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

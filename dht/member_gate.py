@@ -142,7 +142,8 @@ class MemberGate:
             self.admit(stream.peer_id, hello.certificate, _ACTS.get(protocol, Act.ADMINISTER))
         except NotAMember as error:
             logger.warning("not_let_in protocol=%s peer=%s: %s", protocol, stream.peer_id, error)
-            await stream.refuse(f"not let in: {error}")
+            # Its own id it knows, and a reason has little room.
+            await stream.refuse(f"not let in: {str(error).replace(stream.peer_id, 'this peer')}")
             return False
         finally:
             self._at_the_door -= 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["why_unreachable"]
+__all__ = ["in_one_line", "nobody_answered", "why_unreachable"]
 
 MOST_CHARACTERS: Final = 160
 
@@ -28,6 +28,12 @@ _WORDS: Final = (
         "what listens there is no peer of a swarm",
     ),
 )
+# What p2pd, hivemind's wait for it, and its DHT node say of bootstrap peers that are away.
+_NOBODY_ANSWERED: Final = (
+    "failed to connect to bootstrap",
+    "failed to start in",
+    "bootstrap failed",
+)
 _OTHER_PEER: Final = re.compile(r"peer id mismatch: expected \S+, but remote key matches (\w+)")
 
 
@@ -41,3 +47,14 @@ def why_unreachable(said: str) -> str:
             return words
     text = " ".join(said.split())
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
+
+
+def nobody_answered(said: str) -> bool:
+    """Whether `said`, the text of a failed start, is of bootstrap peers that are away."""
+    return any(words in said for words in _NOBODY_ANSWERED)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -30,6 +30,7 @@ from glasshive.graph.errors import (
 )
 from glasshive.graph.graph import IO, LeafPath
 from glasshive.graph.kernels import from_torch_dtype
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.outline import Axis, Leaf, ModuleInfo, Outline
 
 _SCANS = ((2, 7), (3, 11))
@@ -238,6 +239,8 @@ class _Scan:
         except GlasshiveError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UnsupportedModel(
                 f"the forward pass of {type(self.twin).__name__} does not run without data: {error}"
             ) from error

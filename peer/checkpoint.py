@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.peer.errors import (
     BadCheckpoint,
     HostError,
@@ -116,7 +118,7 @@ class Checkpoint:
         conversion stay mapped from the file, so the file must not change while the span is served.
 
         Raises `BadSpan`, `MissingTensor`, `WrongWeights`, `UnsupportedAttention`,
-        `ModelTypeRefused`.
+        `ModelTypeRefused`; out of memory, what says so (`is_out_of_memory`).
         """
         check_span(start, end, self.n_blocks, str(self.path))
         shards = _Shards(self.path, dtype, on_progress)
@@ -211,8 +213,13 @@ def load_span_from(
             f"peer holds: {first_line(error)}; serve another model"
         ) from error
     except Exception as error:
-        failure = None if shards is None else shards.failure
-        raise failure or WrongWeights(
+        if shards is not None and shards.failure is not None:
+            raise shards.failure from error
+        if is_out_of_memory(error):
+            raise
+        if is_out_of_memory(RuntimeError(text := _conversion_errors(error))):
+            raise MemoryError(text) from error
+        raise WrongWeights(
             f"the weights of {model_class.__name__} could not be loaded: {first_line(error)}; "
             "check that config.json and the weight files belong together"
         ) from error
@@ -224,6 +231,15 @@ def load_span_from(
     if shards is not None:
         shards.finish()
     return SpanModel(model, layout=built[0], start=start, end=end, dtype=dtype, device=device)
+
+
+def _conversion_errors(error: BaseException) -> str:
+    """What went wrong where the loader fused tensors. It keeps the texts, and raises another."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        info = frame.f_locals.get("loading_info")
+        if isinstance(texts := getattr(info, "conversion_errors", None), dict):
+            return "\n".join(map(str, texts.values()))
+    return ""
 
 
 def _check_loaded(info: dict[str, Any], where: str, start: int, end: int) -> None:
@@ -343,7 +359,7 @@ class _Shards:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, on_progress: OnProgress | None) -> None:
-        self.failure: HostError | None = None
+        self.failure: Exception | None = None
         self._open: dict[Path, Any] = {}
         self._lock = threading.Lock()
         self._dtype = dtype
@@ -374,12 +390,15 @@ class _Shards:
                 if path not in self._open:
                     self._open[path] = _open_weights(path)
                 shard = self._open[path]
-            except HostError as error:
+            except Exception as error:
                 self.failure = error
                 raise
         try:
             tensor: Tensor = shard.get_slice(name)[...]
         except Exception as error:
+            if is_out_of_memory(error):
+                self.failure = error
+                raise
             self.failure = WrongWeights(
                 f"{name} cannot be read from {path}: {first_line(error)}; fetch the file again"
             )
@@ -436,6 +455,8 @@ def _open_weights(path: Path) -> Any:
     except FileNotFoundError:
         raise WrongWeights(f"{path} is missing; fetch the checkpoint again") from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise WrongWeights(
             f"{path} is no whole safetensors file: {first_line(error)}; fetch it again"
         ) from error

@@ -7,10 +7,11 @@ GlasshiveError
     │   └── MissingTensor          weights that the span needs and no file holds
     ├── BadSpan                    a span that this model does not have
     ├── UnsupportedAttention       an attention backend that the model or this machine lacks
+    ├── NotEnoughMemory            memory ran out while a span was loaded
     ├── NoSuchDevice               a device that torch does not have on this machine
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
-    ├── Busy                       as many traces as the host allows are running
+    ├── Busy                       what the host allows at a time is running, or waits there
     ├── QuotaExceeded              a member's quota doesn't leave what its trace takes
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
     ├── BadNeighbour               another peer of the plan that breaks the protocol
@@ -58,6 +59,10 @@ class NoSuchDevice(HostError):
     """A device that torch does not have on this machine."""
 
 
+class NotEnoughMemory(HostError):
+    """Memory ran out while a span was loaded; fewer blocks, or smaller numbers, may fit."""
+
+
 class ModelTypeRefused(HostError):
     """An architecture that does not split exactly, or that this release does not know."""
 
@@ -67,7 +72,7 @@ class WrongInput(HostError):
 
 
 class Busy(HostError):
-    """As many traces as the host allows are running; another peer, or later, may do."""
+    """As much as the host allows at a time is under way; another peer, or later, may do."""
 
 
 class QuotaExceeded(HostError):

@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -66,6 +64,7 @@ from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.accounts import Account, Accounts
 from glasshive.peer.admission import Admission
+from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
@@ -80,8 +79,6 @@ from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
@@ -125,8 +122,7 @@ class Host:
         self._accounts = accounts or Accounts()
         self._clock = clock
         self._torch = TorchThread()
-        # What a client sends is checked beside the loop, which answers everybody.
-        self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
+        self._checks = Checks(self._limits.prepare_seconds)
         self._files = FileServer(
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
         )
@@ -167,29 +163,7 @@ class Host:
         for trace in self._traces.values():
             trace.cancel()
         self._torch.close()
-        self._checks.shutdown(wait=False, cancel_futures=True)
-
-    async def _check(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """What `work` gives, on the thread for checks. Raises Busy if that takes too long.
-
-        `work` is given what to call now and then: it ends a check that nobody waits for.
-        """
-        unwanted = threading.Event()
-
-        def go_on() -> None:
-            if unwanted.is_set():
-                raise TraceEnded("nobody waits for this check any more")
-
-        try:
-            async with asyncio.timeout(self._limits.prepare_seconds):
-                return await asyncio.get_running_loop().run_in_executor(self._checks, work, go_on)
-        except TimeoutError:
-            raise Busy(
-                f"checking took longer than {self._limits.prepare_seconds:g} s here; try another "
-                "peer, or send a smaller graph"
-            ) from None
-        finally:
-            unwanted.set()
+        self._checks.close()
 
     # A client's trace -----------------------------------------------------------------------
 
@@ -310,7 +284,9 @@ class Host:
             policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
             for peer in peers:
                 policy.check_peer(peer.peer_id)
-            checked = await self._check(partial(self._admitted, admission, body, peers))
+            checked = await self._checks.run(
+                client, partial(self._admitted, admission, body, peers)
+            )
             if admission is self._admission:
                 return admission, checked
 
@@ -324,6 +300,7 @@ class Host:
         model = self._model
         limits = self._own_limits.under(admission.policy)  # of one policy, if another comes now
         part, passes = decode_part(body, self._own_limits.graph)
+        go_on()
         _check_graph_bytes(part, len(body), limits)
         if (part.span.start, part.span.end) != (model.start, model.end):
             raise BadGraph(
@@ -338,7 +315,9 @@ class Host:
                 )
         check_peers(part, peers)
         check_part(part, passes, self._outline)
+        go_on()
         slots(part.graph, self._outline, passes)
+        go_on()
         return part, passes, admission.admit(part, passes, body, go_on)
 
     async def _take_consts(
@@ -369,7 +348,8 @@ class Host:
             if spec != wanted[name]:
                 raise BadGraph(f"a constant of {spec}; {wanted[name]} was announced")
             data = await receive_tensor(client, frame, spec, patience_seconds)
-            held[name] = await self._check(partial(_constant, spec, data, name, self._model.device))
+            make = partial(_constant, spec, data, name, self._model.device)
+            held[name] = await self._checks.run(client.peer_id, make)
             self._consts.put(client.peer_id, name, held[name])
         return held
 

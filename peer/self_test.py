@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.peer.checkpoint import (
     HF_ATTENTION,
     Attention,
@@ -67,6 +68,8 @@ def self_test(config: PreTrainedConfig, attention: Attention = "sdpa") -> None:
         except ModelTypeRefused:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _refused(
                 config,
                 f"running it over spans fails with {type(error).__name__}: {first_line(error)}",
@@ -235,6 +238,8 @@ def _tiny_model(
                 return tiny, whole
             why = "random weights give no finite result"
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             why = first_line(error)
     raise ModelTypeRefused(
         f"model type {config.model_type!r} could not be tested, because no tiny copy of it runs "

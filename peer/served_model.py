@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import Span
 from glasshive.graph.twin import build_twin, scan
 from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
 from glasshive.peer.device import find_device
+from glasshive.peer.errors import NotEnoughMemory
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.self_test import self_test
 from glasshive.peer.span_model import SpanModel
@@ -88,18 +90,29 @@ def load_served_model(
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
-    Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test, and
-    UnsupportedModel.
+    Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test,
+    UnsupportedModel and NotEnoughMemory.
     """
     device = find_device(device)
     checkpoint = Checkpoint(folder)
-    self_test(checkpoint.config, attention)
     chosen = span or Span(0, checkpoint.n_blocks)
-    known = manifest or make_manifest(folder, name, on_hashing)
-    model = checkpoint.load_span(
-        chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading
-    )
-    twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
-    outline = scan(twin, checkpoint.config)
-    pace = measure_pace(model, outline.max_positions_tokens)
+    try:
+        self_test(checkpoint.config, attention)
+        known = manifest or make_manifest(folder, name, on_hashing)
+        model = checkpoint.load_span(
+            chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading
+        )
+        twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
+        outline = scan(twin, checkpoint.config)
+        pace = measure_pace(model, outline.max_positions_tokens)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        needed_bytes = checkpoint.span_bytes(chosen.start, chosen.end, dtype)
+        raise NotEnoughMemory(
+            f"memory ran out on {device} while blocks {chosen} of {name!r} were loaded: their "
+            f"weights take {needed_bytes / 1e9:.2g} GB in {str(dtype).removeprefix('torch.')}, and "
+            "running them takes more; serve fewer blocks with --blocks, or in a smaller number "
+            "format with --dtype, or end what else takes memory"
+        ) from error
     return ServedModel(name, folder, known, chosen, model, twin, outline, attention, pace)

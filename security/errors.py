@@ -20,6 +20,7 @@ SecurityError
 ├── BadInvite           text that is no invite: cut off, mistyped, or not as its issuer signed it
 ├── InviteRefused       an invite, or a request to join by it, that its issuer does not take
 ├── BadInviteBook       the file of an issuer's invites and members can't be used
+├── MembershipFileError  what is kept of a membership can't be read or written
 ├── NotAMember          no certificate, or none that holds here and now
 │   ├── MembershipRevoked  it held once, and was taken back
 │   └── RoleRefused     it holds, and its role doesn't permit what was asked

@@ -26,7 +26,7 @@ from glasshive.dht.revocation_lists import (
     serve_revocations,
 )
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.security.errors import SecurityError
+from glasshive.security.errors import NotAMember, SecurityError
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.invites import renew_request
 from glasshive.security.keys import Identity
@@ -156,7 +156,9 @@ class MemberKeeper:
         new = Certificate.verify(
             data, peer_id=held.member, swarm=held.swarm, issuers=(held.issuer,), now=now
         )
-        return data if new.role is held.role else None
+        if new.role is not held.role:
+            raise NotAMember(f"got a certificate as {new.role} for one as {held.role}")
+        return data
 
     @contextlib.contextmanager
     def _saying(self, what: str) -> Iterator[None]:

@@ -47,7 +47,6 @@ class NewSwarm:
     bootstrap peer will be. One that isn't `public` takes in members only."""
 
     whitelist: Whitelist
-    public: bool
     listen: str
     root_holders: Sequence[Holder]
     root_threshold: int
@@ -55,6 +54,7 @@ class NewSwarm:
     whitelist_threshold: int
     new_keys: Mapping[str, NewKey]  # by the holder's name
     keys: Sequence[SigningKey] = ()  # others that are at hand to sign
+    public: bool = False
 
 
 def make_swarm(place: Path, new: NewSwarm, clock: Callable[[], float]) -> TrustFolder:

@@ -119,7 +119,6 @@ def init(
     holders, new_keys = _holders([*for_root, *for_whitelist], passphrase_file)
     new = NewSwarm(
         whitelist,
-        public,
         listen,
         [holders[one] for one in for_root],
         thresholds[0],
@@ -127,6 +126,7 @@ def init(
         thresholds[1],
         new_keys,
         keys,
+        public,
     )
     say_made(make_swarm(place, new, time.time), new)
 

@@ -33,7 +33,11 @@ from typing import Any, Literal
 import psutil  # type: ignore[import-untyped]
 
 from glasshive.graph.errors import GlasshiveError
-from glasshive.settings import DATA_VARIABLE, Settings
+from glasshive.security.invite_book import InviteBook
+from glasshive.security.keys import Identity, PeerId
+from glasshive.security.membership import Role
+from glasshive.settings import DATA_VARIABLE, Settings, load_settings
+from glasshive.swarm_members import book_path, member_files
 from glasshive.swarm_trust import open_store
 
 _POLL_SECONDS = 0.02
@@ -50,13 +54,15 @@ class LocalTrust:
 
     `swarm` is the name that they signed for, `root` the first root's document. `whitelist`
     (document, body) is known to the bootstrap from its start; `policy` is the text of the file that
-    each host has of its own.
+    each host has of its own. A `private` swarm has its bootstrap as issuer; its hosts and the key
+    of `config` are members, and `LocalSwarm.enrol` makes others.
     """
 
     swarm: str
     root: bytes
     whitelist: tuple[bytes, bytes] | None = None
     policy: str | None = None
+    private: bool = False
 
 
 class LocalPeer:
@@ -242,6 +248,7 @@ class LocalSwarm:
         self._start_seconds = start_seconds
         self._threads = threads
         self._trust = trust
+        self._book: InviteBook | None = None
         self._options = [
             *("--dtype", dtype, "--attention", attention, "--device", device),
             *("--name", self.model_name),
@@ -277,10 +284,36 @@ class LocalSwarm:
         """
         blocks = ["--blocks", f"{span[0]}:{span[1]}", "--bootstrap", self.bootstrap.address]
         folder = str(path or self._path)
-        host = self._peer(f"host{next(self._numbers)}", "serve", folder, *blocks, *self._options)
+        name = f"host{next(self._numbers)}"
+        host = self._peer(name, "serve", folder, *blocks, *self._options)
+        if self._book is not None:
+            place = self.config.parent
+            self.enrol(place / f"{name}.key", Role.HOST, _data_of(place, name))
         self.hosts.append(host)
         host.start()
         return host
+
+    def enrol(self, key: Path, role: Role, data: Path | None = None) -> PeerId:
+        """Make the peer of this key a member of a private swarm, without an invite; returns its id.
+
+        Its certificate is kept under `data`, without it in this user's data folder.
+        """
+        files = member_files(load_settings(self.config), data=data)
+        if self._book is None or files is None:
+            raise SwarmNotReady(
+                "this swarm is not private; LocalTrust(..., private=True) makes one"
+            )
+        peer_id = Identity.load_or_create(key).peer_id
+        files.keep_certificate(peer_id, self._book.enrol(peer_id, role, time.time()))
+        return peer_id
+
+    def revoke(self, *peers: PeerId) -> None:
+        """Throw members of a private swarm out, as `glasshive revoke` does."""
+        if self._book is None:
+            raise SwarmNotReady(
+                "this swarm is not private; LocalTrust(..., private=True) makes one"
+            )
+        self._book.revoke(time.time(), peers=peers)
 
     def close(self) -> None:
         """End every process, at once, and remove the keys and logs. May be called again."""
@@ -308,22 +341,28 @@ class LocalSwarm:
         if self._trust is not None:
             swarm = self._trust.swarm
             lines = _write_trust(folder, self._trust)
+            if self._trust.private:
+                issuer = Identity.load_or_create(folder / "bootstrap.key")
+                lines.append(f'issuers = ["{issuer.peer_id}"]')
+                self._book = InviteBook(book_path(folder / "bootstrap.key"), issuer, swarm)
         (folder / "host.toml").write_text("\n".join([f"swarm = {json.dumps(swarm)}", *lines, ""]))
         self._env = env
         deadline = time.monotonic() + self._start_seconds
         self.bootstrap = self._peer("bootstrap", "bootstrap")
         self.bootstrap.start()
         self.bootstrap.wait_ready(self._start_seconds)
-        for span in self._spans:
-            self.add_host(span)
-        for host in self.hosts:
-            host.wait_ready(max(deadline - time.monotonic(), 0.1))
         self.config = folder / "hive.toml"
         self.config.write_text(
             f"swarm = {json.dumps(swarm)}\n"
             f'bootstraps = ["{self.bootstrap.address}"]\nkey = "client.key"\n'
-            + "".join(f"{line}\n" for line in lines if line.startswith("root ="))
+            + "".join(f"{line}\n" for line in lines if line.startswith(("root =", "issuers =")))
         )
+        if self._book is not None:
+            self.enrol(folder / "client.key", Role.CLIENT)
+        for span in self._spans:
+            self.add_host(span)
+        for host in self.hosts:
+            host.wait_ready(max(deadline - time.monotonic(), 0.1))
 
     def _peer(self, name: str, *arguments: str) -> LocalPeer:
         if self._folder is None:

@@ -1,6 +1,7 @@
 """The transport over real p2pd daemons on loopback: streams, records, failures."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,6 +23,7 @@ from glasshive.dht import hivemind_transport
 from glasshive.dht.announcer import Announcer, announce, withdraw
 from glasshive.dht.directory import ask_directory, find_records, serve_directory
 from glasshive.dht.errors import (
+    DaemonFailed,
     DeadlineExceeded,
     ListenRefused,
     NoDht,
@@ -294,6 +297,25 @@ async def test_a_transport_that_cannot_be_rebuilt_is_lost_still(
             assert len(await find_records(boot, "tiny")) == 1
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("task", ["_read_task", "_write_task"])
+async def test_the_end_of_the_control_connection_is_the_loss_of_the_daemon(task: str) -> None:
+    identity = Identity.generate()
+    async with transports({}, {"identity": identity}) as (boot, host):
+        child, addresses = host._p2p._child, host.addresses
+        getattr(host._p2p._client.control, task).cancel()
+        async with asyncio.timeout(15):
+            await host.lost.wait()
+            with pytest.raises(TransportLost, match="is lost"):
+                await announce(host, identity, record_of(identity, host))
+            await host.rebuild()
+            assert child.returncode is not None
+            assert host.addresses == addresses
+            assert all((await announce(host, identity, record_of(identity, host))).values())
+            assert len(await find_records(boot, "tiny")) == 1
+        assert not host.lost.is_set()
+
+
 async def freeze(child: asyncio.subprocess.Process) -> None:
     child.send_signal(signal.SIGSTOP)
     async with asyncio.timeout(5):
@@ -411,6 +433,58 @@ async def test_a_taken_port_is_no_missing_bootstrap() -> None:
         address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
         with pytest.raises(ListenRefused, match=rf"can't listen at {address}: .*another port"):
             await HivemindTransport.create(Identity.generate(), listen=[address])
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("bootstraps", [[], [DEAD]])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("missing", r"p2pd binary not found at \S+/p2pd; it needs"),
+        ("not executable", r"Permission denied: '\S+/p2pd'; it needs"),
+        ("no program", r"p2pd binary format incompatible .*; it needs"),
+        ("no folder", r"No such file or directory: .*room in /tmp.*TMPDIR"),
+        ("exits", r"Daemon failed to start: mkdir: no space left on device; it needs"),
+    ],
+)
+async def test_a_daemon_that_cannot_start_is_no_missing_bootstrap(
+    fault: str,
+    says: str,
+    bootstraps: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hivemind.p2p import p2p_daemon
+
+    program = tmp_path / "p2pd"
+    if fault == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(p2p_daemon, "path", lambda *_: contextlib.nullcontext(program))
+    if fault == "exits":
+        program.write_text("#!/bin/sh\necho mkdir: no space left on device\nexit 1\n")
+    elif fault != "missing":
+        program.write_bytes(b"\x7fELF")
+    if fault in ("exits", "no program"):
+        program.chmod(0o700)
+    with pytest.raises(DaemonFailed, match=rf"\(p2pd\) can't be started on this machine: .*{says}"):
+        await HivemindTransport.create(Identity.generate(), bootstraps=bootstraps)
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_that_fails_its_start_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hivemind.p2p import p2p_daemon
+
+    program, pid = tmp_path / "p2pd", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}\necho Peer ID: none\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(p2p_daemon, "path", lambda *_: contextlib.nullcontext(program))
+    with pytest.raises(DaemonFailed, match="No such file or directory"):  # its control socket
+        await HivemindTransport.create(Identity.generate())
+    with pytest.raises(ProcessLookupError):  # it has ended, and was waited for
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.asyncio

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from glasshive import cli
 from glasshive.graph.errors import GlasshiveError
 from glasshive.host_accounts import AuditLogError, audit_folder, open_accounts
-from glasshive.new_swarm import new_folder
 from glasshive.security.audit_entry import AuditEntry
 from glasshive.security.audit_log import AuditLog
 from glasshive.security.audit_trail import log_files
@@ -24,7 +23,6 @@ from glasshive.security.errors import BadAuditLog, BadInvite, KeyFileError, NotA
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.invites import Invite, join_request
 from glasshive.security.keys import Identity
-from glasshive.security.membership import Act, Certificate
 from glasshive.security.quota import MAX_QUOTA, Quota
 from glasshive.settings import ConfigError, Settings, data_dir, load_settings
 from glasshive.swarm_members import book_path
@@ -308,7 +306,7 @@ def test_a_host_keeps_a_log_in_private_swarms_and_where_it_is_set(
 
 def test_the_setting_is_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("hive.toml").write_text('audit = "perhaps"\n')
-    with pytest.raises(ConfigError, match="the setting audit in .*: wanted true or false"):
+    with pytest.raises(ConfigError, match=r"the setting audit in .*: wanted true or false"):
         load_settings("hive.toml")
     monkeypatch.setenv("GLASSHIVE_AUDIT", "true")
     assert load_settings().audited

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from glasshive.dht.errors import BadAddress, PeerUnreachable
+from glasshive.dht.errors import BadAddress, DaemonFailed, PeerUnreachable
 from glasshive.dht.transport import PeerAddress
 from glasshive.joining import LONGEST_PAUSE_SECONDS, PATIENCE_SECONDS, join
 from glasshive.security.keys import Identity
@@ -74,6 +74,7 @@ async def test_it_is_not_tried_for_ever() -> None:
 async def test_what_no_waiting_mends_is_raised_at_once() -> None:
     for error, bootstraps in (
         (BadAddress("bad"), [nobody(1)]),
+        (DaemonFailed("the disk is full"), [nobody(1)]),
         (PeerUnreachable("the port is taken"), []),
     ):
         assert await joined(failing(1, error), bootstraps, Time()) == (error, [])

@@ -1,0 +1,52 @@
+"""What is mended in hivemind's control connection, against its own class, without a daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from glasshive.dht import daemon_control
+
+# hivemind 1.1 itself, at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+def answer(call_id: UUID, **fields: Any) -> bytes:
+    """As the daemon sends it: a length below 128, and the message."""
+    from hivemind.proto import p2pd_pb2
+
+    message = p2pd_pb2.PersistentConnectionResponse(callId=call_id.bytes, **fields)
+    data: bytes = message.SerializeToString()
+    return bytes([len(data)]) + data
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["response", "error", "daemon", "nothing"])
+async def test_the_answer_to_a_cancelled_call_is_dropped_and_the_next_read(kind: str) -> None:
+    daemon_control.forget_ended_calls()
+    daemon_control.forget_ended_calls()
+    from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, DaemonConnector
+    from hivemind.proto import p2pd_pb2
+
+    fields: dict[str, Any] = {
+        "response": {"callUnaryResponse": p2pd_pb2.CallUnaryResponse(response=b"late")},
+        "error": {"callUnaryResponse": p2pd_pb2.CallUnaryResponse(error=b"late")},
+        "daemon": {"daemonError": p2pd_pb2.DaemonError(message="late")},
+        "nothing": {},
+    }[kind]
+    control = ControlClient(DaemonConnector(), _initialized_with_create=True)
+    cancelled, live = uuid4(), uuid4()
+    calls = control._pending_calls
+    calls[cancelled], calls[live] = asyncio.Future(), asyncio.Future()
+    calls[cancelled].cancel()
+    reader = asyncio.StreamReader()
+    reader.feed_data(answer(cancelled, **fields))
+    good = p2pd_pb2.CallUnaryResponse(response=b"good")
+    reader.feed_data(answer(live, callUnaryResponse=good) * 2)  # the second is of a call that ended
+    reader.feed_eof()
+    await control._read_from_persistent_conn(reader)
+    assert calls[live].result() == b"good"
+    assert calls.pop(cancelled, None).cancelled()

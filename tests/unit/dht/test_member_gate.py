@@ -1,0 +1,283 @@
+"""Who is let in at the streams of a private swarm, in both directions."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from joiners import ALICE, BOB, DAY, EVE
+from lab import Lab, address_of, certificate_of, removal_of
+
+from glasshive.dht import messages
+from glasshive.dht.errors import (
+    FrameTooLarge,
+    MalformedMessage,
+    NotLetIn,
+    StreamClosed,
+    StreamRefused,
+)
+from glasshive.dht.member_gate import MAX_AT_THE_DOOR
+from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
+    JOIN_PROTOCOL,
+    TRACE_PROTOCOL,
+    Hello,
+    encode,
+    is_a,
+)
+from glasshive.dht.transport import Stream
+from glasshive.security.errors import NotAMember
+from glasshive.security.membership import Act, Role
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        frame = await stream.receive(5)
+        await stream.send(frame.header)
+
+
+async def eventually(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def permitted() -> dict[str, dict[str, bool]]:
+    """What docs/protocol.md says of each protocol and role."""
+    text = (DOCS / "protocol.md").read_text().split("## 16.")[1]
+    table: dict[str, dict[str, bool]] = {}
+    for row in re.findall(r"^\| (`.*|any other) \| (\w+) \| (\w+) \| (\w+) \|$", text, re.M):
+        for name in re.findall(r"`([^`]+)`", row[0]) or ["any/1"]:
+            whole = name if name.startswith(("glasshive/", "any")) else f"glasshive/{name}"
+            roles = zip(("host", "client", "admin"), row[1:], strict=True)
+            table[whole] = {role: said == "yes" for role, said in roles}
+    return table
+
+
+def protocols() -> set[str]:
+    return {value for name, value in vars(messages).items() if name.endswith("_PROTOCOL")}
+
+
+def test_every_protocol_is_judged() -> None:
+    assert set(permitted()) == protocols() - {JOIN_PROTOCOL} | {"any/1"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("protocol", sorted(permitted()))
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_role_opens_what_it_is_permitted_to(protocol: str, role: Role) -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, role)
+    bob, _ = lab.member(BOB, Role.HOST)
+    await bob.serve(protocol, echo)
+    if permitted()[protocol][role]:
+        stream = await alice.open_stream(address_of(bob), protocol, 5)
+        await stream.send("hello")
+        assert (await stream.receive(5)).header == "hello"
+    else:
+        with pytest.raises(StreamRefused, match=f"not let in: this peer is a {role} of swarm"):
+            await alice.open_stream(address_of(bob), protocol, 5)
+
+
+@pytest.mark.asyncio
+async def test_who_shows_nothing_gets_nothing() -> None:
+    lab = Lab()
+    bob, _ = lab.member(BOB, Role.HOST)
+    served = []
+
+    async def serve(stream: Stream) -> None:
+        served.append(stream.peer_id)
+
+    await bob.serve(TRACE_PROTOCOL, serve)
+    eve = lab.stranger(EVE)
+    for header in (encode(Hello(b"")), encode(Hello(certificate_of(ALICE, Role.ADMIN)))):
+        stream = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+        await stream.send(header)
+        with pytest.raises(StreamRefused, match="not let in: "):
+            await stream.receive(5)
+    for header, body in (("trace", b""), (encode(Hello(b"")), b"body"), ("x" * 600, b"")):
+        stream = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+        await stream.send(header, body)
+        with pytest.raises(StreamClosed):
+            await stream.receive(5)
+    assert not served
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        (b"", "answered, but may not serve here: .* showed no certificate"),
+        (b"junk", "is no certificate of its own"),
+        (certificate_of(ALICE, Role.HOST), "is no certificate of its own"),
+        (certificate_of(EVE, Role.CLIENT), "is a client of swarm 'lab' and may not serve"),
+        (certificate_of(EVE, Role.HOST, -11.0), "expired 11 s ago"),
+        (certificate_of(EVE, Role.HOST, swarm="other"), "got a message for swarm 'other'"),
+    ],
+)
+async def test_nothing_is_said_to_a_stranger_that_answers(shown: bytes, said: str) -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    eve = lab.stranger(EVE)
+    heard = []
+
+    async def answer(stream: Stream) -> None:
+        heard.append((await stream.receive(5)).header)
+        await stream.send(encode(Hello(shown)))
+        heard.append((await stream.receive(5)).header)
+
+    await eve.serve(TRACE_PROTOCOL, answer)
+    with pytest.raises(NotLetIn, match=said):
+        await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
+    await eventually(lambda: not len(eve._tasks))
+    assert len(heard) == 1
+    assert is_a(heard[0], Hello)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_was_seen_is_not_waited_for_and_still_judged() -> None:
+    lab = Lab()
+    alice, gate = lab.member(ALICE, Role.CLIENT)
+    eve = lab.stranger(EVE)
+    shows = [certificate_of(EVE, Role.HOST), b"junk", certificate_of(EVE, Role.HOST)]
+    goes_on = asyncio.Event()
+
+    async def answer(stream: Stream) -> None:
+        await stream.receive(5)
+        await goes_on.wait()
+        await stream.send(encode(Hello(shows.pop(0))))
+        await stream.send((await stream.receive(5)).header)
+
+    await eve.serve(TRACE_PROTOCOL, answer)
+    goes_on.set()
+    first = await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
+    await first.send("one")
+    assert (await first.receive(5)).header == "one"
+
+    goes_on.clear()
+    second = await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)  # it hasn't said a word
+    await second.send("two")
+    goes_on.set()
+    with pytest.raises(NotLetIn, match="is no certificate of its own"):
+        await second.receive(5)
+    assert second.closed
+
+    # What was seen is judged by the time and the revocations of now.
+    lab.clock.seconds += DAY + 11
+    gate.certificate = certificate_of(ALICE, Role.CLIENT, 2 * DAY)
+    with pytest.raises(NotLetIn, match="expired 11 s ago"):
+        await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
+
+
+@pytest.mark.asyncio
+async def test_the_first_frame_is_bounded_and_a_greeting() -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    eve = lab.stranger(EVE)
+    answers: list[tuple[Any, bytes]] = [
+        (encode(Hello(certificate_of(EVE, Role.HOST))), b""),
+        ("something else", b""),
+        (encode(Hello(certificate_of(EVE, Role.HOST))), b"body"),
+        ("x" * 600, b""),
+    ]
+
+    async def answer(stream: Stream) -> None:
+        await stream.receive(5)
+        await stream.send(*answers.pop(0))
+        await stream.receive(5)
+
+    await eve.serve(TRACE_PROTOCOL, answer)
+    await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
+    for error in (MalformedMessage, FrameTooLarge, FrameTooLarge):
+        stream = await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
+        with pytest.raises(error):
+            await stream.receive(5)
+
+
+@pytest.mark.asyncio
+async def test_who_is_thrown_out_loses_its_streams() -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    bob, his = lab.member(BOB, Role.HOST)
+    eve, eves = lab.member(EVE, Role.CLIENT)
+    await bob.serve(TRACE_PROTOCOL, echo)
+    streams = [await one.open_stream(address_of(bob), TRACE_PROTOCOL, 5) for one in (alice, eve)]
+    assert his.learn(removal_of(ALICE))
+    assert not his.learn(removal_of(ALICE))
+    with pytest.raises(StreamClosed):
+        await streams[0].receive(5)
+    await streams[1].send("still here")
+    assert (await streams[1].receive(5)).header == "still here"
+    again = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)  # he was seen before
+    with pytest.raises(StreamRefused, match="the member this peer was revoked; ask an issuer"):
+        await again.receive(5)
+
+    # And the other way round: who opened it may be the first to hear of it.
+    stream = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+    eves.learn(removal_of(BOB, version=2))
+    with pytest.raises(StreamClosed):
+        await stream.receive(5)
+    with pytest.raises(NotLetIn, match="was revoked"):
+        await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+
+
+@pytest.mark.asyncio
+async def test_strangers_do_not_keep_members_out() -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    bob, his = lab.member(BOB, Role.HOST)
+    await bob.serve(TRACE_PROTOCOL, echo)
+    his.admit(ALICE.peer_id, certificate_of(ALICE, Role.CLIENT), Act.TRACE)
+    eve = lab.stranger(EVE)
+    silent = [
+        await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5) for _ in range(MAX_AT_THE_DOOR)
+    ]
+    await eventually(lambda: his._at_the_door == MAX_AT_THE_DOOR)
+    late = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+    with pytest.raises(StreamRefused):
+        await late.receive(5)
+    stream = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)  # seen before
+    await stream.send("in")
+    assert (await stream.receive(5)).header == "in"
+    for one in silent:
+        one.reset()
+    await eventually(lambda: his._at_the_door == 0)
+
+
+@pytest.mark.asyncio
+async def test_whoever_joins_needs_no_certificate() -> None:
+    lab = Lab()
+    bob, _ = lab.member(BOB, Role.HOST)
+    await bob.serve(JOIN_PROTOCOL, echo)
+    for transport in (lab.stranger(EVE), lab.member(ALICE, Role.HOST)[0]):
+        stream = await transport.open_stream(address_of(bob), JOIN_PROTOCOL, 5)
+        await stream.send("request")
+        assert (await stream.receive(5)).header == "request"
+
+
+@pytest.mark.asyncio
+async def test_a_new_certificate_is_shown_at_once() -> None:
+    lab = Lab()
+    gate = lab.gate(b"")
+    alice = lab.network.transport(ALICE, gate=gate)
+    bob, _ = lab.member(BOB, Role.HOST)
+    await bob.serve(EDGE_PROTOCOL, echo)
+    with pytest.raises(StreamRefused, match="showed no certificate"):
+        await alice.open_stream(address_of(bob), EDGE_PROTOCOL, 5)
+    gate.certificate = certificate_of(ALICE, Role.HOST)
+    await alice.open_stream(address_of(bob), EDGE_PROTOCOL, 5)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glasshive.dht.member_gate.MAX_REMEMBERED", 2)
+    gate = Lab().gate(b"")
+    for one in (ALICE, BOB, EVE):
+        gate.admit(one.peer_id, certificate_of(one, Role.HOST), Act.READ)
+    gate.admit(EVE.peer_id, b"", Act.READ)
+    with pytest.raises(NotAMember):
+        gate.admit(ALICE.peer_id, b"", Act.READ)

@@ -1,0 +1,189 @@
+"""The keeper: a peer stays a member, and others out who were thrown out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from joiners import ALICE, BOB, DAY, EVE, ISSUER, NOW
+from lab import Lab, address_of, certificate_of
+from structlog.testing import capture_logs
+
+from glasshive.dht.issuing import serve_issuer
+from glasshive.dht.member_gate import MemberGate
+from glasshive.dht.memory_transport import MemoryTransport
+from glasshive.member_keeper import MemberKeeper
+from glasshive.security.errors import MembershipFileError, MembershipRevoked
+from glasshive.security.invite_book import InviteBook
+from glasshive.security.keys import Identity
+from glasshive.security.membership import Act, Role
+
+
+class Swarm:
+    """The issuer at its desk, and members with their keepers."""
+
+    def __init__(self, folder: Path, ends: contextlib.AsyncExitStack) -> None:
+        self.lab = Lab()
+        self.book = InviteBook(folder / "book", ISSUER, "lab")
+        self.ends = ends
+        self.kept: dict[str, list[bytes]] = {}
+        certificate = self.book.enrol(ISSUER.peer_id, Role.HOST, NOW)
+        self.gate = self.lab.gate(certificate)
+        self.desk = self.lab.network.transport(ISSUER, gate=self.gate)
+
+    async def open_desk(self, period_seconds: float = 0.005) -> MemberKeeper:
+        await serve_issuer(self.desk, self.book, b"root")
+        return await self._started(ISSUER, self.desk, self.gate, self.book, period_seconds)
+
+    async def member(
+        self, identity: Identity, role: Role, period_seconds: float = 0.005, **options: Any
+    ) -> tuple[MemoryTransport, MemberGate]:
+        gate = self.lab.gate(self.book.enrol(identity.peer_id, role, self.lab.clock()))
+        transport = self.lab.network.transport(identity, gate=gate)
+        await self._started(identity, transport, gate, None, period_seconds, **options)
+        return transport, gate
+
+    async def _started(
+        self,
+        identity: Identity,
+        transport: MemoryTransport,
+        gate: MemberGate,
+        book: InviteBook | None,
+        period_seconds: float,
+        keep: Callable[[bytes], None] | None = None,
+    ) -> MemberKeeper:
+        kept = self.kept.setdefault(identity.peer_id, [])
+        keeper = MemberKeeper(
+            transport,
+            gate,
+            identity,
+            [address_of(self.desk)],
+            keep or kept.append,
+            book=book,
+            period_seconds=period_seconds,
+        )
+        await self.ends.enter_async_context(keeper)
+        return keeper
+
+
+@pytest_asyncio.fixture
+async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
+    async with contextlib.AsyncExitStack() as ends:
+        yield Swarm(tmp_path, ends)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.asyncio
+async def test_what_the_issuer_revokes_reaches_every_member(swarm: Swarm) -> None:
+    await swarm.open_desk()
+    _, hers = await swarm.member(ALICE, Role.HOST)
+    eves = swarm.book.enrol(EVE.peer_id, Role.CLIENT, NOW)
+    for gate in (swarm.gate, hers):
+        gate.admit(EVE.peer_id, eves, Act.TRACE)
+    swarm.book.revoke(NOW, peers=[EVE.peer_id])  # as `glasshive revoke` in another process
+    await eventually(lambda: swarm.gate.removed(EVE.peer_id) and hers.removed(EVE.peer_id))
+    with pytest.raises(MembershipRevoked):
+        hers.admit(EVE.peer_id, eves, Act.TRACE)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("role", "life"), [(Role.HOST, 7 * DAY), (Role.CLIENT, DAY)])
+async def test_a_certificate_is_renewed_when_half_of_it_is_over(
+    swarm: Swarm, role: Role, life: float
+) -> None:
+    await swarm.open_desk()
+    _, gate = await swarm.member(ALICE, role)
+    first, looks = gate.certificate, swarm.lab.clock
+    looks.seconds = NOW + 0.49 * life
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+    assert gate.certificate == first
+    looks.seconds = NOW + 0.51 * life
+    await eventually(lambda: gate.certificate != first)
+    assert swarm.kept[ALICE.peer_id] == [gate.certificate]
+    looks.seconds = NOW + 1.2 * life  # the first has ended
+    gate.admit(ALICE.peer_id, gate.certificate, Act.READ)
+
+
+@pytest.mark.asyncio
+async def test_it_is_tried_again_while_the_issuer_is_away(swarm: Swarm) -> None:
+    with capture_logs() as logs:
+        _, gate = await swarm.member(ALICE, Role.CLIENT)
+        swarm.lab.clock.seconds = NOW + 0.6 * DAY
+        await eventually(lambda: any(one.get("about") == "renewing" for one in logs))
+        first = gate.certificate
+        for _ in range(10):
+            await asyncio.sleep(0.005)
+        assert sum(one.get("about") == "renewing" for one in logs) == 1  # once a minute, said once
+        await swarm.open_desk()
+        swarm.lab.clock.seconds += 61
+        await eventually(lambda: gate.certificate != first)
+
+
+@pytest.mark.asyncio
+async def test_a_certificate_that_can_not_be_kept_is_not_used(swarm: Swarm) -> None:
+    def full(certificate: bytes) -> None:
+        raise MembershipFileError("no space left")
+
+    await swarm.open_desk()
+    with capture_logs() as logs:
+        _, gate = await swarm.member(ALICE, Role.CLIENT, keep=full)
+        first = gate.certificate
+        swarm.lab.clock.seconds = NOW + 0.6 * DAY
+        await eventually(lambda: any(one.get("error") == "no space left" for one in logs))
+        assert gate.certificate == first
+
+
+@pytest.mark.asyncio
+async def test_the_issuer_renews_its_own(swarm: Swarm) -> None:
+    await swarm.open_desk()
+    first = swarm.gate.certificate
+    swarm.lab.clock.seconds = NOW + 4 * DAY
+    await eventually(lambda: swarm.gate.certificate != first)
+    swarm.lab.clock.seconds = NOW + 10 * DAY
+    swarm.gate.admit(ISSUER.peer_id, swarm.gate.certificate, Act.SERVE)
+
+
+@pytest.mark.asyncio
+async def test_an_answer_for_another_role_is_not_taken(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await swarm.open_desk()
+    _, gate = await swarm.member(ALICE, Role.CLIENT)
+    first = gate.certificate
+
+    async def lie(*args: Any) -> bytes:
+        return certificate_of(ALICE, Role.ADMIN, 2 * DAY)
+
+    monkeypatch.setattr("glasshive.member_keeper.ask_to_renew", lie)
+    with capture_logs() as logs:
+        swarm.lab.clock.seconds = NOW + 0.6 * DAY
+        await eventually(lambda: any(one.get("about") == "renewing" for one in logs))
+    assert gate.certificate == first
+
+
+@pytest.mark.asyncio
+async def test_one_bootstrap_that_is_away_keeps_no_other_from_being_asked(swarm: Swarm) -> None:
+    await swarm.open_desk()
+    gate = swarm.lab.gate(swarm.book.enrol(BOB.peer_id, Role.HOST, NOW))
+    transport = swarm.lab.network.transport(BOB, gate=gate)
+    away = swarm.lab.network.transport(EVE)
+    gone = address_of(away)
+    await away.close()
+    keeper = MemberKeeper(
+        *(transport, gate, BOB, [gone, address_of(swarm.desk)], lambda data: None),
+        period_seconds=0.005,
+    )
+    async with keeper:
+        swarm.book.revoke(NOW, peers=[ALICE.peer_id])
+        await eventually(lambda: bool(gate.membership.lists))
