@@ -71,11 +71,11 @@ class Accounts:
         return Account(self, client, trace_id, certificate, hold)
 
     def close(self) -> None:
-        """Write what is to be kept, within some seconds. Blocks."""
-        if self._quotas is not None:
-            self._quotas.close()
+        """Write what is to be kept, also of traces that end now, within some seconds. Blocks."""
         if self.audit_log is not None:
             self.audit_log.close()
+        if self._quotas is not None:
+            self._quotas.close()
 
 
 @final

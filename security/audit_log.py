@@ -91,6 +91,7 @@ class AuditLog:
         self._waiting: deque[AuditEntry] = deque()
         self._reserved = 0
         self._trouble = ""
+        self._ending = False
         self._closing = False
         self._thread = threading.Thread(target=self._write_all, name="audit", daemon=True)
         self._thread.start()
@@ -104,7 +105,7 @@ class AuditLog:
         """Whether there was a place for one entry, which is then kept for `append` or `release`."""
         with self._lock:
             taken = self._reserved + len(self._waiting)
-            if self._trouble or self._closing or taken >= MAX_WAITING:
+            if self._trouble or self._ending or taken >= MAX_WAITING:
                 return False
             self._reserved += 1
             return True
@@ -114,21 +115,27 @@ class AuditLog:
         with self._lock:
             self._reserved -= 1
             self._waiting.append(entry)
-            self._lock.notify()
+            self._lock.notify_all()
 
     def release(self) -> None:
         """Give a reserved place back."""
         with self._lock:
             self._reserved -= 1
+            self._lock.notify_all()
 
     def close(self) -> None:
-        """Write what is queued, within `CLOSE_SECONDS`; what couldn't be is counted in the log."""
+        """Give no more places, await what has one, and write it, each within `CLOSE_SECONDS`.
+
+        What couldn't be written, or has not come, is counted in the host's log.
+        """
         with self._lock:
+            self._ending = True
+            self._lock.wait_for(lambda: not self._reserved, CLOSE_SECONDS)
             self._closing = True
-            self._lock.notify()
+            self._lock.notify_all()
         self._thread.join(CLOSE_SECONDS)
-        if self._waiting:
-            log.error("audit_entries_lost", extra={"entries": len(self._waiting)})
+        if lost := len(self._waiting) + self._reserved:
+            log.error("audit_entries_lost", extra={"entries": lost})
 
     # On the thread ------------------------------------------------------------------------------
 

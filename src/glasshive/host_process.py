@@ -288,11 +288,12 @@ async def _host(process: _Process, options: ServeOptions) -> None:
     store, own = open_store(settings), own_rules(settings)
     process.say_key()
     _say_alone(process)
-    async with contextlib.AsyncExitStack() as ends:
+    async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as ends:
         transport = await ends.enter_async_context(process.transport())
         identity = Identity.load_or_create(process.life.key)
         accounts = open_accounts(settings, identity, process.gate)
-        ends.push_async_callback(asyncio.to_thread, accounts.close)
+        # When the transport has ended every trace.
+        last.push_async_callback(asyncio.to_thread, accounts.close)
         policy = host_rules(None, own, time.time()) if store is None else Policy.floor()
         keeper = None
         if store is not None:

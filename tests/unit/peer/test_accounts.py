@@ -330,6 +330,34 @@ async def test_who_cancels_pays_for_the_kernel_that_still_runs(
     assert isinstance(await alice.traced(), Done)
 
 
+@pytest.mark.asyncio
+async def test_a_host_that_stops_writes_down_what_it_ends(
+    swarms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = await swarms()
+    alice = swarm.member(ALICE, Quota(saved_bytes_a_day=SAVED_BYTES))
+    begun, go_on = threading.Event(), threading.Event()
+    run = Executor.run
+
+    def endless(self: Executor, *args: Any) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        run(self, *args)
+
+    monkeypatch.setattr(Executor, "run", endless)
+    await alice.running()
+    await until(begun.is_set)
+    swarm.host.close()
+    await swarm.home.close()
+    closing = asyncio.create_task(asyncio.to_thread(swarm.accounts.close))
+    await until(lambda: swarm.accounts.audit_log._ending)
+    go_on.set()
+    await closing
+    (entry,) = swarm.entries()
+    assert (entry.client, entry.outcome) == (ALICE.peer_id, "TraceEnded")
+    assert entry.saved_bytes == 0  # it was cancelled before it could save
+
+
 def test_what_has_ended_computes_no_more() -> None:
     account = Account(Accounts(), ALICE.peer_id, bytes(16), None, None)
     with account:

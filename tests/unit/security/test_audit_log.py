@@ -140,23 +140,29 @@ def test_files_go_on_one_from_another_and_stay(logs: Logs, folder: Path) -> None
     assert written(folder) == [entry(number) for number in range(3, 9)]
 
 
-def test_nobody_waits_for_the_disk(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_the_disk_but_the_thread(
+    logs: Logs, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = threading.Event()
     writers: set[str] = set()
+    synced: list[int] = []
     sync = os.fsync
 
     def slow(descriptor: int) -> None:
         writers.add(threading.current_thread().name)
         assert disk.wait(20)
         sync(descriptor)
+        if stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
+            synced.append(status.st_size)
 
     monkeypatch.setattr(audit_log.os, "fsync", slow)
     log = logs()
     write(log, *map(entry, range(1, 50)))
     assert len(log._waiting) > 0
     disk.set()
-    log.close()
-    assert not log._waiting
+    until(lambda: not log._waiting)
+    (file,) = log_files(folder)
+    assert synced[-1] == file.stat().st_size  # before a place is free
     assert writers == {"audit"}
 
 
@@ -174,8 +180,31 @@ def test_places_are_bounded_and_come_back(logs: Logs, monkeypatch: pytest.Monkey
     assert not log.reserve()
     log.release()
     assert log.reserve()
+    log.release()
+    log.release()
     log.close()
     assert not log.reserve()
+
+
+def test_closing_awaits_those_who_have_a_place(
+    logs: Logs, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logs()
+    assert log.reserve()
+    closing = threading.Thread(target=log.close)
+    closing.start()
+    until(lambda: log._ending)
+    assert not log.reserve()
+    log.append(entry(1))
+    closing.join(20)
+    assert written(folder) == [entry(1)]
+    monkeypatch.setattr(audit_log, "CLOSE_SECONDS", 0.01)
+    log = logs()
+    assert log.reserve()
+    log.close()  # whoever has it doesn't come
+    (lost,) = [one for one in caplog.records if one.message == "audit_entries_lost"]
+    assert lost.__dict__["entries"] == 1
+    log.release()
 
 
 def test_a_full_disk_gives_no_places_and_loses_nothing(
