@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import math
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, final
 
-from glasshive.dht import daemon_control, hardening, member_calls, serializer
+from glasshive.dht import daemon_control, hardening, hivemind_setup, member_calls
 from glasshive.dht.errors import (
     DaemonFailed,
     DeadlineExceeded,
@@ -50,11 +48,11 @@ from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
-from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
+from glasshive.dht.transport import PeerAddress, StreamHandler, check_address, check_loopback
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
-__all__ = ["DhtMode", "HivemindTransport", "check_loopback"]
+__all__ = ["DhtMode", "HivemindTransport"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +66,6 @@ SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
-
-_PREPARING: Final = threading.Lock()
 
 
 @final
@@ -156,7 +152,7 @@ class HivemindTransport:
         return self
 
     async def _start(self) -> None:
-        _prepare_hivemind()
+        hivemind_setup.prepare()
         from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
         try:
@@ -600,32 +596,3 @@ class HivemindTransport:
         if self._node is None:
             raise NoDht("this transport has no DHT node; ask a peer for its directory")
         return self._node
-
-
-def _prepare_hivemind() -> None:
-    """Import hivemind and put our bounds into it, once for all threads.
-
-    Its packages import each other in a circle, which fails if two threads are in it at a time.
-    """
-    with _PREPARING:
-        serializer.install()
-        hardening.patch_storage()
-        member_calls.patch_calls()
-        daemon_control.detach_daemons()
-        daemon_control.forget_ended_calls()
-
-
-def check_loopback(address: str) -> None:
-    """Returns for an address that only this machine reaches; raises ListenRefused or BadAddress."""
-    check_address(address)
-    _, kind, host, *_ = address.split("/")
-    try:
-        loopback = kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ListenRefused(
-            f"can't listen at {address}: peers can't check yet who asks (membership and signed "
-            'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
-            "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
-        )

@@ -8,12 +8,13 @@ loop; from other threads use `glasshive.dht.loop_thread`.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from glasshive.dht.errors import BadAddress
+from glasshive.dht.errors import BadAddress, ListenRefused
 from glasshive.dht.framing import Frame, FrameLimits, Stream
 from glasshive.security.errors import BadPeerId
 from glasshive.security.keys import PeerId, public_key_of
@@ -26,6 +27,7 @@ __all__ = [
     "StreamHandler",
     "Transport",
     "check_address",
+    "check_loopback",
 ]
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
@@ -69,6 +71,22 @@ def check_address(address: str) -> None:
         raise BadAddress(
             f"got {address[:MAX_ADDRESS_CHARACTERS]!r}, wanted a multiaddr such as "
             f"{_meant(address)}/p2p/12D3KooW..."
+        )
+
+
+def check_loopback(address: str) -> None:
+    """Returns for an address that only this machine reaches; raises ListenRefused or BadAddress."""
+    check_address(address)
+    _, kind, host, *_ = address.split("/")
+    try:
+        loopback = kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ListenRefused(
+            f"can't listen at {address}: peers can't check yet who asks (membership and signed "
+            'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
+            "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
 
 

@@ -62,7 +62,7 @@ def show(
             (
                 one
                 for one in entries_in(files, identity.peer_id)
-                if client is None or one.entry.client.endswith(client)
+                if client is None or one.entry.client.endswith(client.removeprefix("…"))
             ),
             maxlen=last or None,
         )

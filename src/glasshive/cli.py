@@ -344,7 +344,7 @@ def _check_listen(listen: str) -> None:
     The network daemon would share a port that is in use, and each peer get half of the calls.
     """
     from glasshive.dht.errors import BadAddress, ListenRefused
-    from glasshive.dht.hivemind_transport import check_loopback
+    from glasshive.dht.transport import check_loopback
 
     if not listen.startswith("/"):
         raise BadAddress(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.membership import Act
-from glasshive.settings import ConfigError, Settings, config_path, load_settings
+from glasshive.settings import ConfigError, Settings, config_path, data_dir, load_settings
 
 if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
@@ -91,11 +91,14 @@ def open_swarm(
     from glasshive.member_keeper import keep_member
     from glasshive.models import cache_dir
     from glasshive.new_member import renew_ended
+    from glasshive.privacy_notice import tell_once
     from glasshive.security.keys import Identity
     from glasshive.swarm_members import open_gate
     from glasshive.swarm_trust import open_store
     from glasshive.trust_keeper import TrustKeeper
 
+    if not settings.issuers:
+        tell_once(settings.swarm, data_dir())
     store = open_store(settings)
     bootstraps = [PeerAddress.parse(address) for address in settings.bootstraps]
     identity = Identity.load_or_create(settings.client_key_path)

@@ -130,7 +130,7 @@ def join(
         token = token or sys.stdin.read(1 << 16)
     found = Invite.parse(token, time.time())
     place = config_path(config)
-    settings = load_settings(place) if place.exists() else load_settings()
+    settings = load_settings(place, may_be_missing=True)
     hosts = found.role is Role.HOST
     own = settings.host_key_path if hosts else settings.client_key_path
     path = key or own
@@ -302,10 +302,11 @@ def _role(text: str) -> Any:
 
 
 def _peer(text: str, known: tuple[Member, ...]) -> PeerId:
-    """The peer that is meant, by its whole id or by the end of a member's."""
+    """The peer that is meant, by its whole id or by a member's end of one, as `members` has it."""
     from glasshive.security.errors import BadPeerId
     from glasshive.security.keys import PeerId, public_key_of
 
+    text = text.removeprefix("…")
     ends = {one.peer_id for one in known if len(text) >= 6 and one.peer_id.endswith(text)}
     if len(ends) == 1:
         return ends.pop()

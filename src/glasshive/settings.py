@@ -106,17 +106,19 @@ class Settings(BaseSettings):
         return self.host_key or data_dir() / "host.key"
 
 
-def load_settings(config: str | os.PathLike[str] | None = None, **flags: Any) -> Settings:
+def load_settings(
+    config: str | os.PathLike[str] | None = None, *, may_be_missing: bool = False, **flags: Any
+) -> Settings:
     """The settings in force. Flags that are None or empty don't count.
 
-    Raises ConfigError for a file that was named and is not there, and for anything in file,
-    environment or flags that can't be used.
+    Raises ConfigError for a file that was named and is not there, unless it `may_be_missing`, and
+    for anything in file, environment or flags that can't be used.
     """
     place = config_path(config)
     found: dict[str, Any] = {}
     if place.is_file():
         found = _read(place)
-    elif config is not None or os.environ.get(CONFIG_VARIABLE):
+    elif not may_be_missing and (config is not None or os.environ.get(CONFIG_VARIABLE)):
         raise ConfigError(
             f"there is no config file {place}; write one with the lines "
             '`bootstraps = ["/ip4/.../tcp/.../p2p/12D3KooW..."]` and, for a swarm of your own, '

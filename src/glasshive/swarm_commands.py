@@ -329,8 +329,7 @@ def _check_swarm(name: str, public: bool) -> None:
 
 def _check_listen(listen: str) -> None:
     """Raises BadAddress or ListenRefused for an address that no bootstrap peer could have."""
-    from glasshive.dht.hivemind_transport import check_loopback
-    from glasshive.dht.transport import PeerAddress
+    from glasshive.dht.transport import PeerAddress, check_loopback
     from glasshive.security.keys import Identity
 
     PeerAddress.parse(f"{listen}/p2p/{Identity.generate().peer_id}")

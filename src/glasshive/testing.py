@@ -33,6 +33,7 @@ from typing import Any, Literal
 import psutil  # type: ignore[import-untyped]
 
 from glasshive.graph.errors import GlasshiveError
+from glasshive.privacy_notice import LOCAL_PREFIX
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.membership import Role
@@ -336,7 +337,7 @@ class LocalSwarm:
             if variable != "GLASSHIVE_CACHE":
                 del env[variable]  # the user's own swarm
         env["GLASSHIVE_CONFIG"] = str(folder / "host.toml")
-        swarm = f"local-{os.getpid()}-{time.time_ns() % 10**9}"
+        swarm = f"{LOCAL_PREFIX}{os.getpid()}-{time.time_ns() % 10**9}"
         lines = []
         if self._trust is not None:
             swarm = self._trust.swarm

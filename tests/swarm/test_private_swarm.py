@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
 import socket
 import subprocess
@@ -182,6 +183,43 @@ def test_a_member_traces_as_on_one_machine(hive: LocalSwarm, model_folder: Path)
 def test_a_user_without_an_invite_is_told_so(hive: LocalSwarm) -> None:
     with pytest.raises(NotAMember, match="is no member of the private swarm 'lab' yet; ask who"):
         glasshive.connect(config_of(hive, "nobody.key"))
+
+
+def test_an_invite_is_all_that_it_takes(hive: LocalSwarm, tmp_path: Path) -> None:
+    place = hive.config.parent
+    desk = ["--folder", str(place), "--key", str(place / "bootstrap.key")]
+
+    def output_of(*command: str) -> str:
+        # Another person's machine: no config, no keys.
+        own = {
+            "GLASSHIVE_DATA": str(tmp_path / "data"),
+            "GLASSHIVE_CONFIG": str(tmp_path / "c.toml"),
+        }
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    glass = ("-m", "glasshive.cli")
+    token = output_of(*glass, "invite", "client", *desk)
+    assert "joined the private swarm 'lab' as a client" in output_of(*glass, "join", token)
+    found = json.loads(output_of(*glass, "status", "--json"))
+    assert [one["complete"] for one in found["models"]] == [True]
+    code = (
+        "import glasshive\n"
+        "with glasshive.connect() as swarm:\n"
+        f"    model = swarm.model({hive.model_name!r})\n"
+        "    with model.trace([[3, 14, 15]]):\n"
+        "        h = model.model.layers[3].output.save()\n"
+        "print(tuple(h.shape))\n"
+    )
+    assert output_of("-c", code) == "(1, 3, 32)"
 
 
 def test_a_stranger_opens_no_stream_at_any_peer(hive: LocalSwarm) -> None:

@@ -48,6 +48,7 @@ from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer import executor as executor_module
 from glasshive.peer.accounts import Account, Accounts
 from glasshive.peer.errors import TraceEnded
 from glasshive.peer.executor import Executor
@@ -285,12 +286,15 @@ async def test_saved_bytes_of_a_day(swarms: Any) -> None:
 
 
 @pytest.mark.asyncio
-async def test_failed_traces_count(swarms: Any) -> None:
+async def test_failed_traces_count(swarms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    awaited: list[torch.device] = []
+    monkeypatch.setattr(executor_module, "wait_for", awaited.append)
     swarm = await swarms()
     alice = swarm.member(ALICE, Quota(saved_bytes_a_day=3 * SAVED_BYTES, seconds_a_day=1000))
     failed = await alice.traced(*FAILING)
     assert isinstance(failed, Failed)
     assert failed.code == "ShapeMismatch"
+    assert len(awaited) == 1  # what the device was given before the failure counts
     await until(lambda: len(swarm.entries()) == 1)
     (entry,) = swarm.entries()
     assert (entry.outcome, entry.saved_bytes) == ("ShapeMismatch", SAVED_BYTES)
