@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, final
 
@@ -27,6 +28,7 @@ from glasshive.security.keys import PeerId
 from glasshive.security.membership import Act, Certificate
 
 DONE: Final = "done"
+KILLED: Final = "killed"
 
 
 @final
@@ -78,6 +80,17 @@ class Accounts:
             self._quotas.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the audit log says of a part."""
+
+    model_id: str
+    dtype: str
+    blocks: str
+    sha256: bytes
+    nodes: int
+
+
 @final
 class Account:
     """What one trace takes. Its methods may be called from any thread."""
@@ -98,7 +111,7 @@ class Account:
         self._certificate = certificate
         self._hold = hold
         self._lock = threading.Lock()
-        self._part: tuple[Part, str, str, bytes] | None = None
+        self._part: _Part | None = None
         self._computing = False
         self._outcome = ""
 
@@ -109,9 +122,13 @@ class Account:
 
         From now on it is written down. Raises QuotaExceeded if its member has not so much left.
         """
-        self._part = part, model_id, dtype, hashlib.sha256(data).digest()
+        blocks = f"{part.span.start}:{part.span.end}"
+        sha256 = hashlib.sha256(data).digest()
+        self._part = _Part(model_id, dtype, blocks, sha256, len(part.graph))
         if self._hold is not None:
             self._hold.reserve(bill.seconds, bill.saved_bytes)
+        if self._accounts.audit_log is not None:
+            self._accounts.audit_log.begin(self._entry(KILLED, self._part))
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -159,25 +176,25 @@ class Account:
             return
         if self._part is None:
             log.release()
-            return
-        part, model_id, dtype, graph_sha256 = self._part
+        else:
+            log.append(self._entry(self._outcome, self._part))
+
+    def _entry(self, outcome: str, part: _Part) -> AuditEntry:
         certificate = self._certificate
-        log.append(
-            AuditEntry(
-                time_milliseconds=round(self._accounts.clock() * 1000),
-                client=self._client,
-                role="" if certificate is None else certificate.role.value,
-                invite=b"" if certificate is None else certificate.invite,
-                trace_id=self._trace_id,
-                model_id=model_id,
-                dtype=dtype,
-                blocks=f"{part.span.start}:{part.span.end}",
-                graph_sha256=graph_sha256,
-                nodes=len(part.graph),
-                outcome=self._outcome,
-                compute_milliseconds=round(self.compute_seconds * 1000),
-                saved_bytes=self.saved_bytes,
-            )
+        return AuditEntry(
+            time_milliseconds=round(self._accounts.clock() * 1000),
+            client=self._client,
+            role="" if certificate is None else certificate.role.value,
+            invite=b"" if certificate is None else certificate.invite,
+            trace_id=self._trace_id,
+            model_id=part.model_id,
+            dtype=part.dtype,
+            blocks=part.blocks,
+            graph_sha256=part.sha256,
+            nodes=part.nodes,
+            outcome=outcome,
+            compute_milliseconds=round(self.compute_seconds * 1000),
+            saved_bytes=self.saved_bytes,
         )
 
 

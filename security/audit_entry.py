@@ -16,13 +16,14 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 from glasshive.security.envelope import open_envelope, seal
-from glasshive.security.errors import BadAuditLog, BadPeerId, SecurityError
+from glasshive.security.errors import BadAuditLog, BadPeerId, MalformedData, SecurityError
 from glasshive.security.keys import Identity, PeerId, public_key_of
+from glasshive.security.plain import decode_plain, encode_plain
 
 __all__ = ["AuditEntry", "AuditExport", "SignedEntry"]
 
@@ -49,7 +50,8 @@ class AuditEntry:
     """One trace of one client on a host. `role` and `invite` are empty in a swarm of everyone.
 
     `graph_sha256` is of the part of the graph as it was sent to the host, with its passes;
-    `outcome` is "done" or the name of an error.
+    `outcome` is "done", the name of an error, or "killed", if the host's process ended before the
+    trace: then the time is that of its beginning, and nobody knows what it took.
     """
 
     time_milliseconds: int
@@ -130,6 +132,22 @@ def export_line(export: AuditExport, identity: Identity) -> bytes:
     return _signed(said, _EXPORT, identity, export.swarm)[0]
 
 
+def entries_to_bytes(entries: Iterable[AuditEntry]) -> bytes:
+    """Entries that are no lines of a log yet."""
+    return encode_plain([astuple(one) for one in entries])
+
+
+def entries_from_bytes(data: bytes, max_bytes: int) -> list[AuditEntry]:
+    """What `entries_to_bytes` was given; raises BadAuditLog."""
+    try:
+        match decode_plain(data, max_bytes=max_bytes, max_depth=2):
+            case list(rows):
+                return [_entry(row) for row in rows]
+    except MalformedData as error:
+        raise BadAuditLog(str(error)) from None
+    raise BadAuditLog("it is no list of entries")
+
+
 def read_line(line: bytes, host: PeerId) -> SignedEntry | AuditExport:
     """What a line of the log of `host` says; raises BadAuditLog if it isn't the host's word."""
     said = _read(line)
@@ -172,6 +190,30 @@ def read_line(line: bytes, host: PeerId) -> SignedEntry | AuditExport:
         saved_bytes=_count(said["saved_bytes"]),
     )
     return SignedEntry(_count(said["entry"]), host, swarm, entry, _hex(said["before"]), digest)
+
+
+def _entry(row: object) -> AuditEntry:
+    match row:
+        case [
+            int(at),
+            str(client),
+            str(role),
+            bytes(invite),
+            bytes(trace),
+            str(model),
+            str(dtype),
+            str(blocks),
+            bytes(graph),
+            int(nodes),
+            str(outcome),
+            int(compute),
+            int(saved),
+        ]:
+            return AuditEntry(
+                *(at, _peer(client), role, invite, trace, model, dtype, blocks, graph, nodes),
+                *(outcome, compute, saved),
+            )
+    raise BadAuditLog("an entry in it is damaged")
 
 
 def _signed(

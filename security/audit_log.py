@@ -14,8 +14,8 @@ Rules:
 5. Files are numbered, and go on one from another. Old ones stay: at `MAX_FILES` of
    `MAX_FILE_BYTES` the log is full, which is as a disk that is full, until the oldest are moved
    elsewhere. The newest has to stay, for the chain goes on from its last line.
-6. A line that a crash cut off is removed at the next start; the entries that were queued then, and
-   of the traces that ran then, are missing.
+6. A line that a crash cut off is removed at the next start. What ran or was queued then stands in a
+   file beside, which follows every beginning and end, and is written down at the next start.
 
 Who has the host's key can write another history. Against that helps only an earlier export that
 somebody else has kept.
@@ -37,10 +37,13 @@ from glasshive.security.audit_entry import (
     MAX_LINE_BYTES,
     AuditEntry,
     SignedEntry,
+    entries_from_bytes,
+    entries_to_bytes,
     entry_line,
     read_line,
 )
-from glasshive.security.audit_trail import log_files
+from glasshive.security.audit_trail import entries_in, log_files
+from glasshive.security.durable_file import read_durable, write_durable
 from glasshive.security.errors import BadAuditLog
 from glasshive.security.keys import Identity
 
@@ -53,6 +56,7 @@ RETRY_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 5.0
 
 _MAX_BATCH: Final = 256
+_MAX_RUNNING_BYTES: Final = MAX_WAITING * 1024
 _WARN_FROM: Final = 0.8
 
 log = logging.getLogger(__name__)
@@ -88,7 +92,9 @@ class AuditLog:
         self._size = _cut_to_lines(self._file) if files else 0
         self._last, self._head = self._place_in(files)
         self._lock = threading.Condition()
-        self._waiting: deque[AuditEntry] = deque()
+        self._running: dict[bytes, AuditEntry] = {}
+        self._waiting = deque(self._left_over(files))
+        self._changed = bool(self._waiting)  # of what runs or waits, and the file doesn't know it
         self._reserved = 0
         self._trouble = ""
         self._ending = False
@@ -110,10 +116,21 @@ class AuditLog:
             self._reserved += 1
             return True
 
+    def begin(self, entry: AuditEntry) -> None:
+        """Have the entry written if this process is killed before its trace has ended.
+
+        A place is reserved for it. Doesn't wait.
+        """
+        with self._lock:
+            self._running[entry.trace_id] = entry
+            self._changed = True
+            self._lock.notify_all()
+
     def append(self, entry: AuditEntry) -> None:
         """Have the entry written, in a place that was reserved. Doesn't wait."""
         with self._lock:
             self._reserved -= 1
+            self._changed |= self._running.pop(entry.trace_id, None) is not None
             self._waiting.append(entry)
             self._lock.notify_all()
 
@@ -126,7 +143,8 @@ class AuditLog:
     def close(self) -> None:
         """Give no more places, await what has one, and write it, each within `CLOSE_SECONDS`.
 
-        What couldn't be written, or has not come, is counted in the host's log.
+        What couldn't be written, or has not come, is counted in the host's own log; the next start
+        knows of what has begun.
         """
         with self._lock:
             self._ending = True
@@ -134,25 +152,35 @@ class AuditLog:
             self._closing = True
             self._lock.notify_all()
         self._thread.join(CLOSE_SECONDS)
-        if lost := len(self._waiting) + self._reserved:
-            log.error("audit_entries_lost", extra={"entries": lost})
+        if left := len(self._waiting) + self._reserved:
+            log.error("audit_entries_unwritten", extra={"entries": left})
 
     # On the thread ------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._waiting or self._closing)
-                batch = [self._waiting[i] for i in range(min(len(self._waiting), _MAX_BATCH))]
-            if not batch:
+                self._lock.wait_for(lambda: self._waiting or self._changed or self._closing)
+                waiting, changed = list(self._waiting), self._changed
+                batch = waiting[:_MAX_BATCH]
+                running = [*waiting[_MAX_BATCH:], *self._running.values()]
+                self._changed = False
+            if not batch and not changed:
                 return
             try:
-                self._write(batch)
+                if batch:
+                    self._write(batch)
+                    with self._lock:
+                        for _ in batch:
+                            self._waiting.popleft()
+                if changed:
+                    write_durable(self._beside, entries_to_bytes(running))
             except OSError as error:
                 why = str(error)
                 if why != self._trouble:
                     log.error("audit_log_not_written", extra={"error": why})
                 with self._lock:
+                    self._changed |= changed
                     self._trouble = why
                     if self._closing:
                         return
@@ -160,8 +188,6 @@ class AuditLog:
             else:
                 with self._lock:
                     self._trouble = ""
-                    for _ in batch:
-                        self._waiting.popleft()
 
     def _write(self, batch: Sequence[AuditEntry]) -> None:
         """All of the batch is on the disk, or an OSError is raised and none of it counts."""
@@ -221,13 +247,34 @@ class AuditLog:
                 return self._place_of(line, file)
         return 0, BEGINNING
 
+    def _left_over(self, files: Sequence[Path]) -> list[AuditEntry]:
+        """What ran or waited when the last process was killed, unless it was written down yet."""
+        try:
+            data = read_durable(self._beside, _MAX_RUNNING_BYTES)
+            found = entries_from_bytes(data, _MAX_RUNNING_BYTES) if data else []
+        except (BadAuditLog, ValueError) as error:
+            raise _unusable(self._beside, str(error)) from None
+        if not found:
+            return []
+        log.warning("audit_traces_killed", extra={"traces": len(found)})
+        # An id is a client's choice, who may use it again: an end is not before its beginning.
+        ended = {
+            one.entry.trace_id: one.entry.time_milliseconds
+            for one in entries_in(files[-2:], self._identity.peer_id)
+        }
+        return [one for one in found if ended.get(one.trace_id, -1) < one.time_milliseconds]
+
+    @property
+    def _beside(self) -> Path:
+        return self.folder / "running"
+
     def _place_of(self, line: bytes, file: Path) -> tuple[int, bytes]:
         try:
             found = read_line(line, self._identity.peer_id)
         except BadAuditLog as error:
-            raise _unusable(file, str(error)) from None
+            raise _unusable(file, f"its last line: {error}") from None
         if not isinstance(found, SignedEntry) or found.swarm != self._swarm:
-            raise _unusable(file, f"it is no entry of swarm {self._swarm!r}")
+            raise _unusable(file, f"its last line is no entry of swarm {self._swarm!r}")
         return found.number, found.digest
 
 
@@ -245,7 +292,7 @@ def _cut_to_lines(file: Path) -> int:
         if torn == 0:
             return size
         if torn == len(tail) and len(tail) < size:
-            raise _unusable(file, f"it has more than {MAX_LINE_BYTES} bytes")
+            raise _unusable(file, f"its last line has more than {MAX_LINE_BYTES} bytes")
         log.warning("audit_log_torn", extra={"file": file.name, "bytes": torn})
         opened.truncate(size - torn)
         os.fsync(opened.fileno())
@@ -262,6 +309,6 @@ def _last_line(file: Path) -> bytes:
 
 def _unusable(file: Path, why: str) -> BadAuditLog:
     return BadAuditLog(
-        f"can't go on with the audit log: the last line of {file}: {why}; restore it from a copy, "
+        f"can't go on with the audit log: {file}: {why}; restore it from a copy, "
         "or move the whole folder elsewhere and begin a new log"
     )

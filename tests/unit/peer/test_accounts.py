@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -141,9 +142,9 @@ class Swarm:
         await self.home.close()
         await asyncio.to_thread(self.accounts.close)
 
-    def entries(self) -> list[AuditEntry]:
+    def entries(self, folder: Path | None = None) -> list[AuditEntry]:
         """What is written down."""
-        files = log_files(self.folder / "audit")
+        files = log_files((folder or self.folder) / "audit")
         return [one.entry for one in entries_in(files, HOME.peer_id)]
 
 
@@ -305,7 +306,7 @@ async def test_failed_traces_count(swarms: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.asyncio
 async def test_who_cancels_pays_for_the_kernel_that_still_runs(
-    swarms: Any, monkeypatch: pytest.MonkeyPatch
+    swarms: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     swarm = await swarms()
     alice = swarm.member(ALICE, Quota(traces=1, seconds_a_day=1000))
@@ -320,6 +321,12 @@ async def test_who_cancels_pays_for_the_kernel_that_still_runs(
     monkeypatch.setattr(Executor, "run", endless)
     stream = await alice.running()
     await until(begun.is_set)
+    # Should the process be killed now, the next knows of it.
+    await until(lambda: (swarm.folder / "audit" / "running").exists())
+    shutil.copytree(swarm.folder, tmp_path / "killed")
+    AuditLog(tmp_path / "killed" / "audit", HOME, "lab").close()
+    (killed,) = swarm.entries(tmp_path / "killed")
+    assert (killed.client, killed.outcome) == (ALICE.peer_id, "killed")
     await stream.send(encode(Cancel()))
     assert (await end_of(stream)).code == "TraceEnded"  # type: ignore[union-attr]
     assert swarm.host.load == 0.0

@@ -19,7 +19,14 @@ from hostile import attack
 from soak import count
 
 from glasshive.security import audit_entry, audit_log
-from glasshive.security.audit_entry import AuditEntry, AuditExport, SignedEntry, entry_line
+from glasshive.security.audit_entry import (
+    AuditEntry,
+    AuditExport,
+    SignedEntry,
+    entries_from_bytes,
+    entries_to_bytes,
+    entry_line,
+)
 from glasshive.security.audit_log import AuditLog
 from glasshive.security.audit_trail import entries_in, export_log, log_files, verify_export
 from glasshive.security.errors import BadAuditLog
@@ -202,7 +209,7 @@ def test_closing_awaits_those_who_have_a_place(
     log = logs()
     assert log.reserve()
     log.close()  # whoever has it doesn't come
-    (lost,) = [one for one in caplog.records if one.message == "audit_entries_lost"]
+    (lost,) = [one for one in caplog.records if one.message == "audit_entries_unwritten"]
     assert lost.__dict__["entries"] == 1
     log.release()
 
@@ -269,7 +276,7 @@ def test_entries_that_cant_be_written_at_the_end_are_counted(
     monkeypatch.setattr(audit_log.os, "fsync", full)
     write(log, entry(1), entry(2))
     log.close()
-    (lost,) = [one for one in caplog.records if one.message == "audit_entries_lost"]
+    (lost,) = [one for one in caplog.records if one.message == "audit_entries_unwritten"]
     assert lost.__dict__["entries"] == 2
 
 
@@ -304,11 +311,86 @@ def test_a_line_that_a_crash_cut_off_is_removed(
     assert caplog.text.count("audit_log_torn") == 3
 
 
+def beside(folder: Path) -> list[AuditEntry]:
+    """What stands beside the log, since it runs or waits."""
+    file = folder / "running"
+    return entries_from_bytes(file.read_bytes(), 1 << 20) if file.exists() else []
+
+
+def test_traces_that_a_kill_ended_are_written_at_the_next_start(logs: Logs, folder: Path) -> None:
+    log = logs()
+    for number in (1, 2):
+        assert log.reserve()
+        log.begin(entry(number, outcome="killed"))
+    log.append(entry(1))
+    until(lambda: beside(folder) == [entry(2, outcome="killed")])
+    for _ in range(2):  # and once
+        again = logs()
+        until(lambda: written(folder) == [entry(1), entry(2, outcome="killed")])
+        again.close()
+        assert beside(folder) == []
+    log.release()
+
+
+def test_what_was_written_before_the_kill_is_not_written_twice(logs: Logs, folder: Path) -> None:
+    log = logs()
+    write(log, entry(1, time_milliseconds=NOW))
+    log.close()
+    known = entry(1, time_milliseconds=NOW - 5, outcome="killed")
+    waited = entry(1, time_milliseconds=NOW)
+    # Who has a trace of the same id later doesn't hide that one.
+    reused = entry(1, time_milliseconds=NOW + 1, outcome="killed")
+    (folder / "running").write_bytes(entries_to_bytes([known, waited, reused]))
+    (folder / "running").chmod(0o600)
+    logs().close()
+    assert written(folder) == [entry(1, time_milliseconds=NOW), reused]
+
+
+def test_a_disk_that_refuses_what_runs_gives_no_places_and_nothing_comes_twice(
+    logs: Logs, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = logs(retry_seconds=0.01)
+    assert log.reserve()
+    log.begin(entry(1, outcome="killed"))
+    until(lambda: len(beside(folder)) == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_log, "write_durable", full)
+        log.append(entry(1))
+        until(lambda: bool(log.trouble))
+        assert not log.reserve()
+    until(lambda: not log.trouble)
+    log.close()
+    assert written(folder) == [entry(1)]
+    assert beside(folder) == []
+
+
+def test_what_stands_beside_and_is_damaged_is_said(logs: Logs, folder: Path) -> None:
+    logs().close()
+    good = entries_to_bytes([entry(1)])
+    for data in (good[:-1], b"\x91\x91\x01", b"\x01"):
+        (folder / "running").write_bytes(data)
+        (folder / "running").chmod(0o600)
+        with pytest.raises(BadAuditLog, match=r"can't go on with the audit log: .*running: "):
+            logs()
+    assert (
+        attack(
+            lambda data: entries_from_bytes(data, 1 << 20),
+            [good],
+            BadAuditLog,
+            tries=count(5_000, 200_000),
+        )
+        < 5_000
+    )
+
+
 @pytest.mark.parametrize(
     ("identity", "swarm", "why"),
     [
-        (OTHER, "lab", f"it is of the host {HOST.peer_id}, wanted {OTHER.peer_id}"),
-        (HOST, "other", "it is no entry of swarm 'other'"),
+        (OTHER, "lab", f"its last line: it is of the host {HOST.peer_id}, wanted {OTHER.peer_id}"),
+        (HOST, "other", "its last line is no entry of swarm 'other'"),
     ],
 )
 def test_a_log_of_another_host_or_swarm_isnt_gone_on_with(
@@ -320,7 +402,7 @@ def test_a_log_of_another_host_or_swarm_isnt_gone_on_with(
     with pytest.raises(BadAuditLog) as caught:
         logs(identity, swarm)
     assert str(caught.value) == (
-        f"can't go on with the audit log: the last line of {folder / '000001.jsonl'}: {why}; "
+        f"can't go on with the audit log: {folder / '000001.jsonl'}: {why}; "
         "restore it from a copy, or move the whole folder elsewhere and begin a new log"
     )
 
