@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,11 @@ from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
 from glasshive.graph.plan import Part, Plan
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec
-from glasshive.security.keys import PeerId
+from glasshive.security.envelope import payload_digest
+from glasshive.security.errors import SecurityError
+from glasshive.security.keys import Identity, PeerId
+from glasshive.security.requests import PlannedPeer, TraceRequest
+from glasshive.security.results import SavesDigest, TraceResult
 
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
@@ -86,6 +91,7 @@ class HopReport:
     carried_bytes: int = 0
     saved_bytes: int = 0
     peak_bytes: int = 0
+    audited: bool = False
 
 
 @dataclass
@@ -93,6 +99,7 @@ class Job:
     """One plan on one route. Create it, `run` it once, `cancel` it at any time."""
 
     transport: Transport
+    identity: Identity  # the transport's
     plan: Plan
     peers: Sequence[PeerAddress]  # by the parts' index
     model_id: str
@@ -169,23 +176,20 @@ class Job:
             raise min(causes, key=lambda e: not isinstance(e, PeerFailed)) from None
 
     async def _prepare(self, hop: HopReport, streams: list[_PeerStream]) -> None:
+        body = encode_part(hop.part, self.plan.passes)
+        request = self._request(hop, body)
+        signed = request.sign(self.identity, self.transport.now())
         with _blaming(hop, self.silence_seconds, "while it was asked to prepare"):
             stream = _PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
                 hop,
                 self.hops,
                 self.silence_seconds,
+                request,
+                payload_digest(signed),
             )
             streams.append(stream)
-            prepare = Prepare(
-                self.trace_id,
-                self.model_id,
-                self.dtype,
-                [[peer.peer_id, list(peer.addresses)] for peer in self.peers],
-                float(self.left_seconds),
-            )
-            body = encode_part(hop.part, self.plan.passes)
-            await stream.stream.send(encode(prepare), body, self.silence_seconds)
+            await stream.stream.send(encode(Prepare(signed)), body, self.silence_seconds)
             self.sent_bytes += len(body)
             frame = await stream.receive()
             for name in decode(frame.header, Need).digests:
@@ -197,6 +201,20 @@ class Job:
                 await self._send_tensor(stream, Constant(spec.dtype.value, list(spec.shape)), data)
             frame = await stream.receive()
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
+
+    def _request(self, hop: HopReport, part: bytes) -> TraceRequest:
+        return TraceRequest(
+            client=self.transport.peer_id,
+            host=hop.peer.peer_id,
+            swarm=self.transport.swarm,
+            trace_id=self.trace_id,
+            model_id=self.model_id,
+            dtype=self.dtype,
+            peers=tuple(PlannedPeer(peer.peer_id, peer.addresses) for peer in self.peers),
+            part_index=hop.part.index,
+            deadline_seconds=float(self.left_seconds),
+            part_sha256=hashlib.sha256(part).digest(),
+        )
 
     async def _run_hop(self, hop: HopReport, streams: Mapping[str, _PeerStream]) -> None:
         try:
@@ -230,16 +248,19 @@ class Job:
         hop.state = "running"
         # No peer answers for another: a save comes from whoever runs it.
         own = {node.name for node in hop.part.graph.nodes.values() if isinstance(node, Save)}
+        came = SavesDigest()
         while True:
             frame = await stream.receive()
             message = decode(frame.header, Saved, Done)
             if isinstance(message, Done):
                 if missing := sorted(own - self.saves.keys()):
                     raise MalformedMessage(f"said that it is done, but {missing!s:.200} never came")
+                result = self._result(stream, message, came)
                 hop.state = "done"
-                hop.compute_seconds = message.compute_seconds
-                hop.hidden_bytes = sum(hidden for _, hidden, _ in message.traffic)
-                hop.carried_bytes = sum(carried for _, _, carried in message.traffic)
+                hop.compute_seconds = result.compute_seconds
+                hop.hidden_bytes = sum(one.hidden_bytes for one in result.traffic)
+                hop.carried_bytes = sum(one.carried_bytes for one in result.traffic)
+                hop.audited = result.audited
                 await stream.stream.close()
                 return
             spec = spec_of(message.dtype, message.shape)
@@ -249,10 +270,23 @@ class Job:
                     f"sent {message.name[:40]!r} as {spec}; "
                     f"{wanted or 'nothing of that name'} is expected of it"
                 )
-            data = await receive_tensor(stream, frame, spec, self.silence_seconds)
+            came.begin(message.name, message.dtype, message.shape)
+            data = await receive_tensor(stream, frame, spec, self.silence_seconds, came.update)
             self.saves[message.name] = tensor_from_bytes(spec, data)
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
+
+    def _result(self, stream: _PeerStream, message: Done, came: SavesDigest) -> TraceResult:
+        try:
+            return TraceResult.verify(
+                message.result,
+                request=stream.request,
+                request_sha256=stream.request_sha256,
+                saves_sha256=came.digest(),
+                now=self.transport.now(),
+            )
+        except SecurityError as error:
+            raise MalformedMessage(f"its result can't be taken: {error}") from error
 
     async def _send_inputs(self, stream: _PeerStream, pass_index: int, first: bool) -> None:
         one = self.inputs[pass_index]
@@ -287,6 +321,8 @@ class _PeerStream:
     hop: HopReport
     hops: Sequence[HopReport]  # all of them
     silence_seconds: float
+    request: TraceRequest
+    request_sha256: bytes
 
     @property
     def peer_id(self) -> PeerId:

@@ -46,7 +46,8 @@ class JobDisplay:
         done = sum(hop.state == "done" for hop in job.hops)
         text = (
             f"{job.state}  {elapsed:.1f} s  blocks {self._route}, {done} of {len(job.hops)} done  "
-            f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in"
+            f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in  "
+            "unaudited"
         )
         if self._status is None:
             from rich.console import Console

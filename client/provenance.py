@@ -26,7 +26,10 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
-    """Where a result came from. `audited` is False: no peer's work was checked by another."""
+    """Where a result came from. Each peer signed that it sent these values for this trace.
+
+    `audited` is False: no peer's work was checked by another.
+    """
 
     model_id: str
     dtype: str
@@ -38,7 +41,7 @@ class Provenance:
     received_bytes: int
     passes: int
     retried: int
-    audited: bool = False
+    audited: bool
 
     def __repr__(self) -> str:
         route = " > ".join(f"{hop.blocks} {hop.peer[-8:]}" for hop in self.hops)

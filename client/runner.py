@@ -155,6 +155,7 @@ class ModelRunner:
         plan = self._plan(experiment, route)
         job = Job(
             transport=self._swarm.transport,
+            identity=self._swarm.identity,
             plan=plan,
             peers=route.peers,
             model_id=self._model_id,
@@ -191,6 +192,7 @@ class ModelRunner:
             received_bytes=job.received_bytes,
             passes=len(plan.passes.passes),
             retried=attempt,
+            audited=all(hop.audited for hop in job.hops),
         )
 
     def _plan(self, experiment: Experiment, route: Route) -> Plan:

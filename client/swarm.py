@@ -20,7 +20,7 @@ from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, scan
-from glasshive.security.keys import PeerId
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.policy import Policy
 
 _DIRECTORY_SECONDS: Final = 20.0
@@ -40,14 +40,16 @@ class Swarm:
     """A swarm as a researcher uses it. A context manager; `close` ends it.
 
     `transport` and `keeper` live on `loop`, where `end` ends them and all that belongs to them (by
-    default the transport alone); `bootstraps` are peers whose directory is asked, and `where` the
-    arguments with which a command comes to the same swarm.
+    default the transport alone). `identity` is the transport's, and signs what is asked of peers.
+    `bootstraps` are peers whose directory is asked, and `where` the arguments with which a command
+    comes to the same swarm.
     """
 
     def __init__(
         self,
         loop: LoopThread,
         transport: Transport,
+        identity: Identity,
         bootstraps: Sequence[PeerAddress],
         cache: Path,
         keeper: PolicyKeeper | None = None,
@@ -57,6 +59,7 @@ class Swarm:
         self._loop = loop
         self._keeper = keeper
         self._transport = transport
+        self.identity = identity
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
         self._end = end or transport.close

@@ -3,8 +3,8 @@
 Rules:
 
 1. The bounded serializer and the hardened storage are in place before any listener exists.
-2. This release listens on loopback only. A host can keep to a signed whitelist, but membership and
-   signed requests are not in it yet.
+2. This release listens on loopback only: fairness among strangers is not in it yet. With a gate
+   only members are let in, by streams and by calls of the DHT.
 3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
    file in a private folder, which is gone as soon as the daemon is up.
 4. hivemind's calls can hang for ever once the daemon has died, or the tasks that hivemind talks to

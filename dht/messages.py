@@ -8,7 +8,6 @@ and size. `code` numbers are never used again for something else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeAlias, TypeVar, overload
@@ -17,6 +16,7 @@ from glasshive.dht.errors import MalformedMessage
 from glasshive.graph.errors import BadTensor
 from glasshive.graph.tensors import TensorSpec, check_spec
 from glasshive.security.membership import MAX_CERTIFICATE_BYTES, MAX_LISTS
+from glasshive.security.requests import MAX_REQUEST_BYTES
 
 DIRECTORY_PROTOCOL: Final = "glasshive/directory/1"  # its messages: dht/directory.py
 TRACE_PROTOCOL: Final = "glasshive/trace/1"
@@ -32,7 +32,6 @@ ALIVE_SECONDS: Final = 2.0
 SILENCE_SECONDS: Final = 12.0
 """A peer from which nothing came for so long is lost: frozen, or cut off."""
 
-MAX_PEERS: Final = 256
 MAX_TEXT_CHARS: Final = 1000
 MAX_COUNT: Final = 1 << 48
 
@@ -52,10 +51,6 @@ def _count(value: Any) -> bool:
 
 def _integer(value: Any) -> bool:
     return type(value) is int and -1 <= value <= MAX_COUNT
-
-
-def _seconds(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value) and 0 <= value <= 1e6
 
 
 def _trace_id(value: Any) -> bool:
@@ -82,69 +77,41 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_LISTS and all(map(_count, value))
 
 
-def _peers(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 0 < len(value) <= MAX_PEERS
-        and all(
-            isinstance(one, list)
-            and len(one) == 2
-            and _text(one[0])
-            and isinstance(one[1], list)
-            and len(one[1]) <= 16
-            and all(_text(address) for address in one[1])
-            for one in value
-        )
-    )
-
-
-def _traffic(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 4 * MAX_PEERS
-        and all(isinstance(one, list) and len(one) == 3 and all(map(_count, one)) for one in value)
-    )
+def _signed(value: Any) -> bool:
+    return type(value) is bytes and 0 < len(value) <= MAX_REQUEST_BYTES
 
 
 _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
     "Text": _text,
     "Count": _count,
     "Integer": _integer,
-    "Seconds": _seconds,
     "TraceId": _trace_id,
     "Certificate": _certificate,
     "Digests": _digests,
     "Shape": _shape,
     "Sizes": _sizes,
-    "Peers": _peers,
-    "Traffic": _traffic,
+    "Signed": _signed,
 }
 
 Text: TypeAlias = str
 Count: TypeAlias = int
 Integer: TypeAlias = int
-Seconds: TypeAlias = float
 TraceId: TypeAlias = bytes
 Certificate: TypeAlias = bytes
 Digests: TypeAlias = list[bytes]
 Shape: TypeAlias = list[int]
 Sizes: TypeAlias = list[int]
-Peers: TypeAlias = list[Any]
-Traffic: TypeAlias = list[Any]
+Signed: TypeAlias = bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
     """Client to peer, first on a trace stream. The body is the encoded part (graph/plan_codec.py).
 
-    `peers`: `[peer id, [address, ...]]` for every part of the plan, by its index.
+    `request`: the client's signed request for it (security/requests.py).
     """
 
-    trace_id: TraceId
-    model_id: Text
-    dtype: Text
-    peers: Peers
-    deadline_seconds: Seconds
+    request: Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +166,10 @@ class Saved:
 class Done:
     """Peer to client: the part has run and everything was sent.
 
-    `traffic`: `[receiver's part index, hidden-state bytes, carried-value bytes]`.
+    `result`: the peer's signed word on that (security/results.py).
     """
 
-    compute_seconds: Seconds
-    traffic: Traffic
+    result: Signed
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ allocated; then it takes exactly as many bytes as the header says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from glasshive.dht.errors import MalformedMessage
@@ -54,13 +55,18 @@ async def send_tensor(
 
 
 async def receive_bytes(
-    stream: FrameSource, first: Frame, size_bytes: int, deadline_seconds: float
+    stream: FrameSource,
+    first: Frame,
+    size_bytes: int,
+    deadline_seconds: float,
+    on_slice: Callable[[bytearray], None] = lambda data: None,
 ) -> bytearray:
-    """The `size_bytes` that begin in the body of `first`.
+    """The `size_bytes` that begin in the body of `first`, each slice shown to `on_slice`.
 
     The caller has checked that it wants as many. Raises MalformedMessage and TransportError.
     """
     if len(first.body) == size_bytes:
+        on_slice(first.body)
         return first.body
     whole = bytearray(size_bytes)
     filled = 0
@@ -72,6 +78,7 @@ async def receive_bytes(
                 f"{stream.peer_id} sent {end} bytes of a tensor so far; {size_bytes} are wanted"
             )
         whole[filled:end] = frame.body
+        on_slice(frame.body)
         filled = end
         if filled == size_bytes:
             return whole
@@ -80,7 +87,11 @@ async def receive_bytes(
 
 
 async def receive_tensor(
-    stream: FrameSource, first: Frame, spec: TensorSpec, deadline_seconds: float
+    stream: FrameSource,
+    first: Frame,
+    spec: TensorSpec,
+    deadline_seconds: float,
+    on_slice: Callable[[bytearray], None] = lambda data: None,
 ) -> bytearray:
     """The bytes of a tensor of `spec` that begin in the body of `first`."""
-    return await receive_bytes(stream, first, spec.nbytes, deadline_seconds)
+    return await receive_bytes(stream, first, spec.nbytes, deadline_seconds, on_slice)

@@ -84,8 +84,8 @@ def check_loopback(address: str) -> None:
         loopback = False
     if not loopback:
         raise ListenRefused(
-            f"can't listen at {address}: peers can't check yet who asks (membership and signed "
-            'requests, "Trust" in docs/roadmap.md), so a host listens to this machine only; use '
+            f"can't listen at {address}: a host can't keep strangers from taking all of its time "
+            'yet ("Trust" in docs/roadmap.md), so it listens to this machine only; use '
             "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
         )
 

@@ -142,6 +142,8 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                 raise BadGraph("an import that the graph does not name, or twice", node=value)
             if sender == part.index:
                 raise BadGraph("a part that imports from itself", node=value)
+            if sender > part.index and stage.pass_index == BEFORE_PASSES:
+                raise BadGraph(f"part {sender} makes this only after it is needed", node=value)
             known.add(value)
         if hidden != (stage.forward and part.span.start > 0):
             raise BadGraph(
@@ -174,8 +176,12 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
             if value == HIDDEN:
                 if not stage.forward or part.span.end >= outline.n_blocks:
                     raise BadGraph("hidden states leave a stage that has none")
+                if receiver < part.index:
+                    raise BadGraph(f"hidden states from part {part.index} to part {receiver}")
             elif value not in known:
                 raise BadGraph("an export of a value that is not there", node=value)
+        if sum(value == HIDDEN for value, _ in stage.exports) > 1:
+            raise BadGraph(f"the hidden states of pass {stage.pass_index} go to several parts")
     if len(placed) != len(part.graph.nodes):
         raise BadGraph(f"{len(part.graph.nodes) - len(placed)} nodes stand in no stage")
 

@@ -7,7 +7,6 @@ trace has ended **and** the device has left it: who cancels pays for the kernel 
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,15 +114,12 @@ class Account:
         self._computing = False
         self._outcome = ""
 
-    def admit(
-        self, part: Part, data: bytes | bytearray, bill: Bill, *, model_id: str, dtype: str
-    ) -> None:
-        """The part, decoded from `data`, was checked, and is thought to take what `bill` says.
+    def admit(self, part: Part, bill: Bill, *, model_id: str, dtype: str, sha256: bytes) -> None:
+        """The part, of bytes with that hash, was checked, and is thought to take what `bill` says.
 
         From now on it is written down. Raises QuotaExceeded if its member has not so much left.
         """
         blocks = f"{part.span.start}:{part.span.end}"
-        sha256 = hashlib.sha256(data).digest()
         self._part = _Part(model_id, dtype, blocks, sha256, len(part.graph))
         if self._hold is not None:
             self._hold.reserve(bill.seconds, bill.saved_bytes)

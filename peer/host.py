@@ -1,6 +1,6 @@
 """A host: what it answers on its streams, and the traces that it runs.
 
-- `glasshive/trace/1`: a client's trace. Prepare, admit, take constants and inputs, run, tell.
+- `glasshive/trace/1`: a client's trace. Verify, admit, take constants and inputs, run, tell, sign.
 - `glasshive/edge/1`: values that other peers of a plan push.
 - `glasshive/files/1`: manifest, configuration and tokenizer, for clients that have no files.
 
@@ -72,11 +72,15 @@ from glasshive.peer.executor import PassInputs
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
+from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
-from glasshive.security.keys import PeerId
+from glasshive.security.envelope import payload_digest
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
+from glasshive.security.requests import TraceRequest
+from glasshive.security.results import TraceResult
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +106,24 @@ class Host:
     def __init__(
         self,
         transport: Transport,
+        identity: Identity,
         served: ServedModel,
         *,
         limits: HostLimits | None = None,
         policy: Policy | None = None,
         accounts: Accounts | None = None,
+        seen: SeenRequests | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without a `policy` this release's own is in force, as where no root is configured.
 
+        `identity` signs results; it is that of the transport. Without `seen` the requests that were
+        taken are forgotten with the host.
         Without `accounts` there are no quotas, and nothing is written down.
         """
         self._transport = transport
+        self._identity = identity
+        self._seen = seen or SeenRequests()
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
@@ -172,21 +182,31 @@ class Host:
         client = ClientStream(stream)
         try:
             frame = await client.receive(self._limits.prepare_seconds)
-            prepare = decode(frame.header, Prepare)
-            with self._accounts.open(client.peer_id, prepare.trace_id) as account:
-                self._take_slot(prepare.trace_id, client.peer_id)
+            signed = decode(frame.header, Prepare).request
+            request, envelope = TraceRequest.verify(
+                signed,
+                client=client.peer_id,
+                host=self._transport.peer_id,
+                swarm=self._transport.swarm,
+                now=self._transport.now(),
+            )
+            with self._accounts.open(client.peer_id, request.trace_id) as account:
+                self._take_slot(request.trace_id, client.peer_id)
                 try:
+                    self._seen.admit(envelope, self._transport.now())
                     async with _heard(client):
-                        done = await self._serve_trace(client, account, prepare, frame.body)
+                        result = await self._serve_trace(
+                            client, account, request, payload_digest(signed), frame.body
+                        )
                 finally:
-                    del self._tenants[prepare.trace_id]
+                    del self._tenants[request.trace_id]
             # The slot is free before the client hears of it: its next trace may follow at once.
-            await client.send(encode(done))
+            await client.send(encode(Done(result.sign(self._identity, self._transport.now()))))
             log.info(
                 "trace_done",
                 extra={
                     "client": client.peer_id,
-                    "compute_seconds": round(done.compute_seconds, 4),
+                    "compute_seconds": round(result.compute_seconds, 4),
                     "seconds": round(self._clock() - began, 4),
                 },
             )
@@ -200,11 +220,16 @@ class Host:
             await self._fail(client, HostFailed("an error inside the host; its own log says what"))
 
     async def _serve_trace(
-        self, client: ClientStream, account: Account, prepare: Prepare, body: bytearray
-    ) -> Done:
-        trace, bill = await self._prepare(client, account, prepare, body)
+        self,
+        client: ClientStream,
+        account: Account,
+        request: TraceRequest,
+        request_sha256: bytes,
+        body: bytearray,
+    ) -> TraceResult:
+        trace, bill = await self._prepare(client, account, request, request_sha256, body)
         # Before the client is told: other peers may push as soon as it has heard of all.
-        self._traces[trace.trace_id] = trace
+        self._traces[request.trace_id] = trace
         try:
             await client.send(encode(_accepted(bill)))
             log.info(
@@ -214,7 +239,7 @@ class Host:
             await self._take_inputs(client, trace)
             return await self._run(client, trace)
         finally:
-            del self._traces[trace.trace_id]
+            del self._traces[request.trace_id]
             trace.end()
 
     def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
@@ -233,27 +258,34 @@ class Host:
         self._tenants[trace_id] = client
 
     async def _prepare(
-        self, client: ClientStream, account: Account, prepare: Prepare, body: bytearray
+        self,
+        client: ClientStream,
+        account: Account,
+        request: TraceRequest,
+        request_sha256: bytes,
+        body: bytearray,
     ) -> tuple[HostedTrace, Bill]:
         limits = self._limits
-        if prepare.model_id != self._manifest.model_id:
+        if request.model_id != self._manifest.model_id:
             raise WrongInput(
-                f"model {prepare.model_id[:16]!r}... is not served here; this peer serves "
+                f"model {request.model_id[:16]!r}... is not served here; this peer serves "
                 f"{self._manifest.model_id[:16]}... ({self._manifest.name})"
             )
         ours = from_torch_dtype(self._model.dtype).value
-        if prepare.dtype != ours:
-            raise WrongInput(f"dtype {prepare.dtype[:16]!r} is not served here; {ours} is")
-        peers = _peers(prepare)
-        ends_at = self._clock() + min(prepare.deadline_seconds, limits.trace_seconds)
-        admission, checked = await self._checked(client.peer_id, peers, body)
-        account.admit(checked[0], body, checked[2], model_id=self._manifest.model_id, dtype=ours)
-        consts = await self._take_consts(client, checked[0], ends_at)
+        if request.dtype != ours:
+            raise WrongInput(f"dtype {request.dtype[:16]!r} is not served here; {ours} is")
+        peers = _peers(request)
+        ends_at = self._clock() + min(request.deadline_seconds, limits.trace_seconds)
+        admission, checked = await self._checked(request, peers, body)
+        part, _, bill = checked
+        account.admit(part, bill, model_id=request.model_id, dtype=ours, sha256=request.part_sha256)
+        consts = await self._take_consts(client, part, ends_at)
         if admission is not self._admission:  # a policy came meanwhile
-            admission, checked = await self._checked(client.peer_id, peers, body)
+            admission, checked = await self._checked(request, peers, body)
         part, passes, bill = checked
         trace = HostedTrace(
-            trace_id=prepare.trace_id,
+            request=request,
+            request_sha256=request_sha256,
             client=client,
             account=account,
             peers=peers,
@@ -274,33 +306,36 @@ class Host:
         return trace, bill
 
     async def _checked(
-        self, client: PeerId, peers: tuple[PeerAddress, ...], body: bytearray
+        self, request: TraceRequest, peers: tuple[PeerAddress, ...], body: bytearray
     ) -> tuple[Admission, tuple[Part, Passes, Bill]]:
         """What the part is and takes, by the admission that is in force when this returns."""
         while True:
             admission = self._admission
             policy = admission.policy
-            policy.check_client(client)
+            policy.check_client(request.client)
             policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
             for peer in peers:
                 policy.check_peer(peer.peer_id)
-            checked = await self._checks.run(
-                client, partial(self._admitted, admission, body, peers)
-            )
+            work = partial(self._admitted, admission, request, peers, body)
+            checked = await self._checks.run(request.client, work)
             if admission is self._admission:
                 return admission, checked
 
     def _admitted(
         self,
         admission: Admission,
-        body: bytearray,
+        request: TraceRequest,
         peers: tuple[PeerAddress, ...],
+        body: bytearray,
         go_on: Callable[[], None],
     ) -> tuple[Part, Passes, Bill]:
         model = self._model
         limits = self._own_limits.under(admission.policy)  # of one policy, if another comes now
+        request.check_part(body)
         part, passes = decode_part(body, self._own_limits.graph)
         go_on()
+        if part.index != request.part_index:
+            raise BadGraph(f"part {part.index}, and the request is for part {request.part_index}")
         _check_graph_bytes(part, len(body), limits)
         if (part.span.start, part.span.end) != (model.start, model.end):
             raise BadGraph(
@@ -390,7 +425,7 @@ class Host:
                 raise WrongInput("a position id outside its row")
             trace.inputs[index] = PassInputs(**named)
 
-    async def _run(self, client: ClientStream, trace: HostedTrace) -> Done:
+    async def _run(self, client: ClientStream, trace: HostedTrace) -> TraceResult:
         run = asyncio.create_task(trace.run())
         watch = asyncio.create_task(client.receive(trace.left_seconds + 1))
         for task in (run, watch):
@@ -427,13 +462,11 @@ class Host:
         frame = await stream.receive(self._limits.prepare_seconds)
         opening = decode(frame.header, Opening)
         trace = self._traces.get(opening.trace_id)
-        if trace is None or opening.receiver != trace.part.index:
+        if trace is None:
             await stream.refuse("no such trace here")
             return
-        if opening.sender >= len(trace.peers):
-            raise MalformedMessage(f"part {opening.sender} is not on the plan")
-        if stream.peer_id != trace.peers[opening.sender].peer_id:
-            await stream.refuse("the plan gives this edge to another peer")
+        if refusal := trace.refusal(opening, stream.peer_id):
+            await stream.refuse(refusal)
             return
         try:
             await trace.receive_from(opening.sender, stream)
@@ -478,10 +511,8 @@ def _check_graph_bytes(part: Part, most_bytes: int, limits: HostLimits) -> None:
         )
 
 
-def _peers(prepare: Prepare) -> tuple[PeerAddress, ...]:
-    peers = []
-    for peer_id, addresses in prepare.peers:
-        for address in addresses:
+def _peers(request: TraceRequest) -> tuple[PeerAddress, ...]:
+    for peer in request.peers:
+        for address in peer.addresses:
             check_address(address)
-        peers.append(PeerAddress(PeerId(peer_id), tuple(addresses)))
-    return tuple(peers)
+    return tuple(PeerAddress(peer.peer_id, peer.addresses) for peer in request.peers)

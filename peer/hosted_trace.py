@@ -22,7 +22,6 @@ from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
-    Done,
     Opening,
     Received,
     Saved,
@@ -51,6 +50,9 @@ from glasshive.peer.errors import BadNeighbour, HostError, NeighbourLost, TraceE
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
+from glasshive.security.keys import PeerId
+from glasshive.security.requests import TraceRequest
+from glasshive.security.results import SavesDigest, TraceResult, Traffic
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 @dataclass
-class _Traffic:
+class _Sent:
     hidden_bytes: int = 0
     carried_bytes: int = 0
 
@@ -77,7 +79,8 @@ class _Outgoing:
 class HostedTrace:
     """One tenant's part of a trace while it runs here. Belongs to one task of the host."""
 
-    trace_id: bytes
+    request: TraceRequest
+    request_sha256: bytes
     client: ClientStream
     account: Account
     peers: tuple[PeerAddress, ...]
@@ -96,19 +99,20 @@ class HostedTrace:
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._expected = {
-            (value, stage.pass_index if value == HIDDEN else None): sender
+            (value, stage.pass_index if value == HIDDEN else None): (sender, stage.pass_index)
             for stage in self.part.stages
             for value, sender in stage.imports
         }
         self._arrived: dict[tuple[NodeId, int | None], asyncio.Future[Tensor]] = {
             key: self._loop.create_future() for key in self._expected
         }
+        self._digest = SavesDigest()  # the torch thread's alone until the last stage has run
         self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
         receivers = {to for stage in self.part.stages for _, to in stage.exports}
         self._outgoing: dict[int, asyncio.Queue[_Outgoing | None]] = {
             to: asyncio.Queue() for to in sorted(receivers)
         }
-        self._traffic = {to: _Traffic() for to in receivers}
+        self._traffic = {to: _Sent() for to in receivers}
         self._incoming: dict[int, Stream] = {}  # by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
@@ -131,8 +135,8 @@ class HostedTrace:
         for stream in self._incoming.values():
             stream.reset()
 
-    async def run(self) -> Done:
-        """Run every stage and send everything; returns what the client is told.
+    async def run(self) -> TraceResult:
+        """Run every stage and send everything; returns what the client is told, to be signed.
 
         Raises GraphError for a node that failed, and a TransportError if a peer of the plan or the
         client is gone.
@@ -152,36 +156,69 @@ class HostedTrace:
             # failed says more than a peer that was lost meanwhile.
             causes: list[BaseException] = list(group.exceptions)
             raise min(causes, key=lambda e: not isinstance(e, GraphError)) from None
-        traffic = [[to, one.hidden_bytes, one.carried_bytes] for to, one in self._traffic.items()]
-        return Done(self.account.compute_seconds, traffic)
+        return TraceResult(
+            request=self.request,
+            request_sha256=self.request_sha256,
+            saves_sha256=self._digest.digest(),
+            compute_seconds=self.account.compute_seconds,
+            traffic=tuple(
+                Traffic(to, one.hidden_bytes, one.carried_bytes)
+                for to, one in self._traffic.items()
+            ),
+        )
+
+    def refusal(self, opening: Opening, peer_id: PeerId) -> str:
+        """Why the plan has no use for a stream that `peer_id` opens so; empty if it has."""
+        sender, here = opening.sender, self.part.index
+        if sender >= len(self.peers) or self.peers[sender].peer_id != peer_id:
+            return "the plan gives this edge to another peer"
+        if opening.receiver != here:
+            return f"this is part {here} of the plan, not part {opening.receiver}"
+        awaited = self._keys_from(sender)
+        if not awaited:
+            return f"the plan has no edge from part {sender} to part {here}"
+        if sender not in self._incoming and not any(map(self._is_awaited, awaited)):
+            return f"nothing more is taken from part {sender}"
+        return ""
 
     async def receive_from(self, sender: int, stream: Stream) -> None:
         """Park what the peer `sender` pushes, and tell it when everything has arrived.
 
-        Raises MalformedMessage for anything that is not on the plan.
+        For a stream without a `refusal`. Raises MalformedMessage for anything on it that is not on
+        the plan.
         """
-        if stream.peer_id != self.peers[sender].peer_id:
-            raise MalformedMessage(
-                f"{stream.peer_id} pushes as part {sender}, which the plan gives to another peer"
-            )
         if sender in self._incoming:
             raise MalformedMessage(f"part {sender} pushes on two streams at a time")
         self._incoming[sender] = stream
         try:
-            for _ in range(sum(1 for one in self._expected.values() if one == sender)):
+            for _ in self._keys_from(sender):
                 await self._park_next(sender, stream)
         finally:
             del self._incoming[sender]  # its end may be the trace's, and this is still to arrive
         await stream.send(encode(Received()), b"", self.left_seconds + TELL_SECONDS)
+
+    def _keys_from(self, sender: int) -> list[tuple[NodeId, int | None]]:
+        return [key for key, (one, _) in self._expected.items() if one == sender]
+
+    def _is_awaited(self, key: tuple[NodeId, int | None]) -> bool:
+        parked = self._arrived.get(key)
+        return parked is not None and not parked.done()
 
     async def _park_next(self, sender: int, stream: Stream) -> None:
         frame = await stream.receive(self.left_seconds)
         message = decode(frame.header, Value)
         value = NodeId(message.value)
         key = (value, message.pass_index if value == HIDDEN else None)
+        expected, needed_in = self._expected.get(key, (None, 0))
         parked = self._arrived.get(key)
-        if self._expected.get(key) != sender or parked is None or parked.done():
+        if expected != sender or parked is None or parked.done():
             raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
+        if value != HIDDEN and (message.pass_index, sender) >= (needed_in, self.part.index):
+            # What a stage imports was made before it: in an earlier pass, or by an earlier part.
+            raise MalformedMessage(
+                f"value {message.value} from part {sender} in pass {message.pass_index} comes "
+                f"after part {self.part.index} needs it, in pass {needed_in}"
+            )
         spec = spec_of(message.dtype, message.shape)
         wanted = self._spec(*key)
         if spec != wanted:
@@ -196,7 +233,7 @@ class HostedTrace:
     def lose(self, sender: int, why: SwarmError) -> None:
         """Fail what still waits for the peer `sender`, whose stream has broken."""
         for key, parked in self._arrived.items():
-            if self._expected[key] == sender and not parked.done():
+            if self._expected[key][0] == sender and not parked.done():
                 parked.set_exception(self._lost(sender, why))
                 parked.exception()  # whoever waits is told; nobody else has to be
 
@@ -242,9 +279,12 @@ class HostedTrace:
     def saved(self, name: str, value: Tensor) -> None:
         """A value for the client (Outbox)."""
         spec = spec_of_tensor(value)
-        item = (Saved(name, spec.dtype.value, list(spec.shape)), tensor_to_bytes(value))
-        self.account.saved(len(item[1]))
-        self._loop.call_soon_threadsafe(self._saves.put_nowait, item)
+        message = Saved(name, spec.dtype.value, list(spec.shape))
+        data = tensor_to_bytes(value)
+        self.account.saved(len(data))
+        self._digest.begin(message.name, message.dtype, message.shape)
+        self._digest.update(data)
+        self._loop.call_soon_threadsafe(self._saves.put_nowait, (message, data))
 
     def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
         """A value for another peer of the plan (Outbox)."""
@@ -278,7 +318,7 @@ class HostedTrace:
                     stream = await self.transport.open_stream(
                         self.peers[receiver], EDGE_PROTOCOL, self.left_seconds
                     )
-                    opening = Opening(self.trace_id, self.part.index, receiver)
+                    opening = Opening(self.request.trace_id, self.part.index, receiver)
                     await stream.send(encode(opening), b"", self.left_seconds)
                 await self._send_value(stream, item, self._traffic[receiver])
             if stream is not None:
@@ -291,7 +331,7 @@ class HostedTrace:
                 with contextlib.suppress(asyncio.CancelledError):
                     await stream.close()
 
-    async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Traffic) -> None:
+    async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Sent) -> None:
         await send_tensor(stream, item.message, item.data, self.left_seconds)
         if item.message.value == HIDDEN:
             traffic.hidden_bytes += len(item.data)

@@ -15,6 +15,7 @@ from glasshive.graph.kernels import from_torch_dtype
 from glasshive.peer.accounts import Accounts
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
+from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 from glasshive.security.policy import Policy
@@ -31,10 +32,17 @@ class Serving:
         *,
         limits: HostLimits | None = None,
         policy: Policy | None = None,
+        seen: SeenRequests | None = None,
         accounts: Accounts | None = None,
         lifetime_seconds: float = MAX_LIFETIME_SECONDS,
     ) -> None:
-        self.host = Host(transport, served, limits=limits, policy=policy, accounts=accounts)
+        self.host = Host(
+            *(transport, identity, served),
+            limits=limits,
+            policy=policy,
+            seen=seen,
+            accounts=accounts,
+        )
         self._transport = transport
         version = self.host.policy.version
         self.record = record_of(transport, served, lifetime_seconds, version)

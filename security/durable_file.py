@@ -1,17 +1,22 @@
 """Small files that a crash leaves either as they were or as they were to become.
 
 What is kept here decides who is let in, so it is for its owner's eyes only (0600), read within a
-bound, and on the disk before `write_durable` returns.
+bound, and on the disk before `write_durable` returns. `write_private` and `append_private` are for
+what outlives a process, and need not outlive a loss of power.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Final
 
-__all__ = ["read_durable", "read_private", "write_durable"]
+__all__ = ["append_private", "read_durable", "read_private", "write_durable", "write_private"]
+
+_NO_WAITING: Final[int] = getattr(os, "O_NONBLOCK", 0)
 
 
 def read_private(place: Path, max_bytes: int) -> bytes:
@@ -48,18 +53,7 @@ def read_durable(place: Path, max_bytes: int) -> bytes:
 
 def write_durable(place: Path, data: bytes) -> None:
     """Replaces the file, or makes it and its folder; raises OSError and then changed nothing."""
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, place)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    _replace(place, data, sync=True)
     if os.name == "posix":  # the new name, too, has to outlive a loss of power
         folder = os.open(place.parent, os.O_RDONLY)
         try:
@@ -68,6 +62,38 @@ def write_durable(place: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def write_private(place: Path, data: bytes) -> None:
+    """As `write_durable`, without waiting for the disk: a loss of power may undo or spoil it."""
+    _replace(place, data, sync=False)
+
+
+def append_private(place: Path, data: bytes) -> None:
+    """Adds to the end of the file, or makes it; a loss of power may undo it. Raises OSError."""
+    descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_WAITING, 0o600)
+    try:
+        written = os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    if written != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _replace(place: Path, data: bytes, *, sync: bool) -> None:
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(draft, place)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def _without_waiting(path: str, flags: int) -> int:
     # Opening a pipe would otherwise wait for whoever writes to it.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | _NO_WAITING)

@@ -10,7 +10,7 @@ Rules:
 3. The sender outside the payload only says which key to try; the payload's own must be the same.
 4. Times are whole milliseconds of swarm time. A message lives at most as long as its reader allows.
 5. The bytes around a payload can be written in several ways: never take an envelope's hash as an
-   identity.
+   identity; `payload_digest` is one.
 
 On the wire, all msgpack arrays without extension types::
 
@@ -22,8 +22,9 @@ On the wire, all msgpack arrays without extension types::
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import hashlib
+import heapq
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,7 +40,15 @@ from glasshive.security.errors import (
 from glasshive.security.keys import SIGNATURE_BYTES, Identity, PeerId, verify
 from glasshive.security.plain import decode_plain, encode_plain
 
-__all__ = ["CLOCK_SKEW_SECONDS", "PUBLIC_SWARM", "Envelope", "ReplayCache", "open_envelope", "seal"]
+__all__ = [
+    "CLOCK_SKEW_SECONDS",
+    "PUBLIC_SWARM",
+    "Envelope",
+    "ReplayCache",
+    "open_envelope",
+    "payload_digest",
+    "seal",
+]
 
 PUBLIC_SWARM: Final = "public"
 CLOCK_SKEW_SECONDS: Final = 10.0
@@ -203,45 +212,68 @@ def _check_fields(fields: object) -> Envelope:
     )
 
 
+def payload_digest(data: bytes, *, max_bytes: int = MAX_ENVELOPE_BYTES) -> bytes:
+    """sha256 of what is signed in an envelope, by which another message can name it.
+
+    Unlike a hash of the envelope's own bytes it has one value for one message. Verifies nothing;
+    raises BadEnvelope.
+    """
+    return hashlib.sha256(_outer(data, max_bytes)[1]).digest()
+
+
 class ReplayCache:
     """Remembers the request ids of each sender until they expire, within bounds.
 
     A sender whose memory is full is refused until some of its requests expire; another sender is
-    never affected. Of too many senders, the one seen longest ago is forgotten, once all of its
-    requests have expired; while none has, new senders are refused.
+    not affected, but by `max_senders` and `max_requests`, which bound the memory for all.
     """
 
-    def __init__(self, *, max_senders: int = 4096, max_requests_per_sender: int = 1024) -> None:
+    def __init__(
+        self,
+        *,
+        max_senders: int = 4096,
+        max_requests_per_sender: int = 1024,
+        max_requests: int = 131_072,
+    ) -> None:
         self._max_senders = max_senders
-        self._max_requests = max_requests_per_sender
-        self._seen: OrderedDict[PeerId, dict[tuple[str, bytes], float]] = OrderedDict()
+        self._max_per_sender = max_requests_per_sender
+        self._max_requests = max_requests
+        self._seen: dict[PeerId, set[tuple[str, bytes]]] = {}
+        self._ends: list[tuple[float, PeerId, tuple[str, bytes]]] = []  # a heap, the next first
+
+    def __len__(self) -> int:
+        """How many requests are remembered."""
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[tuple[PeerId, str, bytes, float]]:
+        """What is remembered, in no order: sender, kind, request id, and the signed expiry."""
+        for until, sender, (kind, request_id) in self._ends:
+            yield sender, kind, request_id, until - CLOCK_SKEW_SECONDS
 
     def admit(self, envelope: Envelope, now: float) -> None:
         """Remembers the envelope's request; raises Replayed if it can't be told to be new."""
-        key = (envelope.kind, envelope.request_id)
-        seen = self._seen.get(envelope.sender)
-        if seen is None:
-            self._make_room(now)
-            seen = self._seen[envelope.sender] = {}
-        self._seen.move_to_end(envelope.sender)
+        self._forget_expired(now)
+        sender, key = envelope.sender, (envelope.kind, envelope.request_id)
+        seen = self._seen.get(sender, set())
         if key in seen:
             raise Replayed(
-                f"request {envelope.request_id.hex()} of {envelope.sender} was seen before; "
+                f"request {envelope.request_id.hex()} of {sender} was seen before; "
                 "send a new one under a new id"
             )
-        if len(seen) >= self._max_requests:
-            for old in [other for other, end in seen.items() if end < now]:
-                del seen[old]
-        if len(seen) >= self._max_requests:
-            raise Replayed(
-                f"{envelope.sender} has {len(seen)} requests open; wait until some have expired"
-            )
-        seen[key] = envelope.expires_at_seconds + CLOCK_SKEW_SECONDS
-
-    def _make_room(self, now: float) -> None:
-        if len(self._seen) < self._max_senders:
-            return
-        oldest, requests = next(iter(self._seen.items()))
-        if any(end >= now for end in requests.values()):
+        if len(seen) >= self._max_per_sender:
+            raise Replayed(f"{sender} has {len(seen)} requests open; wait until some have expired")
+        if not seen and len(self._seen) >= self._max_senders:
             raise Replayed(f"{self._max_senders} senders have requests open; try again later")
-        del self._seen[oldest]
+        if len(self._ends) >= self._max_requests:
+            raise Replayed(f"{self._max_requests} requests are remembered; try again later")
+        seen.add(key)
+        self._seen[sender] = seen
+        heapq.heappush(self._ends, (envelope.expires_at_seconds + CLOCK_SKEW_SECONDS, sender, key))
+
+    def _forget_expired(self, now: float) -> None:
+        while self._ends and self._ends[0][0] < now:
+            _, sender, key = heapq.heappop(self._ends)
+            seen = self._seen[sender]
+            seen.remove(key)
+            if not seen:
+                del self._seen[sender]

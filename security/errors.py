@@ -29,6 +29,7 @@ SecurityError
     ├── BadEnvelope     not an envelope, or not the kind that was asked for
     ├── WrongSwarm      signed for another swarm
     ├── WrongReceiver   signed for another receiver
+    ├── WrongSender     shown on a connection by who did not sign it
     ├── EnvelopeExpired too old, or valid for longer than the receiver allows
     └── Replayed        the same request was seen before, or too many are remembered to tell
 """
@@ -67,6 +68,7 @@ __all__ = [
     "UnderThreshold",
     "WrongBody",
     "WrongReceiver",
+    "WrongSender",
     "WrongSwarm",
     "WrongVersion",
 ]
@@ -186,6 +188,10 @@ class WrongSwarm(EnvelopeRefused):
 
 class WrongReceiver(EnvelopeRefused):
     """Signed for another receiver."""
+
+
+class WrongSender(EnvelopeRefused):
+    """Shown on a connection of another peer than the one that signed it."""
 
 
 class EnvelopeExpired(EnvelopeRefused):

@@ -128,4 +128,4 @@ def open_swarm(
         raise
     where = swarm_arguments(settings, config)
     files = cache_dir() / "files"
-    return Swarm(loop, transport, bootstraps, files, keeper, where, ends.aclose)
+    return Swarm(loop, transport, identity, bootstraps, files, keeper, where, ends.aclose)

@@ -34,7 +34,7 @@ from glasshive.security.keys import Identity
 from glasshive.security.membership import Act
 from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
-from glasshive.settings import Settings
+from glasshive.settings import Settings, data_dir
 from glasshive.swarm_members import open_book, open_gate
 from glasshive.swarm_trust import host_rules, open_store, own_rules
 from glasshive.terminal import LogFormat, byte_bar, console, print_error
@@ -304,11 +304,13 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         served = await asyncio.get_running_loop().run_in_executor(
             pool, _load, options, process.life.log_format == "pretty", policy
         )
+        from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
 
+        seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
         if keeper is not None:
             policy = keeper.policy  # there may be a newer one since
-        serving = Serving(transport, identity, served, policy=policy, accounts=accounts)
+        serving = Serving(transport, identity, served, policy=policy, seen=seen, accounts=accounts)
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
         _say_policy(process, serving.host.policy)

@@ -66,8 +66,9 @@ def local(
     loop = LoopThread("glasshive-local")
     network = MemoryNetwork()
     peers = loop.run(_serve_all(network, served, limits), _START_SECONDS)
-    client = network.transport(Identity.generate(), dht=False)
-    swarm = Swarm(loop, client, peers, cache_dir() / "files")
+    identity = Identity.generate()
+    client = network.transport(identity, dht=False)
+    swarm = Swarm(loop, client, identity, peers, cache_dir() / "files")
     model = swarm.model(manifest.model_id)
     weakref.finalize(model, loop.close)
     return model

@@ -171,7 +171,7 @@ def config_path(config: str | os.PathLike[str] | None = None) -> Path:
 
 
 def data_dir() -> Path:
-    """The folder of what must last: keys, and what is known of whitelists."""
+    """The folder of what must last: keys, known whitelists, which requests were taken."""
     given = os.environ.get(DATA_VARIABLE)
     if given:
         return Path(given).expanduser()

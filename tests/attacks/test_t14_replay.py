@@ -1,8 +1,8 @@
 """T14: signed bytes are said again: to the same and to others, across restarts, around their end.
 
-Every signed kind that exists is here: record, certificate, invite, join, renew, revocations. What
-is meant to be shown again (a record, a certificate, an invite, a list of revocations) must be of no
-use to another, elsewhere, or later; a request is answered once.
+Every signed kind that exists is here: record, certificate, invite, join, renew, revocations, and a
+trace's request and result. What is meant to be shown again (a record, a certificate, an invite, a
+list of revocations) must be of no use to another, elsewhere, or later; a request is answered once.
 
 That each attack works where its mechanism is taken out is shown by the tests called
 ``test_without_...``, which take it out; without them a refusal here could have another cause. The
@@ -11,6 +11,7 @@ others were run once with each check in the source taken out, alone, and some te
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +20,18 @@ from typing import Any
 
 import msgpack
 import pytest
+from hostile import attack
+from soak import count
 
 from glasshive.dht.errors import RecordRefused
 from glasshive.dht.records import ModelId, PeerRecord, RecordGate, key_id, keys_of
+from glasshive.peer import seen_requests
+from glasshive.peer.seen_requests import SeenRequests
 from glasshive.security import invite_book, membership
 from glasshive.security.durable_file import read_durable, write_durable
-from glasshive.security.envelope import CLOCK_SKEW_SECONDS, open_envelope, seal
+from glasshive.security.envelope import CLOCK_SKEW_SECONDS, open_envelope, payload_digest, seal
 from glasshive.security.errors import (
+    BadEnvelope,
     EnvelopeExpired,
     InviteRefused,
     MembershipRevoked,
@@ -34,6 +40,7 @@ from glasshive.security.errors import (
     SecurityError,
     StaleRevocations,
     WrongReceiver,
+    WrongSender,
     WrongSwarm,
 )
 from glasshive.security.invite_book import InviteBook
@@ -47,6 +54,9 @@ from glasshive.security.invites import (
 )
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Act, Certificate, Membership, Revocations, Role
+from glasshive.security.requests import REQUEST_SECONDS as TRACE_SECONDS
+from glasshive.security.requests import PlannedPeer, TraceRequest
+from glasshive.security.results import RESULT_SECONDS, TraceResult, Traffic
 
 ISSUER, SECOND, ALICE, EVE = (Identity(bytes([number]) * 32) for number in range(1, 5))
 ISSUERS = (ISSUER.peer_id, SECOND.peer_id)
@@ -74,6 +84,7 @@ class Swarm:
         self.book = InviteBook(self.folder / "book", ISSUER, "lab")
         self.second = InviteBook(self.folder / "second", SECOND, "lab")
         self.other = InviteBook(self.folder / "other", ISSUER, "other")
+        self.seen = SeenRequests(self.folder / "seen", now=NOW)
         place = self.folder / "revocations"
         self.host = Membership(
             "lab",
@@ -396,12 +407,181 @@ def test_a_record_is_of_no_use_elsewhere_for_another_or_later(restarted: bool) -
         PeerRecord.verify(data, end + CLOCK_SKEW_SECONDS + 1, swarm="lab")
 
 
+# Traces -----------------------------------------------------------------------------------------
+
+HOST, OTHER_HOST = ISSUER, SECOND
+PART = b"the bytes of a part"
+
+
+def trace_of(number: int = 1, client: Identity = ALICE) -> TraceRequest:
+    """What the client asks of HOST, in a plan of two."""
+    return TraceRequest(
+        client=client.peer_id,
+        host=HOST.peer_id,
+        swarm="lab",
+        trace_id=number.to_bytes(16, "big"),
+        model_id="ab" * 32,
+        dtype="float32",
+        peers=(
+            PlannedPeer(HOST.peer_id, ("/ip4/192.0.2.7/tcp/31330",)),
+            PlannedPeer(OTHER_HOST.peer_id),
+        ),
+        part_index=0,
+        deadline_seconds=300.0,
+        part_sha256=hashlib.sha256(PART).digest(),
+    )
+
+
+def take(
+    swarm: Swarm,
+    data: bytes,
+    now: float,
+    *,
+    by: Identity = ALICE,
+    host: Identity = HOST,
+    where: str = "lab",
+) -> TraceRequest:
+    """The request, as a host takes it from a connection of `by`."""
+    request, envelope = TraceRequest.verify(
+        data, client=by.peer_id, host=host.peer_id, swarm=where, now=now
+    )
+    swarm.seen.admit(envelope, now)
+    return request
+
+
+@then
+def test_a_trace_is_taken_once(swarm: Swarm, then: Then) -> None:
+    data = trace_of().sign(ALICE, NOW)
+    assert take(swarm, data, NOW) == trace_of()
+    then(swarm)
+    for later in (0.0, 1.0, TRACE_SECONDS, TRACE_SECONDS + CLOCK_SKEW_SECONDS):
+        with pytest.raises(Replayed, match="was seen before; send a new one under a new id"):
+            take(swarm, data, NOW + later)
+        then(swarm)
+    for now in (NOW + TRACE_SECONDS + CLOCK_SKEW_SECONDS + 1, NOW + DAY):
+        with pytest.raises(EnvelopeExpired):
+            take(swarm, data, now)
+        then(swarm)
+    assert take(swarm, trace_of(2).sign(ALICE, NOW), NOW)
+
+
+@then
+def test_others_traces_in_between_dont_make_it_new(
+    swarm: Swarm, then: Then, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen_requests, "LEAST_RECORDS", 4)  # so the file is written anew
+    data = trace_of().sign(ALICE, NOW)
+    take(swarm, data, NOW)
+    for number in range(2, 30):
+        take(swarm, trace_of(number, EVE).sign(EVE, NOW), NOW, by=EVE)
+        then(swarm)
+        with pytest.raises(Replayed):
+            take(swarm, data, NOW)
+
+
+@then
+def test_a_trace_is_of_no_use_elsewhere_or_to_others(swarm: Swarm, then: Then) -> None:
+    data = trace_of().sign(ALICE, NOW)
+    take(swarm, data, NOW)
+    then(swarm)
+    with pytest.raises(WrongSender, match="shows a trace that was signed by"):
+        take(swarm, data, NOW, by=EVE)
+    with pytest.raises(WrongReceiver):
+        take(swarm, data, NOW, host=OTHER_HOST)
+    with pytest.raises(WrongSwarm):
+        take(swarm, data, NOW, where="other")
+    with pytest.raises(BadEnvelope, match="not the one whose hash the client signed"):
+        trace_of().check_part(PART + b"!")
+    trace_of().check_part(PART)
+    early = trace_of(7).sign(ALICE, NOW + CLOCK_SKEW_SECONDS + 1)  # to be kept for later
+    with pytest.raises(EnvelopeExpired, match="valid for"):
+        take(swarm, early, NOW)
+
+
+def test_without_the_memory_a_trace_is_taken_twice(swarm: Swarm) -> None:
+    data = trace_of().sign(ALICE, NOW)
+    for _ in range(2):
+        swarm.seen = SeenRequests()
+        assert take(swarm, data, NOW)
+
+
+def test_without_the_file_a_trace_is_taken_again_after_a_restart(swarm: Swarm) -> None:
+    data = trace_of().sign(ALICE, NOW)
+    take(swarm, data, NOW)
+    (swarm.folder / "seen").unlink()
+    swarm.restart()
+    assert take(swarm, data, NOW)
+
+
+def result_of(request: TraceRequest, signed: bytes, saves: bytes = b"7" * 32) -> TraceResult:
+    return TraceResult(
+        request=request,
+        request_sha256=payload_digest(signed),
+        saves_sha256=saves,
+        compute_seconds=0.25,
+        traffic=(Traffic(1, 100, 8),),
+    )
+
+
+def test_a_result_is_of_no_use_for_another_trace_or_later() -> None:
+    signed = trace_of().sign(ALICE, NOW)
+    data = result_of(trace_of(), signed).sign(HOST, NOW)
+    stock: dict[str, Any] = {
+        "request": trace_of(),
+        "request_sha256": payload_digest(signed),
+        "saves_sha256": b"7" * 32,
+        "now": NOW,
+    }
+    for _ in range(2):  # the same stream's, whoever says it again
+        assert TraceResult.verify(data, **stock) == result_of(trace_of(), signed)
+    again = trace_of().sign(ALICE, NOW + 1)  # of the same id
+    hers, there = trace_of(1, EVE), replace(trace_of(), host=OTHER_HOST.peer_id, part_index=1)
+    for changes, error, text in (
+        ({"request": trace_of(2)}, BadEnvelope, "of trace 0000.*1; wanted .* of trace 0000.*2$"),
+        ({"request": hers}, WrongReceiver, "got a message to"),
+        ({"request": there}, BadEnvelope, "a result by"),
+        ({"request": replace(trace_of(), swarm="other")}, WrongSwarm, "this is 'other'"),
+        ({"request_sha256": payload_digest(again)}, BadEnvelope, "for another request than the"),
+        ({"saves_sha256": b"8" * 32}, BadEnvelope, "the saves that came are not those whose hash"),
+        ({"now": NOW + RESULT_SECONDS + CLOCK_SKEW_SECONDS + 1}, EnvelopeExpired, "expired"),
+        ({"now": NOW - CLOCK_SKEW_SECONDS - 1}, EnvelopeExpired, "valid for"),
+    ):
+        with pytest.raises(error, match=text):
+            TraceResult.verify(data, **(stock | changes))
+
+
+@pytest.mark.parametrize("kind", ["trace", "result"])
+def test_what_was_changed_says_what_was_signed_or_is_refused(kind: str) -> None:
+    """The bytes around a signed payload may be written otherwise; what they say may not."""
+    signed = trace_of().sign(ALICE, NOW)
+    known = {"trace": trace_of(), "result": result_of(trace_of(), signed)}
+
+    def read(data: bytes) -> None:
+        if kind == "trace":
+            got: object = TraceRequest.verify(
+                data, client=ALICE.peer_id, host=HOST.peer_id, swarm="lab", now=NOW
+            )[0]
+        else:
+            got = TraceResult.verify(
+                data,
+                request=trace_of(),
+                request_sha256=payload_digest(signed),
+                saves_sha256=b"7" * 32,
+                now=NOW,
+            )
+        assert got == known[kind]
+
+    data = signed if kind == "trace" else known["result"].sign(HOST, NOW)  # type: ignore[union-attr]
+    attack(read, [data], SecurityError, tries=count(2_000, 1_000_000))
+
+
 # Of one kind as another -------------------------------------------------------------------------
 
 
 def test_no_kind_is_taken_for_another(swarm: Swarm) -> None:
     certificate = swarm.book.join(swarm.join(), NOW)
     token = Invite.parse(swarm.token, NOW)
+    asked = trace_of().sign(ALICE, NOW)
     said = {
         "record": RECORD.sign(ALICE, swarm="lab"),
         "certificate": certificate,
@@ -409,6 +589,8 @@ def test_no_kind_is_taken_for_another(swarm: Swarm) -> None:
         "join": swarm.join(7),
         "renew": swarm.renew(certificate, 8),
         "revocations": Revocations(issuer=ISSUER.peer_id, swarm="lab", version=9).sign(ISSUER),
+        "trace": asked,
+        "result": result_of(trace_of(), asked).sign(HOST, NOW),
     }
     readers: dict[str, Callable[[Any], object]] = {
         "record": lambda data: PeerRecord.verify(data, NOW, swarm="lab"),
@@ -419,6 +601,16 @@ def test_no_kind_is_taken_for_another(swarm: Swarm) -> None:
         "join": lambda data: swarm.book.join(data, NOW),
         "renew": lambda data: swarm.book.renew(data, NOW),
         "revocations": lambda data: swarm.host.learn(data),
+        "trace": lambda data: TraceRequest.verify(
+            data, client=ALICE.peer_id, host=HOST.peer_id, swarm="lab", now=NOW
+        ),
+        "result": lambda data: TraceResult.verify(
+            data,
+            request=trace_of(),
+            request_sha256=payload_digest(asked),
+            saves_sha256=b"7" * 32,
+            now=NOW,
+        ),
     }
     assert token.role is Role.HOST
     for kind, other in itertools.product(said, readers):

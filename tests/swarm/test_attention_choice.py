@@ -54,8 +54,9 @@ def test_the_backend_is_chosen_and_kept(tmp_path: Path) -> None:
                 (Span(1, 2), "eager"),
             )
         ]
-        client = network.transport(Identity.generate(), dht=False)
-        swarm = Swarm(loop, client, peers, tmp_path / "cache")
+        identity = Identity.generate()
+        client = network.transport(identity, dht=False)
+        swarm = Swarm(loop, client, identity, peers, tmp_path / "cache")
         with pytest.raises(NoRoute, match=r"served with attention eager and sdpa; choose with att"):
             swarm.model("tiny")
         with pytest.raises(NoRoute, match="not served with dtype bfloat16; it is with float32"):

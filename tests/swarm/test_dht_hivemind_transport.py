@@ -535,7 +535,7 @@ def test_threads_may_make_the_first_transports() -> None:
 
         failed, prepared = [], threading.Event()
 
-        def prepare():
+        def work():
             try:
                 prepare()
             except ImportError as error:
@@ -544,7 +544,7 @@ def test_threads_may_make_the_first_transports() -> None:
 
         threads = []
         while not prepared.wait(0.02):
-            threads.append(threading.Thread(target=prepare))
+            threads.append(threading.Thread(target=work))
             threads[-1].start()
         for one in threads:
             one.join()

@@ -6,6 +6,7 @@ The hosts cost seconds to start, so tests share them: a test that ends one start
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -25,8 +26,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import glasshive
+from glasshive.client import job
 from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.dht.errors import AmbiguousModel, UnknownModel
+from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Prepare, decode, encode
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.plan_codec import encode_part
+from glasshive.security.keys import Identity
+from glasshive.security.requests import TraceRequest
 from glasshive.testing import LocalPeer, LocalSwarm, SwarmNotReady
 
 pytestmark = [
@@ -358,6 +365,51 @@ def test_a_host_process_that_dies_is_started_again(
     assert equal(run(model), oracle(llama))
 
 
+def test_a_host_that_was_started_again_takes_no_request_twice(
+    model: glasshive.Model,
+    hive: LocalSwarm,
+    swarm: glasshive.Swarm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = hive.hosts[0]
+    parts: dict[bytes, bytes] = {}
+    signed: dict[str, tuple[TraceRequest, bytes]] = {}
+    sign = TraceRequest.sign
+
+    def encoded(*args: Any) -> bytes:
+        data = encode_part(*args)
+        parts[hashlib.sha256(data).digest()] = data
+        return data
+
+    def noted(request: TraceRequest, identity: Identity, now: float) -> bytes:
+        data = sign(request, identity, now)
+        signed[request.host] = request, data
+        return data
+
+    async def again() -> Failed:
+        peer = PeerAddress.parse(host.address)
+        stream = await swarm.transport.open_stream(peer, TRACE_PROTOCOL, 10)
+        request, data = signed[host.peer_id]
+        await stream.send(encode(Prepare(data)), parts[request.part_sha256])
+        failed = decode((await stream.receive(10)).header, Failed)
+        await stream.close()
+        return failed
+
+    def ready() -> int:
+        return sum(one["event"] == "ready" for one in host.events)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TraceRequest, "sign", noted)
+        patched.setattr(job, "encode_part", encoded)
+        run(model)
+    assert swarm._loop.run(again(), 30).code == "Replayed"
+    before = ready()
+    host.kill_host_process()
+    wait_for(lambda: ready() > before, 50, "ready again")
+    assert swarm._loop.run(again(), 30).code == "Replayed"
+    listed(swarm, hive.hosts[: len(SPANS)])
+
+
 def test_a_network_daemon_that_dies_is_started_again(
     model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm, llama: Path
 ) -> None:
@@ -412,7 +464,12 @@ def test_no_process_outlives_the_one_that_started_it(home: Path, tmp_path: Path)
         f"""
         import os, signal
         from pathlib import Path
-        from glasshive.testing import LocalPeer
+        from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Prepare, decode, encode
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.plan_codec import encode_part
+from glasshive.security.keys import Identity
+from glasshive.security.requests import TraceRequest
+from glasshive.testing import LocalPeer
         arguments = ["bootstrap", "--key", {str(tmp_path / "key")!r}, "--log-format", "json",
                      "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
         peer = LocalPeer("bootstrap", arguments, Path({str(tmp_path / "log")!r}), dict(os.environ))

@@ -17,8 +17,9 @@ from glasshive.security.keys import Identity
 def test_a_closed_swarm(tmp_path: Path) -> None:
     network = MemoryNetwork()
     peer = PeerAddress(Identity.generate().peer_id, ("/ip4/127.0.0.1/tcp/1",))
-    client = network.transport(Identity.generate(), dht=False)
-    swarm = Swarm(LoopThread(), client, [peer], tmp_path)
+    identity = Identity.generate()
+    client = network.transport(identity, dht=False)
+    swarm = Swarm(LoopThread(), client, identity, [peer], tmp_path)
     assert repr(swarm) == f"<Swarm {client.swarm!r} through 1 bootstrap peer>"
     swarm.close()
     swarm.close()

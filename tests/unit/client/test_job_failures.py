@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import pytest
+from askers import Sent, done_of, prepare_of
 
 from glasshive.client.errors import (
     BadAnswer,
@@ -34,14 +36,19 @@ from glasshive.dht.messages import (
     decode,
     encode,
 )
+from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import Graph, NodeId, Ref, Save
 from glasshive.graph.order import Passes
 from glasshive.graph.plan import HIDDEN, Part, Plan, Span, Stage
 from glasshive.graph.tensors import TensorSpec
+from glasshive.security.errors import BadEnvelope
 from glasshive.security.keys import Identity
+from glasshive.security.requests import PlannedPeer, TraceRequest
+from glasshive.security.results import Traffic
 
+HOST, OTHER, CLIENT = (Identity.generate() for _ in range(3))
 ONE, TWO, THREE = (PeerAddress(Identity.generate().peer_id) for _ in range(3))
 STAGE = Stage(0, (), exports=((HIDDEN, 1),), forward=True)
 HOPS = [
@@ -95,6 +102,7 @@ def job_of(
 ) -> Job:
     return Job(
         transport=client,
+        identity=CLIENT,
         plan=Plan(Passes(()), parts),
         peers=peers,
         model_id="ab",
@@ -123,7 +131,7 @@ async def ran(
 ) -> Job:
     """A job of one part, whose saves are those expected, on a peer that behaves so."""
     network = MemoryNetwork()
-    home, client = network.transport(Identity.generate()), network.transport(Identity.generate())
+    home, client = network.transport(HOST), network.transport(CLIENT)
     await home.serve(TRACE_PROTOCOL, peer)
     job = job_of(
         client,
@@ -141,11 +149,16 @@ async def ran(
     return job
 
 
-async def prepared(stream: Stream) -> None:
-    decode((await stream.receive(5)).header, Prepare)
+async def prepared(stream: Stream) -> Prepare:
+    prepare = decode((await stream.receive(5)).header, Prepare)
     await stream.send(encode(Need([])))
     await stream.send(encode(Accepted(0, 0, 0)))
     decode((await stream.receive(5)).header, Run)
+    return prepare
+
+
+async def say_done(stream: Stream, prepare: Prepare, *sent: Sent, host: Identity = HOST) -> None:
+    await stream.send(encode(done_of(host, CLIENT.peer_id, prepare, *sent)))
 
 
 @pytest.mark.asyncio
@@ -171,9 +184,9 @@ async def test_a_failure_in_place_of_a_tensor_s_next_slice_is_heard() -> None:
 @pytest.mark.asyncio
 async def test_another_frame_in_place_of_a_slice_is_a_bad_answer() -> None:
     async def confused(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         await stream.send(encode(Saved("s", "int8", [3 * SLICE_BYTES])), bytes(SLICE_BYTES))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     with pytest.raises(BadAnswer, match="got Done; More is wanted here"):
@@ -191,7 +204,7 @@ async def test_another_frame_in_place_of_a_slice_is_a_bad_answer() -> None:
 async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) -> None:
     """Its neighbour is quicker to say that it is gone than it is to say why."""
     network = MemoryNetwork()
-    first, second, client = (network.transport(Identity.generate()) for _ in range(3))
+    first, second, client = (network.transport(one) for one in (HOST, OTHER, CLIENT))
     blamed = asyncio.Event()
 
     async def failing(stream: Stream) -> None:
@@ -235,7 +248,7 @@ async def test_a_peer_that_another_blames_is_heard_out(code: str, speaks: bool) 
 async def test_no_peer_answers_for_another(last: bool) -> None:
     """Whoever sends another's save is to blame, whether or not that one sends its own."""
     network = MemoryNetwork()
-    liar, honest, client = (network.transport(Identity.generate()) for _ in range(3))
+    liar, honest, client = (network.transport(one) for one in (HOST, OTHER, CLIENT))
     hers = asyncio.Event()
 
     async def lies(stream: Stream) -> None:
@@ -246,9 +259,9 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
         await asyncio.Event().wait()
 
     async def answers(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         await stream.send(encode(Saved("hers", "int8", [2])), bytes([1, 2]))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare, ("hers", "int8", [2], bytes([1, 2])), host=OTHER)
         hers.set()
 
     await liar.serve(TRACE_PROTOCOL, lies)
@@ -275,8 +288,8 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
 @pytest.mark.asyncio
 async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
     async def forgets(stream: Stream) -> None:
-        await prepared(stream)
-        await stream.send(encode(Done(1.0, [])))
+        prepare = await prepared(stream)
+        await say_done(stream, prepare)
 
     with pytest.raises(BadAnswer, match=r"said that it is done, but \['s'\] never came"):
         await ran(
@@ -285,6 +298,105 @@ async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
             deadline_seconds=30,
             expected={"s": TensorSpec(DType.INT8, (2,))},
         )
+
+
+SAVES = {"s": TensorSpec(DType.INT8, (2 * SLICE_BYTES,)), "t": TensorSpec(DType.INT8, (2,))}
+LARGE = bytes(range(256)) * (2 * SLICE_BYTES // 256)
+SENT = [("s", "int8", [2 * SLICE_BYTES], LARGE), ("t", "int8", [2], b"tt")]
+
+
+async def answered(done: Callable[[Stream, Prepare], bytes]) -> Job:
+    """A job whose peer sends both saves, and then this as its result."""
+
+    async def answers(stream: Stream) -> None:
+        prepare = await prepared(stream)
+        for name, dtype, shape, data in SENT:
+            await send_tensor(stream, Saved(name, dtype, list(shape)), data, 5)
+        await stream.send(encode(Done(done(stream, prepare))))
+        await asyncio.Event().wait()
+
+    return await ran(answers, silence_seconds=5, deadline_seconds=30, expected=SAVES)
+
+
+@pytest.mark.asyncio
+async def test_a_signed_result_of_what_came_is_taken() -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        traffic = [Traffic(1, 100, 8), Traffic(2, 0, 16)]
+        return done_of(HOST, stream.peer_id, prepare, *SENT, traffic=traffic).result
+
+    job = await answered(done)
+    assert {name: bytes(one.numpy()) for name, one in job.saves.items()} == {
+        "s": LARGE,
+        "t": b"tt",
+    }
+    (hop,) = job.hops
+    assert (hop.hidden_bytes, hop.carried_bytes, hop.compute_seconds) == (100, 24, 1.0)
+    assert (hop.state, hop.audited) == ("done", False)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [("s", "int8", [2 * SLICE_BYTES], LARGE[:-1] + b"!"), SENT[1]],
+        [SENT[0], ("t", "int8", [2], b"t!")],
+        [SENT[1], SENT[0]],
+        [SENT[0]],
+        [SENT[0], ("t", "int8", [2, 1], b"tt")],
+    ],
+    ids=["last slice", "second save", "order", "one fewer", "shape"],
+)
+async def test_other_values_than_the_peer_signed_are_a_bad_answer(sent: list[Sent]) -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        return done_of(HOST, stream.peer_id, prepare, *sent).result
+
+    text = (
+        r"blocks 0:2\): its result can't be taken: the saves that came are not those whose hash "
+        "the result signs$"
+    )
+    with pytest.raises(BadAnswer, match=text) as caught:
+        await answered(done)
+    assert caught.value.peer == HOST.peer_id
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("lie", ["other host", "other request", "not signed", "nonsense"])
+async def test_a_result_of_another_or_for_another_is_a_bad_answer(lie: str) -> None:
+    def done(stream: Stream, prepare: Prepare) -> bytes:
+        stock = done_of(HOST, stream.peer_id, prepare, *SENT).result
+        if lie == "not signed":
+            return stock[:-1] + bytes([stock[-1] ^ 1])
+        if lie == "nonsense":
+            return b"done"
+        request, _ = TraceRequest.verify(
+            prepare.request, client=CLIENT.peer_id, host=HOST.peer_id, swarm="public",
+            now=time.time(),
+        )  # fmt: skip
+        if lie == "other request":  # which the same client has asked of it
+            again = prepare_of(CLIENT, dataclasses.replace(request, deadline_seconds=7.0))
+            return done_of(HOST, CLIENT.peer_id, again, *SENT).result
+        hers = dataclasses.replace(request, host=OTHER.peer_id, peers=(PlannedPeer(OTHER.peer_id),))
+        return done_of(OTHER, CLIENT.peer_id, prepare_of(CLIENT, hers), *SENT).result
+
+    text = {
+        "other host": f"a result by {OTHER.peer_id} of trace 0+; wanted {HOST.peer_id}'s",
+        "other request": "the result is signed for another request than the one that was sent",
+        "not signed": "the signature is not by",
+        "nonsense": "not an envelope",
+    }[lie]
+    with pytest.raises(BadAnswer, match=f"its result can't be taken: {text}"):
+        await answered(done)
+
+
+@pytest.mark.asyncio
+async def test_a_plan_of_too_many_peers_is_nobody_s_fault() -> None:
+    network = MemoryNetwork()
+    client = network.transport(CLIENT)
+    peers = [PeerAddress(HOST.peer_id)] * 257
+    job = job_of(client, peers, (part_of(0, []),), silence_seconds=1, deadline_seconds=5)
+    with pytest.raises(BadEnvelope, match="a plan of 257 peers, wanted 1 to 256"):
+        await job.run()
+    await client.close()
 
 
 @pytest.mark.asyncio
@@ -312,11 +424,11 @@ async def test_a_peer_that_never_answers_is_lost() -> None:
 @pytest.mark.asyncio
 async def test_a_slow_peer_that_is_heard_is_waited_for() -> None:
     async def slow(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         for _ in range(20):  # longer than the silence that is allowed
             await stream.send(encode(Alive()))
             await asyncio.sleep(0.05)
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     job = await ran(slow, silence_seconds=0.5, deadline_seconds=30)
@@ -338,13 +450,13 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 @pytest.mark.asyncio
 async def test_a_client_that_stood_still_blames_nobody() -> None:
     async def heard(stream: Stream) -> None:
-        await prepared(stream)
+        prepare = await prepared(stream)
         # The client's own process is stopped, and the peer's words pile up meanwhile.
         asyncio.get_running_loop().call_later(0.05, time.sleep, 1.5)
         for _ in range(8):
             await asyncio.sleep(0.1)
             await stream.send(encode(Alive()))
-        await stream.send(encode(Done(1.0, [])))
+        await say_done(stream, prepare)
         await asyncio.Event().wait()
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)

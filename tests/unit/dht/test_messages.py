@@ -34,14 +34,15 @@ from glasshive.dht.messages import (
 )
 from glasshive.security.errors import MalformedData
 from glasshive.security.plain import decode_plain, encode_plain
+from glasshive.security.requests import MAX_REQUEST_BYTES
 
 SAMPLES: list[Any] = [
-    Prepare(b"\1" * 16, "ab" * 32, "float32", [["peer", ["/ip4/127.0.0.1/tcp/1"]]], 30.0),
+    Prepare(b"\1" * 300),
     Need([b"\2" * 32, b"\3" * 32]),
     Input(0, "input_ids", "int64", [2, 7]),
     Run(),
     Saved("s0", "bfloat16", [1, 2, 3]),
-    Done(0.25, [[1, 100, 0], [2, 0, 12]]),
+    Done(b"\2" * 200),
     Failed("OverBudget", 7, "node 7 is too large"),
     Cancel(),
     Opening(b"\4" * 16, 0, 1),
@@ -77,11 +78,12 @@ def test_every_field_is_checked(message: Any) -> None:
         decode([*encode(message), 1], type(message))
 
 
-def test_true_is_no_count_and_nan_no_duration() -> None:
+def test_true_is_no_count_and_what_is_signed_has_a_bound() -> None:
     with pytest.raises(MalformedMessage, match=r"Input\.pass_index is no Count"):
         decode([5, True, "input_ids", "int64", [1]], Input)
-    with pytest.raises(MalformedMessage, match=r"Done\.compute_seconds is no Seconds"):
-        decode([8, float("nan"), []], Done)
+    for size in (0, MAX_REQUEST_BYTES + 1):
+        with pytest.raises(MalformedMessage, match=r"Prepare\.request is no Signed"):
+            decode([1, bytes(size)], Prepare)
 
 
 def test_a_shape_that_no_tensor_has_is_refused() -> None:

@@ -138,14 +138,14 @@ def test_wrong_usage_exits_with_2(
         ),
         (
             ("serve", "m", "--blocks", "0:1", "--listen", "/ip4/0.0.0.0/tcp/0"),
-            "error: can't listen at /ip4/0.0.0.0/tcp/0: peers can't check yet who asks (membership "
-            'and signed requests, "Trust" in docs/roadmap.md), so a host listens to this '
+            "error: can't listen at /ip4/0.0.0.0/tcp/0: a host can't keep strangers from taking "
+            'all of its time yet ("Trust" in docs/roadmap.md), so it listens to this '
             "machine only; use /ip4/127.0.0.1/tcp/0, and let other machines in by "
             "`ssh -L PORT:127.0.0.1:PORT`",
         ),
         (
             ("bootstrap", "--listen", "/ip4/192.0.2.7/tcp/1"),
-            "so a host listens to this machine only",
+            "so it listens to this machine only",
         ),
         (
             ("bootstrap", "--listen", "nonsense"),

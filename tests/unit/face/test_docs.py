@@ -18,9 +18,9 @@ import glasshive
 from glasshive import connection, trust_keeper
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
-from glasshive.peer import const_cache, file_server, host
+from glasshive.peer import const_cache, file_server, host, seen_requests
 from glasshive.peer.host_limits import HostLimits
-from glasshive.security import envelope, manifest, whitelist
+from glasshive.security import envelope, manifest, requests, results, whitelist
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -383,7 +383,15 @@ STREAMS = serving.StreamLimits()
         f"At most {manifest.MAX_FILES:,} files and {manifest.MAX_MANIFEST_BYTES // MIB} MiB",
         f"has 1 to {manifest.MAX_NAME_CHARS} characters",
         f"a str of at most {messages.MAX_TEXT_CHARS:,} characters",
-        f"an array of 1 to {messages.MAX_PEERS} pairs",
+        f"an array of 1 to {requests.MAX_PEERS} pairs `[peer id, [address, ...]]` "
+        f"(at most {requests.MAX_ADDRESSES} addresses of {requests.MAX_ADDRESS_CHARACTERS} "
+        "characters)",
+        f"a bin of 1 byte to {requests.MAX_REQUEST_BYTES // KIB} KiB",
+        f"valid for at most {requests.REQUEST_SECONDS:.0f} s",
+        f"texts of 1 to {requests.MAX_TEXT} characters",
+        f"at most {seen_requests.MAX_REQUESTS_PER_CLIENT:,} of one client and "
+        f"{seen_requests.MAX_REQUESTS:,} in all",
+        f"for {results.RESULT_SECONDS:.0f} s, at most {results.MAX_RESULT_BYTES // KIB} KiB",
         f"in slices of {messages.SLICE_BYTES // KIB} KiB",
         f"first slice, at most {messages.SLICE_BYTES // KIB} KiB",
         f"`Alive` every {messages.ALIVE_SECONDS:g} s",

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from askers import prepare_of, request_of
 
 from glasshive.dht.framing import Stream
 from glasshive.dht.member_gate import MemberGate
@@ -33,7 +34,6 @@ from glasshive.dht.messages import (
     Input,
     More,
     Need,
-    Prepare,
     Run,
     Saved,
     decode,
@@ -114,7 +114,7 @@ class Swarm:
         self.accounts = Accounts(gate=gate, quotas=quotas, audit_log=log)
         self.home = self.network.transport(HOME, gate=gate)
         self.host = Host(
-            self.home, self.served, limits=HostLimits(traces=4), accounts=self.accounts
+            self.home, HOME, self.served, limits=HostLimits(traces=4), accounts=self.accounts
         )
 
     def gate(self, who: Identity, role: Role, quota: Quota | None = None) -> MemberGate | None:
@@ -133,9 +133,8 @@ class Swarm:
         return MemberGate(Membership("lab", [ISSUER.peer_id]), time.time, certificate)
 
     def member(self, who: Identity, quota: Quota | None = None) -> Client:
-        return Client(
-            self, self.network.transport(who, dht=False, gate=self.gate(who, Role.CLIENT, quota))
-        )
+        gate = self.gate(who, Role.CLIENT, quota)
+        return Client(self, who, self.network.transport(who, dht=False, gate=gate))
 
     async def close(self) -> None:
         self.host.close()
@@ -151,6 +150,7 @@ class Swarm:
 @dataclass
 class Client:
     swarm: Swarm
+    identity: Identity
     transport: MemoryTransport
 
     async def asked(self, *more: Node) -> Stream:
@@ -160,9 +160,13 @@ class Client:
         address = PeerAddress(home.peer_id, home.addresses)
         stream = await self.transport.open_stream(address, TRACE_PROTOCOL, 5)
         trace_id = self.swarm.traces.to_bytes(16, "big")
-        peers = [[home.peer_id, []]]
-        message = Prepare(trace_id, served.manifest.model_id, "float32", peers, 60.0)
-        await stream.send(encode(message), part_of(served, *more)[1])
+        data = part_of(served, *more)[1]
+        request = request_of(
+            *(self.identity.peer_id, home.peer_id, data),
+            model_id=served.manifest.model_id,
+            trace_id=trace_id,
+        )
+        await stream.send(encode(prepare_of(self.identity, request)), data)
         return stream
 
     async def running(self, *more: Node) -> Stream:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from askers import prepare_of, request_of
 from signers import DAY, LIMITS, NOW, WHITELIST
 
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
@@ -19,7 +20,6 @@ from glasshive.dht.messages import (
     Constant,
     Failed,
     Need,
-    Prepare,
     decode,
     encode,
 )
@@ -51,9 +51,10 @@ from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
+from glasshive.security.requests import PlannedPeer
 from glasshive.security.whitelist import limits_by_name
 
 BLOCK = Site("model.layers.0", "output")
@@ -93,7 +94,7 @@ class Client:
         *nodes: Node,
         rows: int = 1,
         seq: int = 3,
-        peers: Sequence[str] = ("p",),
+        peers: Sequence[PeerId] = (),
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Accepted | Failed:
         """What the host says to a graph of these nodes and a save of the first.
@@ -106,15 +107,17 @@ class Client:
         stage = Stage(0, tuple(graph.nodes), forward=True, stop_event=stop)
         part = Part(0, Span(0, 2), graph, (stage,), {})
         passes = Passes((Pass((0,), seq, False, ((0, rows),)),))
-        message = Prepare(
-            self._number.to_bytes(16, "big"),
-            self._served.manifest.model_id,
-            "float32",
-            [[one, []] for one in peers],
-            30.0,
+        data = encode_part(part, passes)
+        request = request_of(
+            self.identity.peer_id,
+            self._home.peer_id,
+            data,
+            model_id=self._served.manifest.model_id,
+            trace_id=self._number.to_bytes(16, "big"),
+            peers=[PlannedPeer(one) for one in (self._home.peer_id, *peers)],
         )
         stream = await self._transport.open_stream(self._home, TRACE_PROTOCOL, 5)
-        await stream.send(encode(message), encode_part(part, passes))
+        await stream.send(encode(prepare_of(self.identity, request)), data)
         answer = decode((await stream.receive(10)).header, Need, Failed)
         if isinstance(answer, Failed):
             return answer
@@ -132,8 +135,9 @@ async def client_of(
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Client]:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    host = Host(home, served, limits=limits, policy=rules, clock=clock)
+    identity = Identity.generate()
+    home = network.transport(identity)
+    host = Host(home, identity, served, limits=limits, policy=rules, clock=clock)
     await host.start()
     client = Client(host, served, network, home)
     try:
@@ -221,7 +225,7 @@ async def test_revoked_keys_are_refused(served: ServedModel) -> None:
         )
         client.host.apply(policy(revoked_peers=frozenset([me])))  # as a host, and it is none
         assert isinstance(await client.ask(READ), Accepted)
-        assert await client.ask(READ, peers=("p", me)) == Failed(
+        assert await client.ask(READ, peers=(me,)) == Failed(
             "NotAllowed",
             -1,
             f"the peer {me} may not work with this host by {WHO}; leave it out with avoid=",
@@ -344,7 +348,7 @@ async def test_a_newer_policy_counts_for_whoever_still_sends(
             client.host.apply(policy(8, **changes))
 
         nodes = (READ, CONST, Op("relu", (R0,)))
-        said = await client.ask(*nodes, peers=("p", me), meanwhile=change)
+        said = await client.ask(*nodes, peers=(me,), meanwhile=change)
         assert isinstance(said, Failed)
         assert said.code == "NotAllowed"
         assert "by whitelist 8 of swarm 'public'" in said.text

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from askers import prepare_of, request_of
 
 from glasshive.dht.errors import DeadlineExceeded
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
@@ -22,7 +23,6 @@ from glasshive.dht.messages import (
     Failed,
     Input,
     Need,
-    Prepare,
     Run,
     Saved,
     decode,
@@ -44,17 +44,26 @@ from glasshive.security.keys import Identity
 # Slots, over a real host on the memory transport ---------------------------------------------
 
 
-def prepare(served: ServedModel, number: int) -> tuple[Any, bytes]:
-    """The frame that asks for a trace which saves the output of block 0."""
+ALICE, BOB, HOST = (Identity.generate() for _ in range(3))
+
+
+def prepare(served: ServedModel, number: int, client: Identity = ALICE) -> tuple[Any, bytes]:
+    """The frame that asks HOST for a trace which saves the output of block 0."""
     site = Site("model.layers.0", "output")
     nodes = {NodeId(0): Read(site, 0), NodeId(1): Save(Ref(NodeId(0)), "s")}
     stop = served.outline.event(site)
     stage = Stage(0, (NodeId(0), NodeId(1)), forward=True, stop_event=stop)
     part = Part(0, Span(0, 2), Graph(nodes), (stage,), {})
     passes = Passes((Pass((0,), 3, False, ((0, 1),)),))
-    trace_id = number.to_bytes(16, "big")
-    message = Prepare(trace_id, served.manifest.model_id, "float32", [["p", []]], 30.0)
-    return encode(message), encode_part(part, passes)
+    data = encode_part(part, passes)
+    request = request_of(
+        client.peer_id,
+        HOST.peer_id,
+        data,
+        model_id=served.manifest.model_id,
+        trace_id=number.to_bytes(16, "big"),
+    )
+    return encode(prepare_of(client, request)), data
 
 
 @pytest.mark.asyncio
@@ -62,15 +71,15 @@ async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
     served: ServedModel,
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    host = Host(home, served, limits=HostLimits(traces=3, traces_per_client=2))
+    home = network.transport(HOST)
+    host = Host(home, HOST, served, limits=HostLimits(traces=3, traces_per_client=2))
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
-    alice, bob = (network.transport(Identity.generate(), dht=False) for _ in range(2))
+    alice, bob = (network.transport(one, dht=False) for one in (ALICE, BOB))
 
     async def ask(client: MemoryTransport, number: int) -> tuple[Stream, Any]:
         stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
-        await stream.send(*prepare(served, number))
+        await stream.send(*prepare(served, number, ALICE if client is alice else BOB))
         answer = decode((await stream.receive(5)).header, Need, Failed)
         if isinstance(answer, Need):
             answer = decode((await stream.receive(5)).header, Accepted, Failed)
@@ -119,9 +128,9 @@ async def test_one_late_word_does_not_end_the_others(monkeypatch: pytest.MonkeyP
 @pytest.mark.asyncio
 async def test_a_host_is_heard_while_it_has_nothing_to_say(served: ServedModel) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    client = network.transport(Identity.generate(), dht=False)
-    host = Host(home, served)
+    home = network.transport(HOST)
+    client = network.transport(ALICE, dht=False)
+    host = Host(home, HOST, served)
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
     stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
@@ -140,9 +149,9 @@ async def test_a_slow_check_keeps_nobody_waiting(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    client = network.transport(Identity.generate(), dht=False)
-    host = Host(home, served)
+    home = network.transport(HOST)
+    client = network.transport(ALICE, dht=False)
+    host = Host(home, HOST, served)
     await host.start()
     checking, go_on = threading.Event(), threading.Event()
     admit = host._admission.admit
@@ -170,9 +179,9 @@ async def test_a_check_that_takes_too_long_is_ended(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    client = network.transport(Identity.generate(), dht=False)
-    host = Host(home, served, limits=HostLimits(prepare_seconds=0.5))
+    home = network.transport(HOST)
+    client = network.transport(ALICE, dht=False)
+    host = Host(home, HOST, served, limits=HostLimits(prepare_seconds=0.5))
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
     ended = threading.Event()
@@ -209,9 +218,9 @@ async def test_a_check_is_ended_between_its_steps(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    client = network.transport(Identity.generate(), dht=False)
-    host = Host(home, served, limits=HostLimits(prepare_seconds=0.5))
+    home = network.transport(HOST)
+    client = network.transport(ALICE, dht=False)
+    host = Host(home, HOST, served, limits=HostLimits(prepare_seconds=0.5))
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
     answered = threading.Event()
@@ -248,9 +257,9 @@ async def test_the_checks_of_one_client_stand_before_no_other_s(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    alice, bob = (network.transport(Identity.generate(), dht=False) for _ in range(2))
-    host = Host(home, served)
+    home = network.transport(HOST)
+    alice, bob = (network.transport(one, dht=False) for one in (ALICE, BOB))
+    host = Host(home, HOST, served)
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
     checking, permits = threading.Event(), threading.Semaphore(0)
@@ -267,7 +276,7 @@ async def test_the_checks_of_one_client_stand_before_no_other_s(
         await stream.send(*prepare(served, number))
     assert await asyncio.to_thread(checking.wait, 30)
     stream = await bob.open_stream(address, TRACE_PROTOCOL, 5)
-    await stream.send(*prepare(served, 4))
+    await stream.send(*prepare(served, 4, BOB))
     async with asyncio.timeout(30):
         while len(host._tenants) < 4:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -284,10 +293,10 @@ async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
     served: ServedModel,
 ) -> None:
     network = MemoryNetwork()
-    home = network.transport(Identity.generate())
-    client = network.transport(Identity.generate(), dht=False)
+    home = network.transport(HOST)
+    client = network.transport(ALICE, dht=False)
     slow = Clock()
-    host = Host(home, served, clock=slow)
+    host = Host(home, HOST, served, clock=slow)
     await host.start()
     address = PeerAddress(home.peer_id, home.addresses)
 

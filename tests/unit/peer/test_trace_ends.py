@@ -5,33 +5,43 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgpack
 import pytest
 import pytest_asyncio
 import torch
+from one_host import (
+    CLIENT,
+    HOME,
+    PASSES,
+    ROWS,
+    SEQ,
+    SITE,
+    OneHost,
+    news,
+    one_host,
+    part_of,
+    until,
+    waiting,
+)
 
 from glasshive.dht.errors import DeadlineExceeded, StreamClosed, StreamRefused
 from glasshive.dht.framing import Stream
-from glasshive.dht.memory_transport import PIPE_BYTES, MemoryNetwork, MemoryTransport
+from glasshive.dht.memory_transport import PIPE_BYTES, MemoryNetwork
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
-    TRACE_PROTOCOL,
     Accepted,
-    Alive,
     Cancel,
     Constant,
     Done,
     Failed,
-    Input,
     More,
     Need,
     Opening,
-    Prepare,
     Received,
-    Run,
     Saved,
     Value,
     decode,
@@ -42,29 +52,15 @@ from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph
-from glasshive.graph.graph import Const, Graph, Node, NodeId, Op, Read, Ref, Save, Site
+from glasshive.graph.graph import Const, Graph, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.kernels import tensor_to_bytes
-from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
-from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec, digest
 from glasshive.peer.client_stream import ClientStream
-from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
+from glasshive.security.envelope import open_envelope
 from glasshive.security.keys import Identity
-
-ROWS, SEQ = 256, 24
-PASSES = Passes((Pass((0,), SEQ, False, ((0, ROWS),)),))
-SITE = Site("model.layers.0", "output")
-CARRIED = TensorSpec(DType.FLOAT32, (4,))
-
-
-def part_of(nodes: Sequence[Node], served: ServedModel) -> Part:
-    graph = Graph({NodeId(i): node for i, node in enumerate(nodes)})
-    stop = served.outline.event(SITE)
-    stage = Stage(0, tuple(graph.nodes), forward=True, stop_event=stop)
-    return Part(0, Span(0, 2), graph, (stage,), {})
 
 
 def failing(served: ServedModel) -> Part:
@@ -79,94 +75,14 @@ def failing(served: ServedModel) -> Part:
     return part_of(nodes, served)
 
 
-def waiting() -> Part:
-    """Part 1 saves what part 0 sends it."""
-    value = NodeId(0)
-    graph = Graph({NodeId(1): Save(Ref(value), "s")}, frozenset([value]))
-    stage = Stage(BEFORE_PASSES, (NodeId(1),), imports=((value, 0),))
-    return Part(1, Span(0, 2), graph, (stage,), {value: CARRIED})
-
-
-@dataclass
-class Swarm:
-    """One host, its client, and the other peer of the plan."""
-
-    served: ServedModel
-    host: Host
-    home: MemoryTransport
-    client: MemoryTransport
-    other: MemoryTransport
-    traces: int = 0
-
-    @property
-    def address(self) -> PeerAddress:
-        return PeerAddress(self.home.peer_id, self.home.addresses)
-
-    async def asked(self, part: Part) -> Stream:
-        """The client's stream of a trace of this part."""
-        self.traces += 1
-        peers = [[one.peer_id, list(one.addresses)] for one in (self.other, self.home)]
-        stream = await self.client.open_stream(self.address, TRACE_PROTOCOL, 5)
-        model_id = self.served.manifest.model_id
-        message = Prepare(self._trace_id, model_id, "float32", peers, 60.0)
-        await stream.send(encode(message), encode_part(part, PASSES))
-        return stream
-
-    async def prepared(self, part: Part) -> Stream:
-        """The same, when the host has accepted it."""
-        stream = await self.asked(part)
-        decode((await stream.receive(5)).header, Need)
-        decode((await stream.receive(5)).header, Accepted)
-        return stream
-
-    async def running(self, part: Part) -> Stream:
-        """The client's stream of a trace which runs."""
-        stream = await self.prepared(part)
-        if part.stages[0].forward:
-            ids = torch.zeros((ROWS, SEQ), dtype=torch.int64)
-            message = Input(0, "input_ids", "int64", [ROWS, SEQ])
-            await send_tensor(stream, message, tensor_to_bytes(ids), 5)
-        await stream.send(encode(Run()))
-        return stream
-
-    async def edge(self, sender: MemoryTransport | None = None) -> Stream:
-        """The stream of the other peer, or of `sender` in its name, to the trace that runs."""
-        stream = await (sender or self.other).open_stream(self.address, EDGE_PROTOCOL, 5)
-        await stream.send(encode(Opening(self._trace_id, 0, 1)))
-        return stream
-
-    @property
-    def _trace_id(self) -> bytes:
-        return self.traces.to_bytes(16, "big")
-
-
 @pytest_asyncio.fixture
-async def swarm(served: ServedModel) -> AsyncIterator[Swarm]:
-    network = MemoryNetwork()
-    home, client, other = (network.transport(Identity.generate()) for _ in range(3))
-    host = Host(home, served, limits=HostLimits(traces=1))
-    await host.start()
-    yield Swarm(served, host, home, client, other)
-    host.close()
-    for transport in (client, other, home):
-        await transport.close()
-
-
-async def news(stream: Stream) -> Any:
-    """The next frame that is no sign of life."""
-    while is_a((frame := await stream.receive(20)).header, Alive):
-        pass
-    return frame
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (it comes true in another task)
-            await asyncio.sleep(0.005)
+async def swarm(served: ServedModel) -> AsyncIterator[OneHost]:
+    async with one_host(served, limits=HostLimits(traces=1)) as made:
+        yield made
 
 
 @pytest.mark.asyncio
-async def test_a_client_hears_of_a_failure_in_the_middle_of_a_save(swarm: Swarm) -> None:
+async def test_a_client_hears_of_a_failure_in_the_middle_of_a_save(swarm: OneHost) -> None:
     stream = await swarm.running(failing(swarm.served))
     await until(lambda: swarm.host.load == 0.0)  # it has failed, and nothing was read yet
     saved = await news(stream)
@@ -203,7 +119,7 @@ async def test_a_cancelled_sender_cuts_no_frame_short() -> None:
 
 @pytest.mark.asyncio
 async def test_the_slot_is_free_when_the_client_hears_that_it_is_done(
-    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
     send = ClientStream.send
@@ -225,18 +141,18 @@ async def test_the_slot_is_free_when_the_client_hears_that_it_is_done(
 # Other peers ------------------------------------------------------------------------------------
 
 
-async def cancelled(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def cancelled(swarm: OneHost, client: Stream, edge: Stream) -> None:
     await client.send(encode(Cancel()))
 
 
-async def left(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def left(swarm: OneHost, client: Stream, edge: Stream) -> None:
     client.reset()
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("end", [cancelled, left])
 async def test_edge_streams_end_with_their_trace(
-    swarm: Swarm, end: Callable[[Swarm, Stream, Stream], Awaitable[None]]
+    swarm: OneHost, end: Callable[[OneHost, Stream, Stream], Awaitable[None]]
 ) -> None:
     client = await swarm.running(waiting())
     edge = await swarm.edge()
@@ -251,7 +167,7 @@ async def test_edge_streams_end_with_their_trace(
 
 
 @pytest.mark.asyncio
-async def test_a_peer_pushes_on_one_stream_at_a_time(swarm: Swarm) -> None:
+async def test_a_peer_pushes_on_one_stream_at_a_time(swarm: OneHost) -> None:
     client = await swarm.running(waiting())
     (trace,) = swarm.host._traces.values()
     await swarm.edge()
@@ -266,7 +182,7 @@ async def test_a_peer_pushes_on_one_stream_at_a_time(swarm: Swarm) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_peer_that_lies_is_not_called_lost(swarm: Swarm) -> None:
+async def test_a_peer_that_lies_is_not_called_lost(swarm: OneHost) -> None:
     client = await swarm.running(waiting())
     edge = await swarm.edge()
     await edge.send(encode(Value(7, 0, "float32", [4], [0])), bytes(16))
@@ -276,19 +192,19 @@ async def test_a_peer_that_lies_is_not_called_lost(swarm: Swarm) -> None:
 
 
 @pytest.mark.asyncio
-async def test_another_peer_than_the_plan_s_is_refused(swarm: Swarm) -> None:
+async def test_another_peer_than_the_plan_s_is_refused(swarm: OneHost) -> None:
     client = await swarm.running(waiting())
     edge = await swarm.edge(swarm.client)  # it knows the trace and says that it is part 0
     with pytest.raises(StreamRefused, match="the plan gives this edge to another peer"):
         await edge.receive(5)
     edge = await swarm.edge()
-    await edge.send(encode(Value(0, 0, "float32", [4], [0])), bytes(16))
+    await edge.send(encode(Value(0, -1, "float32", [4], [0])), bytes(16))
     assert decode((await news(client)).header, Saved).name == "s"  # nothing was lost of the trace
 
 
 @pytest.mark.asyncio
 async def test_an_error_that_nobody_expects_stays_in_the_host_s_log(
-    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("in /home/somebody of this machine")
@@ -300,7 +216,7 @@ async def test_an_error_that_nobody_expects_stays_in_the_host_s_log(
 
 
 @pytest.mark.asyncio
-async def test_a_peer_that_leaves_is_lost(swarm: Swarm) -> None:
+async def test_a_peer_that_leaves_is_lost(swarm: OneHost) -> None:
     client = await swarm.running(waiting())
     edge = await swarm.edge()
     (trace,) = swarm.host._traces.values()
@@ -345,7 +261,7 @@ def test_a_value_comes_once_and_from_elsewhere(served: ServedModel) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_constant_that_is_held_is_as_the_part_says(swarm: Swarm) -> None:
+async def test_a_constant_that_is_held_is_as_the_part_says(swarm: OneHost) -> None:
     """The bill was made of what the part says: another shape would outgrow it."""
     value = torch.arange(64, dtype=torch.int8)
     name = digest(TensorSpec(DType.INT8, (64,)), tensor_to_bytes(value))
@@ -373,7 +289,7 @@ def sending(served: ServedModel) -> Part:
 
 
 @pytest.mark.asyncio
-async def test_who_has_taken_all_values_says_so(swarm: Swarm) -> None:
+async def test_who_has_taken_all_values_says_so(swarm: OneHost) -> None:
     client = await swarm.running(waiting())
     edge = await swarm.edge()
     await send_tensor(edge, Value(0, -1, "float32", [4], [0]), bytes(16), 5)
@@ -382,7 +298,7 @@ async def test_who_has_taken_all_values_says_so(swarm: Swarm) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_sender_is_done_when_its_values_have_arrived(swarm: Swarm) -> None:
+async def test_a_sender_is_done_when_its_values_have_arrived(swarm: OneHost) -> None:
     edges: asyncio.Queue[Stream] = asyncio.Queue()
     received = asyncio.Event()
 
@@ -401,12 +317,17 @@ async def test_a_sender_is_done_when_its_values_have_arrived(swarm: Swarm) -> No
     with pytest.raises(DeadlineExceeded):
         await client.receive(0.1)
     received.set()
-    assert decode((await news(client)).header, Done).traffic == [[0, 0, 16]]
+    done = decode((await news(client)).header, Done)
+    signed = open_envelope(
+        done.result, kind="result", swarm="public", receiver=CLIENT.peer_id, clock=time.time
+    )
+    assert signed.sender == HOME.peer_id
+    assert msgpack.unpackb(signed.body)[5] == [[0, 0, 16]]
     await client.close()
 
 
 @pytest.mark.asyncio
-async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: Swarm) -> None:
+async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: OneHost) -> None:
     async def lose(stream: Stream) -> None:
         stream.reset()  # before its Opening, as a daemon does that can't hand it on
 
@@ -421,26 +342,26 @@ async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: Swar
 # Nothing is left --------------------------------------------------------------------------------
 
 
-async def broke(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def broke(swarm: OneHost, client: Stream, edge: Stream) -> None:
     edge.reset()
 
 
-async def both_left(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def both_left(swarm: OneHost, client: Stream, edge: Stream) -> None:
     edge.reset()
     client.reset()
 
 
-async def lied(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def lied(swarm: OneHost, client: Stream, edge: Stream) -> None:
     await edge.send(encode(Value(7, 0, "float32", [4], [0])), bytes(16))
     client.reset()
 
 
-async def home_died(swarm: Swarm, client: Stream, edge: Stream) -> None:
+async def home_died(swarm: OneHost, client: Stream, edge: Stream) -> None:
     swarm.home._network.kill(swarm.home.peer_id)
 
 
 @pytest.mark.asyncio
-async def test_no_failure_is_left_for_asyncio_to_complain_of(swarm: Swarm) -> None:
+async def test_no_failure_is_left_for_asyncio_to_complain_of(swarm: OneHost) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, told: complaints.append(told))
     for end in (cancelled, left, broke, both_left, lied, both_left, home_died):
@@ -461,7 +382,7 @@ async def test_no_failure_is_left_for_asyncio_to_complain_of(swarm: Swarm) -> No
 
 
 @pytest.mark.asyncio
-async def test_a_failing_node_leaves_no_complaint(swarm: Swarm) -> None:
+async def test_a_failing_node_leaves_no_complaint(swarm: OneHost) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, told: complaints.append(told))
     for _ in range(3):

@@ -1,0 +1,309 @@
+"""A client's signed request and a host's signed result: what they say, bind and refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hostile import attack, fuzzed, like
+from hypothesis import given
+from soak import count
+
+from glasshive.security.envelope import CLOCK_SKEW_SECONDS, payload_digest, seal
+from glasshive.security.errors import (
+    BadEnvelope,
+    BadSignature,
+    EnvelopeExpired,
+    SecurityError,
+    WrongReceiver,
+    WrongSender,
+    WrongSwarm,
+)
+from glasshive.security.keys import Identity
+from glasshive.security.plain import decode_plain, encode_plain
+from glasshive.security.requests import (
+    MAX_ADDRESSES,
+    MAX_PEERS,
+    REQUEST_SECONDS,
+    PlannedPeer,
+    TraceRequest,
+)
+from glasshive.security.results import RESULT_SECONDS, SavesDigest, TraceResult, Traffic
+
+CLIENT, HOST, OTHER = (Identity(bytes([number]) * 32) for number in range(1, 4))
+NOW = 1_700_000_000.0
+PART = b"the bytes of a part"
+ADDRESS = "/ip4/192.0.2.7/tcp/31330"
+FIELDS: dict[str, Any] = {
+    "client": CLIENT.peer_id,
+    "host": HOST.peer_id,
+    "swarm": "lab",
+    "trace_id": b"t" * 16,
+    "model_id": "ab" * 32,
+    "dtype": "float32",
+    "peers": (PlannedPeer(OTHER.peer_id), PlannedPeer(HOST.peer_id, (ADDRESS,))),
+    "part_index": 1,
+    "deadline_seconds": 300.0,
+    "part_sha256": hashlib.sha256(PART).digest(),
+}
+REQUEST = TraceRequest(**FIELDS)
+SIGNED = REQUEST.sign(CLIENT, NOW)
+RESULT = TraceResult(
+    request=REQUEST,
+    request_sha256=payload_digest(SIGNED),
+    saves_sha256=b"s" * 32,
+    compute_seconds=0.25,
+    traffic=(Traffic(0, 100, 8), Traffic(3, 0, 1 << 40)),
+)
+
+
+def read(data: bytes, **changes: Any) -> TraceRequest:
+    known = {"client": CLIENT.peer_id, "host": HOST.peer_id, "swarm": "lab", "now": NOW}
+    return TraceRequest.verify(data, **(known | changes))[0]
+
+
+def read_result(data: bytes, **changes: Any) -> TraceResult:
+    known: dict[str, Any] = {
+        "request": REQUEST,
+        "request_sha256": payload_digest(SIGNED),
+        "saves_sha256": b"s" * 32,
+        "now": NOW,
+    }
+    return TraceResult.verify(data, **(known | changes))
+
+
+# Requests ---------------------------------------------------------------------------------------
+
+
+def test_a_request_says_what_was_signed() -> None:
+    assert read(SIGNED) == REQUEST
+    request, envelope = TraceRequest.verify(
+        SIGNED, client=CLIENT.peer_id, host=HOST.peer_id, swarm="lab", now=NOW
+    )
+    assert (envelope.sender, envelope.request_id) == (request.client, request.trace_id)
+    assert envelope.expires_at_seconds == NOW + REQUEST_SECONDS
+    request.check_part(bytearray(PART))
+    with pytest.raises(BadEnvelope, match=r"a part of 20 bytes that is not the one whose hash"):
+        request.check_part(PART + b"!")
+
+
+def test_a_request_lives_no_longer_than_its_trace() -> None:
+    short = dataclasses.replace(REQUEST, deadline_seconds=2.5).sign(CLIENT, NOW)
+    read(short, now=NOW + 2.5 + CLOCK_SKEW_SECONDS)
+    for data, seconds in ((short, 2.5), (SIGNED, REQUEST_SECONDS)):
+        with pytest.raises(EnvelopeExpired, match=r"the trace expired .* ago"):
+            read(data, now=NOW + seconds + CLOCK_SKEW_SECONDS + 0.1)
+    with pytest.raises(EnvelopeExpired, match="at most 60 s are accepted"):
+        read(SIGNED, now=NOW - CLOCK_SKEW_SECONDS - 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"client": OTHER.peer_id}, WrongSender),
+        ({"host": OTHER.peer_id}, WrongReceiver),
+        ({"swarm": "public"}, WrongSwarm),
+    ],
+)
+def test_a_request_is_for_one_host_of_one_swarm_and_by_its_sender(
+    changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        read(SIGNED, **changes)
+
+
+def test_only_the_client_signs_its_request_and_only_the_host_its_result() -> None:
+    with pytest.raises(BadEnvelope, match="a client signs its own only"):
+        REQUEST.sign(OTHER, NOW)
+    with pytest.raises(BadEnvelope, match="a host signs its own only"):
+        RESULT.sign(OTHER, NOW)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("trace_id", b"t" * 15, "the id of a trace is not 16 bytes"),
+        ("trace_id", "t" * 16, "the id of a trace is not 16 bytes"),
+        ("model_id", "", "the model id of a trace is not text of 1 to 128"),
+        ("model_id", "a" * 129, "the model id of a trace is not text of 1 to 128"),
+        ("dtype", 7, "the dtype of a trace is not text of 1 to 128"),
+        ("peers", (), "a plan of 0 peers, wanted 1 to 256"),
+        ("peers", (PlannedPeer(HOST.peer_id),) * (MAX_PEERS + 1), "a plan of 257 peers"),
+        ("peers", (PlannedPeer("p"), PlannedPeer(HOST.peer_id)), "a peer of the plan: p is not"),  # type: ignore[arg-type]
+        ("peers", (PlannedPeer(OTHER.peer_id, (ADDRESS,) * (MAX_ADDRESSES + 1)),
+                   PlannedPeer(HOST.peer_id)), "more than 16 addresses"),
+        ("peers", (PlannedPeer(OTHER.peer_id, ("a" * 201,)), PlannedPeer(HOST.peer_id)),
+         "text of at most 200 characters"),
+        ("part_index", 2, "a plan of 2 peers has no part 2"),
+        ("part_index", -1, "a plan of 2 peers has no part -1"),
+        ("part_index", True, "a plan of 2 peers has no part True"),
+        ("part_index", 0, f"the plan gives part 0 to {OTHER.peer_id}, not to {HOST.peer_id}"),
+        ("deadline_seconds", math.nan, "the deadline is not 0 to 1000000 seconds"),
+        ("deadline_seconds", -1.0, "the deadline is not 0 to 1000000 seconds"),
+        ("deadline_seconds", 30, "the deadline is not 0 to 1000000 seconds"),
+        ("part_sha256", b"p" * 31, "the hash of the part is not 32 bytes"),
+    ],
+)  # fmt: skip
+def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
+    """Neither where a request is made, nor where one is read that some other client signed."""
+    changed = FIELDS | {field: value}
+    with pytest.raises(BadEnvelope, match=text):
+        TraceRequest(**changed)
+    peers = [[one.peer_id, list(one.addresses)] for one in changed["peers"]]
+    body = [1, changed["model_id"], changed["dtype"], peers]
+    body += [changed[name] for name in ("part_index", "deadline_seconds", "part_sha256")]
+    if field == "trace_id" and type(value) is str:
+        return  # an envelope holds no such id
+    with pytest.raises(BadEnvelope, match=text):
+        read(sealed("trace", body, request_id=changed["trace_id"]))
+
+
+def sealed(kind: str, body: object, request_id: bytes = b"t" * 16) -> bytes:
+    """An envelope of this kind from the client to the host, or back."""
+    sender, receiver = (CLIENT, HOST) if kind == "trace" else (HOST, CLIENT)
+    return seal(
+        sender,
+        kind=kind,
+        swarm="lab",
+        receiver=receiver.peer_id,
+        request_id=request_id,
+        expires_at_seconds=NOW + 30,
+        body=body if isinstance(body, bytes) else encode_plain(body),
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        [],
+        [1] * 6,
+        [2, "m", "d", [], 0, 1.0, bytes(32)],
+        [True, "m", "d", [], 0, 1.0, bytes(32)],
+    ],
+)
+@pytest.mark.parametrize("kind", ["trace", "result"])
+def test_another_body_is_refused(kind: str, body: object) -> None:
+    with pytest.raises(BadEnvelope, match=r"can't be read|one side needs another release"):
+        (read if kind == "trace" else read_result)(sealed(kind, body))
+
+
+def test_the_largest_plan_fits() -> None:
+    keys = [Identity(number.to_bytes(32, "big")).peer_id for number in range(1, MAX_PEERS)]
+    far = tuple(PlannedPeer(key, (ADDRESS + "/p2p/" + "a" * 60,) * 4) for key in keys)
+    request = dataclasses.replace(REQUEST, peers=(*far, PlannedPeer(HOST.peer_id)), part_index=255)
+    assert read(request.sign(CLIENT, NOW)) == request
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def test_a_result_says_what_was_signed() -> None:
+    data = RESULT.sign(HOST, NOW)
+    assert read_result(data) == RESULT
+    assert not read_result(data).audited
+    read_result(data, now=NOW + RESULT_SECONDS + CLOCK_SKEW_SECONDS)
+    with pytest.raises(EnvelopeExpired):
+        read_result(data, now=NOW + RESULT_SECONDS + CLOCK_SKEW_SECONDS + 0.1)
+    with pytest.raises(BadEnvelope, match="are not those whose hash the result signs"):
+        read_result(data, saves_sha256=b"S" * 32)
+    with pytest.raises(BadEnvelope, match="for another request than the one that was sent"):
+        read_result(data, request_sha256=payload_digest(REQUEST.sign(CLIENT, NOW + 1)))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "text"),
+    [
+        (1, 0, "a result of part 0; wanted part 1"),
+        (1, True, "a result of part True; wanted part 1"),
+        (2, b"", "a hash in the result is not 32 bytes"),
+        (3, 7, "a hash in the result is not 32 bytes"),
+        (4, math.nan, "the compute time is not 0 to 1000000 seconds"),
+        (4, 1, "the compute time is not 0 to 1000000 seconds"),
+        (5, [[1, 2]], "traffic that is not an array of part, hidden and carried bytes"),
+        (5, [[1, 2, -1]], "the traffic is not that to at most 256 parts, in bytes"),
+        (5, [[0, 0, 0]] * 257, "the traffic is not that to at most 256 parts, in bytes"),
+        (6, True, "a result that says it is audited"),
+        (6, 0, "a result that says it is audited"),
+    ],
+)
+def test_no_field_of_a_result_is_out_of_range(place: int, value: Any, text: str) -> None:
+    body: list[Any] = [1, 1, b"s" * 32, payload_digest(SIGNED), 0.25, [[0, 100, 8]], False]
+    read_result(sealed("result", body))
+    body[place] = value
+    with pytest.raises(BadEnvelope, match=text):
+        read_result(sealed("result", body))
+
+
+def test_the_hash_of_saves_tells_names_shapes_order_and_bytes_apart() -> None:
+    def digest(*saves: tuple[str, str, list[int], bytes]) -> bytes:
+        whole = SavesDigest()
+        for name, dtype, shape, data in saves:
+            whole.begin(name, dtype, shape)
+            for start in range(0, len(data), 3):  # in slices of any size
+                whole.update(data[start : start + 3])
+        return whole.digest()
+
+    one, two = ("a", "int8", [4], b"1234"), ("b", "int8", [4], b"5678")
+    different = [
+        (),
+        (one,),
+        (one, two),
+        (two, one),
+        (("b", *one[1:]), ("a", *two[1:])),
+        (("a", "uint8", [4], b"1234"), two),
+        (("a", "int8", [2, 2], b"1234"), two),
+        (("a", "int8", [4], b"1235"), two),
+        (("a", "int8", [8], b"12345678"),),
+    ]
+    for first, second in itertools.combinations(different, 2):
+        assert digest(*first) != digest(*second)
+    plain = hashlib.sha256(encode_plain(["a", "int8", [4]]) + b"1234")
+    assert digest(one) == plain.digest()
+
+
+# Hostile bytes ----------------------------------------------------------------------------------
+
+
+def test_the_digest_names_the_payload_and_not_the_bytes_around_it() -> None:
+    version, sender, payload, signature = decode_plain(SIGNED)  # type: ignore[misc]
+    longer = b"\xdc\x00\x04" + b"".join(map(encode_plain, (version, sender, payload, signature)))
+    assert longer != SIGNED
+    assert read(longer) == REQUEST
+    assert payload_digest(longer) == payload_digest(SIGNED) == hashlib.sha256(payload).digest()  # type: ignore[arg-type]
+
+
+def test_a_forged_signature_is_refused() -> None:
+    forged = bytearray(SIGNED)
+    forged[-1] ^= 1
+    with pytest.raises(BadSignature):
+        read(bytes(forged))
+
+
+@pytest.mark.parametrize("kind", ["trace", "result"])
+def test_any_signed_body_is_read_or_refused(kind: str) -> None:
+    """Whoever has a key can sign anything: what is inside is as hostile as what is around it."""
+    data = SIGNED if kind == "trace" else RESULT.sign(HOST, NOW)
+    body = decode_plain(decode_plain(data)[2])[6]  # type: ignore[index]
+    reader = read if kind == "trace" else read_result
+    attack(
+        lambda bytes_: reader(sealed(kind, bytes_)),
+        [body],  # type: ignore[list-item]
+        SecurityError,
+        tries=count(5_000, 1_000_000),
+    )
+
+
+@fuzzed
+@given(like(SIGNED, RESULT.sign(HOST, NOW)))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    for reader, known in ((read, REQUEST), (read_result, RESULT)):
+        try:
+            assert reader(data) == known  # type: ignore[operator]
+        except SecurityError:
+            continue
