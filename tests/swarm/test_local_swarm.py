@@ -464,12 +464,7 @@ def test_no_process_outlives_the_one_that_started_it(home: Path, tmp_path: Path)
         f"""
         import os, signal
         from pathlib import Path
-        from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Prepare, decode, encode
-from glasshive.dht.transport import PeerAddress
-from glasshive.graph.plan_codec import encode_part
-from glasshive.security.keys import Identity
-from glasshive.security.requests import TraceRequest
-from glasshive.testing import LocalPeer
+        from glasshive.testing import LocalPeer
         arguments = ["bootstrap", "--key", {str(tmp_path / "key")!r}, "--log-format", "json",
                      "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
         peer = LocalPeer("bootstrap", arguments, Path({str(tmp_path / "log")!r}), dict(os.environ))
