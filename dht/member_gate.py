@@ -44,7 +44,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.security.errors import NotAMember
 from glasshive.security.keys import PeerId
-from glasshive.security.membership import MAX_CERTIFICATE_BYTES, Act, Membership
+from glasshive.security.membership import MAX_CERTIFICATE_BYTES, Act, Certificate, Membership
 
 __all__ = ["MemberGate", "reset_removed"]
 
@@ -95,6 +95,13 @@ class MemberGate:
         self._shown.move_to_end(peer_id)
         if len(self._shown) > MAX_REMEMBERED:
             self._shown.popitem(last=False)
+
+    def certificate_of(self, peer_id: PeerId, act: Act) -> Certificate:
+        """The certificate that the peer has last shown here, if it permits `act` now.
+
+        Raises NotAMember.
+        """
+        return self.membership.admit(peer_id, self._shown.get(peer_id, b""), act, self._now())
 
     def removed(self, peer_id: PeerId) -> bool:
         """Whether what the peer has shown here doesn't let it in any more."""

@@ -182,18 +182,21 @@ class Executor:
         device = self._model.device
         inputs = inputs.on(device)
         hidden = None if hidden is None else hidden.to(device)
-        with torch.no_grad():
-            for value, invoke in stage.from_hidden:
-                if hidden is None:
-                    raise NotASite("rows of hidden states that did not arrive", node=value)
-                first, last = self._passes.rows(invoke)
-                self._values.put(value, hidden[first:last].clone())
-            buckets = self._buckets(stage)
-            self._run_bucket(buckets.pop(_START, []))
-            self._export(stage, buckets, None)
-            if stage.forward:
-                self._forward(stage, buckets, inputs, hidden)
-        wait_for(device)  # so that what a stage takes is seen, and late work is overdue
+        try:
+            with torch.no_grad():
+                for value, invoke in stage.from_hidden:
+                    if hidden is None:
+                        raise NotASite("rows of hidden states that did not arrive", node=value)
+                    first, last = self._passes.rows(invoke)
+                    self._values.put(value, hidden[first:last].clone())
+                buckets = self._buckets(stage)
+                self._run_bucket(buckets.pop(_START, []))
+                self._export(stage, buckets, None)
+                if stage.forward:
+                    self._forward(stage, buckets, inputs, hidden)
+        finally:
+            # So that what a stage takes is seen, also of one that failed, and late work is overdue.
+            wait_for(device)
 
     def _buckets(self, stage: Stage) -> dict[int, Bucket]:
         when: dict[NodeId, int] = {}

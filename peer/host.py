@@ -62,6 +62,7 @@ from glasshive.graph.order import Passes, slots
 from glasshive.graph.plan import Part, check_part
 from glasshive.graph.plan_codec import decode_part
 from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer.accounts import Account, Accounts
 from glasshive.peer.admission import Admission
 from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
@@ -110,6 +111,7 @@ class Host:
         *,
         limits: HostLimits | None = None,
         policy: Policy | None = None,
+        accounts: Accounts | None = None,
         seen: SeenRequests | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -117,6 +119,7 @@ class Host:
 
         `identity` signs results; it is that of the transport. Without `seen` the requests that were
         taken are forgotten with the host.
+        Without `accounts` there are no quotas, and nothing is written down.
         """
         self._transport = transport
         self._identity = identity
@@ -126,6 +129,7 @@ class Host:
         self._manifest = served.manifest
         self._own_limits = limits or HostLimits()
         self._limits = self._own_limits  # under the policy
+        self._accounts = accounts or Accounts()
         self._clock = clock
         self._torch = TorchThread()
         self._checks = Checks(self._limits.prepare_seconds)
@@ -186,15 +190,16 @@ class Host:
                 swarm=self._transport.swarm,
                 now=self._transport.now(),
             )
-            self._take_slot(request.trace_id, client.peer_id)
-            try:
-                self._seen.admit(envelope, self._transport.now())
-                async with _heard(client):
-                    result = await self._serve_trace(
-                        client, request, payload_digest(signed), frame.body
-                    )
-            finally:
-                del self._tenants[request.trace_id]
+            with self._accounts.open(client.peer_id, request.trace_id) as account:
+                self._take_slot(request.trace_id, client.peer_id)
+                try:
+                    self._seen.admit(envelope, self._transport.now())
+                    async with _heard(client):
+                        result = await self._serve_trace(
+                            client, account, request, payload_digest(signed), frame.body
+                        )
+                finally:
+                    del self._tenants[request.trace_id]
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(Done(result.sign(self._identity, self._transport.now()))))
             log.info(
@@ -215,9 +220,14 @@ class Host:
             await self._fail(client, HostFailed("an error inside the host; its own log says what"))
 
     async def _serve_trace(
-        self, client: ClientStream, request: TraceRequest, request_sha256: bytes, body: bytearray
+        self,
+        client: ClientStream,
+        account: Account,
+        request: TraceRequest,
+        request_sha256: bytes,
+        body: bytearray,
     ) -> TraceResult:
-        trace, bill = await self._prepare(client, request, request_sha256, body)
+        trace, bill = await self._prepare(client, account, request, request_sha256, body)
         # Before the client is told: other peers may push as soon as it has heard of all.
         self._traces[request.trace_id] = trace
         try:
@@ -248,7 +258,12 @@ class Host:
         self._tenants[trace_id] = client
 
     async def _prepare(
-        self, client: ClientStream, request: TraceRequest, request_sha256: bytes, body: bytearray
+        self,
+        client: ClientStream,
+        account: Account,
+        request: TraceRequest,
+        request_sha256: bytes,
+        body: bytearray,
     ) -> tuple[HostedTrace, Bill]:
         limits = self._limits
         if request.model_id != self._manifest.model_id:
@@ -262,7 +277,9 @@ class Host:
         peers = _peers(request)
         ends_at = self._clock() + min(request.deadline_seconds, limits.trace_seconds)
         admission, checked = await self._checked(request, peers, body)
-        consts = await self._take_consts(client, checked[0], ends_at)
+        part, _, bill = checked
+        account.admit(part, bill, model_id=request.model_id, dtype=ours, sha256=request.part_sha256)
+        consts = await self._take_consts(client, part, ends_at)
         if admission is not self._admission:  # a policy came meanwhile
             admission, checked = await self._checked(request, peers, body)
         part, passes, bill = checked
@@ -270,6 +287,7 @@ class Host:
             request=request,
             request_sha256=request_sha256,
             client=client,
+            account=account,
             peers=peers,
             part=part,
             passes=passes,

@@ -44,6 +44,7 @@ from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
+from glasshive.peer.accounts import Account
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.errors import BadNeighbour, HostError, NeighbourLost, TraceEnded
 from glasshive.peer.executor import Executor, PassInputs
@@ -81,6 +82,7 @@ class HostedTrace:
     request: TraceRequest
     request_sha256: bytes
     client: ClientStream
+    account: Account
     peers: tuple[PeerAddress, ...]
     part: Part
     passes: Passes
@@ -92,7 +94,6 @@ class HostedTrace:
     stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
-    compute_seconds: float = 0.0
     inputs: dict[int, PassInputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,7 +160,7 @@ class HostedTrace:
             request=self.request,
             request_sha256=self.request_sha256,
             saves_sha256=self._digest.digest(),
-            compute_seconds=self.compute_seconds,
+            compute_seconds=self.account.compute_seconds,
             traffic=tuple(
                 Traffic(to, one.hidden_bytes, one.carried_bytes)
                 for to, one in self._traffic.items()
@@ -256,13 +257,10 @@ class HostedTrace:
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
-            began = time.perf_counter()
-            try:
+            with self.account.computing():
                 while carried:
                     self._executor.put(*carried.popitem())
                 self._executor.run(stage, inputs, hidden)
-            finally:
-                self.compute_seconds += time.perf_counter() - began
 
         await self._soon(self.run_on_torch(work))
 
@@ -283,6 +281,7 @@ class HostedTrace:
         spec = spec_of_tensor(value)
         message = Saved(name, spec.dtype.value, list(spec.shape))
         data = tensor_to_bytes(value)
+        self.account.saved(len(data))
         self._digest.begin(message.name, message.dtype, message.shape)
         self._digest.update(data)
         self._loop.call_soon_threadsafe(self._saves.put_nowait, (message, data))

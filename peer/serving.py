@@ -12,6 +12,7 @@ from glasshive.dht.directory import serve_directory
 from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
 from glasshive.dht.transport import Transport
 from glasshive.graph.kernels import from_torch_dtype
+from glasshive.peer.accounts import Accounts
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.seen_requests import SeenRequests
@@ -32,9 +33,16 @@ class Serving:
         limits: HostLimits | None = None,
         policy: Policy | None = None,
         seen: SeenRequests | None = None,
+        accounts: Accounts | None = None,
         lifetime_seconds: float = MAX_LIFETIME_SECONDS,
     ) -> None:
-        self.host = Host(transport, identity, served, limits=limits, policy=policy, seen=seen)
+        self.host = Host(
+            *(transport, identity, served),
+            limits=limits,
+            policy=policy,
+            seen=seen,
+            accounts=accounts,
+        )
         self._transport = transport
         version = self.host.policy.version
         self.record = record_of(transport, served, lifetime_seconds, version)

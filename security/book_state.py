@@ -2,8 +2,10 @@
 
 The file is one msgpack array, in whole milliseconds and with keys as their 32 bytes::
 
-    [1, swarm, issuer, version of the revocations, invites, members,
+    [2, swarm, issuer, version of the revocations, invites, members,
      revoked peers, revoked serials, revoked invites, requests seen]
+
+Those of an invite and of a member end with the three numbers of a quota.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from glasshive.security.envelope import Envelope
 from glasshive.security.keys import PeerId, peer_id_of, public_key_of
 from glasshive.security.membership import Role, role_of
 from glasshive.security.plain import decode_plain, encode_plain
+from glasshive.security.quota import NO_QUOTA, Quota, quota_of
 
 __all__ = ["MAX_STATE_BYTES", "BookState", "Member", "OpenInvite", "decode_state", "encode_state"]
 
 MAX_STATE_BYTES: Final = 4 * 1024 * 1024
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAX_STATE_ELEMENTS: Final = 262_144
 
 
@@ -34,6 +37,7 @@ class Member:
     since_seconds: float
     until_seconds: float
     invite: bytes
+    quota: Quota = NO_QUOTA
     revoked: bool = False
 
 
@@ -45,6 +49,7 @@ class OpenInvite:
     uses: int
     expires_at_seconds: float
     secret: bytes = field(repr=False)
+    quota: Quota = NO_QUOTA
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ def encode_state(book: BookState, swarm: str, issuer: PeerId) -> bytes:
                     one.uses,
                     _milliseconds(one.expires_at_seconds),
                     one.secret,
+                    *one.quota.numbers,
                 ]
                 for invite_id, one in book.invites.items()
             ],
@@ -93,6 +99,7 @@ def encode_state(book: BookState, swarm: str, issuer: PeerId) -> bytes:
                     _milliseconds(one.since_seconds),
                     _milliseconds(one.until_seconds),
                     one.invite,
+                    *one.quota.numbers,
                 ]
                 for one in book.members.values()
             ],
@@ -145,15 +152,24 @@ def decode_state(data: bytes, swarm: str, issuer: PeerId) -> BookState:
 
 def _invite_row(row: object) -> tuple[bytes, OpenInvite]:
     match row:
-        case [bytes(invite_id), role, int(uses), int(expires), bytes(secret)]:
-            return invite_id, OpenInvite(role_of(role), uses, expires / 1000, secret)
+        case [bytes(invite_id), role, int(uses), int(expires), bytes(secret), *quota]:
+            return invite_id, OpenInvite(
+                role_of(role), uses, expires / 1000, secret, quota_of(quota)
+            )
     raise ValueError("an invite in it is damaged")
 
 
 def _member_row(row: object) -> Member:
     match row:
-        case [bytes(key), role, int(since), int(until), bytes(invite)]:
-            return Member(peer_id_of(key), role_of(role), since / 1000, until / 1000, invite)
+        case [bytes(key), role, int(since), int(until), bytes(invite), *quota]:
+            return Member(
+                peer_id_of(key),
+                role_of(role),
+                since / 1000,
+                until / 1000,
+                invite,
+                quota_of(quota),
+            )
     raise ValueError("a member in it is damaged")
 
 

@@ -16,6 +16,7 @@ SecurityError
 │   ├── NotCurrent      expired, or issued in the future
 │   ├── WrongVersion    older than what is known, revoked, or with one left out
 │   └── WrongBody       the whitelist is not the one that was signed
+├── BadAuditLog         an audit log that was changed, cut, or is not the host's
 ├── BadInvite           text that is no invite: cut off, mistyped, or not as its issuer signed it
 ├── InviteRefused       an invite, or a request to join by it, that its issuer does not take
 ├── BadInviteBook       the file of an issuer's invites and members can't be used
@@ -38,6 +39,7 @@ from __future__ import annotations
 from glasshive.graph.errors import GlasshiveError, GraphError
 
 __all__ = [
+    "BadAuditLog",
     "BadEnvelope",
     "BadInvite",
     "BadInviteBook",
@@ -134,6 +136,10 @@ class WrongVersion(TrustRefused):
 
 class WrongBody(TrustRefused):
     """A whitelist that is not the one that was signed."""
+
+
+class BadAuditLog(SecurityError):
+    """An audit log, or an export of one, that was changed, cut, or is not the host's."""
 
 
 class BadInvite(SecurityError):

@@ -66,6 +66,7 @@ from glasshive.security.membership import (
     Revocations,
     Role,
 )
+from glasshive.security.quota import NO_QUOTA, Quota
 
 __all__ = ["InviteBook", "InviteEntry"]
 
@@ -93,6 +94,7 @@ class InviteEntry:
     used: int
     expires_at_seconds: float
     revoked: bool
+    quota: Quota = NO_QUOTA
 
 
 @final
@@ -137,8 +139,12 @@ class InviteBook:
         now: float,
         uses: int = 1,
         lifetime_seconds: float = USUAL_INVITE_SECONDS,
+        quota: Quota = NO_QUOTA,
     ) -> str:
-        """The token of a new invite, for `uses` keys at most. Raises BadInvite."""
+        """The token of a new invite, for `uses` keys at most, each with that quota.
+
+        Raises BadInvite.
+        """
         if type(uses) is not int or not 0 < uses <= MAX_USES:
             raise BadInvite(f"got {uses!r} uses for an invite, wanted 1 to {MAX_USES}")
         if not 0 < lifetime_seconds <= MAX_INVITE_SECONDS:
@@ -146,6 +152,7 @@ class InviteBook:
                 f"got an invite for {lifetime_seconds} s, wanted more than 0 and at most "
                 f"{MAX_INVITE_SECONDS:.0f} s"
             )
+        _check_quota(role, quota)
         made = Invite(
             swarm=self.swarm,
             issuer=self._identity.peer_id,
@@ -159,7 +166,7 @@ class InviteBook:
         )
         token = made.token(self._identity)
         with self._opened() as book:
-            entry = OpenInvite(role, uses, made.expires_at_seconds, made.secret)
+            entry = OpenInvite(role, uses, made.expires_at_seconds, made.secret, quota)
             self._write(replace(book, invites={**book.invites, made.invite_id: entry}), now)
         return token
 
@@ -174,6 +181,7 @@ class InviteBook:
                     book.used(invite_id),
                     one.expires_at_seconds,
                     invite_id in book.revoked_invites,
+                    one.quota,
                 )
                 for invite_id, one in book.invites.items()
             ]
@@ -191,17 +199,16 @@ class InviteBook:
         )
         joiner = envelope.sender
         with self._opened() as book:
-            role = self._proved(book, envelope, invite_id, proof, now)
+            invite = self._proved(book, envelope, invite_id, proof, now)
             _admit_once(book, envelope, now)
             _check_peer(book, joiner, self.swarm)
             known = book.members.get((joiner, invite_id))
-            invite = book.invites[invite_id]
             if known is None and book.used(invite_id) >= invite.uses:
                 raise InviteRefused(
                     f"the invite {invite_id.hex()} is used up: {invite.uses} of {invite.uses} "
                     f"keys have joined by it, and {joiner} is another; ask for a new invite"
                 )
-            return self._grant(book, joiner, role, invite_id, now, envelope)
+            return self._grant(book, joiner, invite.role, invite_id, now, envelope, invite.quota)
 
     def renew(self, request: bytes, now: float) -> bytes:
         """A new certificate for a member, in the same role, if its last one ended not long ago.
@@ -265,6 +272,28 @@ class InviteBook:
                 for one in book.members.values()
             ]
         return tuple(sorted(found, key=lambda one: one.since_seconds))
+
+    def change_quota(
+        self, peer_id: PeerId, changes: Mapping[str, int | None], now: float
+    ) -> tuple[Member, ...]:
+        """Gives a member other numbers, by their names in a Quota; what it is then.
+
+        They stand in its next certificate. Raises NotAMember for who is none that runs traces, and
+        BadEnvelope for a number out of range.
+        """
+        with self._opened() as book:
+            changed = {
+                key: replace(one, quota=replace(one.quota, **changes))
+                for key, one in book.members.items()
+                if one.peer_id == peer_id and one.role is not Role.HOST
+            }
+            if not changed:
+                raise NotAMember(
+                    f"{peer_id} has not joined {self.swarm!r} as a client or an admin, who alone "
+                    "run traces and have quotas; `glasshive members` lists those who have"
+                )
+            self._write(replace(book, members={**book.members, **changed}), now)
+        return tuple(changed.values())
 
     # Revocation ---------------------------------------------------------------------------------
 
@@ -336,8 +365,8 @@ class InviteBook:
 
     def _proved(
         self, book: BookState, envelope: Envelope, invite_id: bytes, proof: bytes, now: float
-    ) -> Role:
-        """The role of the invite, if it can be joined by and the request proves it."""
+    ) -> OpenInvite:
+        """The invite, if it can be joined by and the request proves it."""
         invite = book.invites.get(invite_id)
         if invite is None:
             raise InviteRefused(
@@ -359,7 +388,7 @@ class InviteBook:
                 f"the invite {invite_id.hex()} expired "
                 f"{now - invite.expires_at_seconds:.0f} s ago; ask for a new one"
             )
-        return invite.role
+        return invite
 
     def _grant(
         self,
@@ -369,8 +398,14 @@ class InviteBook:
         invite: bytes,
         now: float,
         request: Envelope | None,
+        quota: Quota = NO_QUOTA,
     ) -> bytes:
-        """The signed certificate, once the book that knows of it is on the disk."""
+        """The signed certificate, once the book that knows of it is on the disk.
+
+        A member that is known keeps its quota, which `change_quota` may have changed since.
+        """
+        known = book.members.get((peer_id, invite))
+        quota = known.quota if known else quota
         certificate = Certificate(
             issuer=self._identity.peer_id,
             member=peer_id,
@@ -379,15 +414,16 @@ class InviteBook:
             serial=self._random_bytes(ID_BYTES),
             invite=invite,
             expires_at_seconds=_whole(now + self._lifetimes[role]),
+            quota=quota,
         )
         signed = certificate.sign(self._identity)
-        known = book.members.get((peer_id, invite))
         member = Member(
             peer_id,
             role,
             known.since_seconds if known else _whole(now),
             certificate.expires_at_seconds,
             invite,
+            quota,
         )
         changed = replace(
             book,
@@ -468,6 +504,14 @@ def _check_peer(book: BookState, peer_id: PeerId, swarm: str) -> None:
         raise MembershipRevoked(
             f"{peer_id} was revoked as a member of swarm {swarm!r}; "
             "ask the issuer, who would have to invite another key"
+        )
+
+
+def _check_quota(role: Role, quota: Quota) -> None:
+    if role is Role.HOST and quota != NO_QUOTA:
+        raise BadInvite(
+            f"got an invite for a host with a quota ({quota.describe()}), and hosts run no traces; "
+            "leave it out"
         )
 
 

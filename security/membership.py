@@ -38,6 +38,7 @@ from glasshive.security.errors import (
 )
 from glasshive.security.keys import Identity, PeerId, peer_id_of, public_key_of
 from glasshive.security.plain import decode_plain, encode_plain
+from glasshive.security.quota import NO_QUOTA, Quota, quota_of
 
 __all__ = ["Act", "Certificate", "Membership", "Revocations", "Role"]
 
@@ -95,7 +96,8 @@ class Certificate:
     """An issuer's word that `member` belongs to `swarm` as `role`, until it expires.
 
     `serial` is its own 16 bytes; `invite` the 16 bytes of the invite that it came from, or empty.
-    Making one with a field out of range raises BadEnvelope.
+    `quota` is what each host lets the member use. Making one with a field out of range raises
+    BadEnvelope.
     """
 
     issuer: PeerId
@@ -105,6 +107,7 @@ class Certificate:
     serial: bytes
     invite: bytes
     expires_at_seconds: float
+    quota: Quota = NO_QUOTA
 
     def __post_init__(self) -> None:
         try:
@@ -133,7 +136,7 @@ class Certificate:
             receiver=self.member,
             request_id=self.serial,
             expires_at_seconds=self.expires_at_seconds,
-            body=encode_plain([_VERSION, self.role.value, self.invite]),
+            body=encode_plain([_VERSION, self.role.value, self.invite, *self.quota.numbers]),
         )
 
     @classmethod
@@ -463,13 +466,13 @@ def _certificate(envelope: Envelope) -> Certificate:
     """The certificate that a verified envelope holds; raises BadEnvelope."""
     try:
         fields = decode_plain(
-            envelope.body, max_bytes=MAX_CERTIFICATE_BYTES, max_depth=1, max_elements=3
+            envelope.body, max_bytes=MAX_CERTIFICATE_BYTES, max_depth=1, max_elements=6
         )
     except MalformedData as error:
         raise BadEnvelope(f"the certificate can't be read: {error}") from None
-    if not isinstance(fields, list) or len(fields) != 3:
-        raise BadEnvelope("the body of the certificate is not an array of three")
-    version, role, invite = fields
+    if not isinstance(fields, list) or len(fields) != 6:
+        raise BadEnvelope("the body of the certificate is not an array of six")
+    version, role, invite, *numbers = fields
     if type(version) is not int or version != _VERSION:
         raise BadEnvelope(
             f"not a certificate of version {_VERSION}; one side needs another release of glasshive"
@@ -484,6 +487,7 @@ def _certificate(envelope: Envelope) -> Certificate:
         serial=envelope.request_id,
         invite=invite,
         expires_at_seconds=envelope.expires_at_seconds,
+        quota=quota_of(list(numbers)),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from glasshive import member_commands, swarm_commands, whitelist_commands
+from glasshive import audit_commands, member_commands, swarm_commands, whitelist_commands
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
 from glasshive.settings import Settings, data_dir, load_settings
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(swarm_commands.app)
 app.add_typer(whitelist_commands.app)
 app.add_typer(member_commands.app)
+app.add_typer(audit_commands.app)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 BOOTSTRAP_LISTEN = swarm_commands.BOOTSTRAP_LISTEN

@@ -20,8 +20,10 @@ from glasshive.dht.directory import serve_directory
 from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, SwarmError
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.loop_thread import new_loop
+from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
+from glasshive.host_accounts import open_accounts
 from glasshive.joining import join
 from glasshive.member_keeper import keep_member
 from glasshive.models import ModelUnavailableError, find_model
@@ -39,6 +41,7 @@ from glasshive.terminal import LogFormat, byte_bar, console, print_error
 from glasshive.trust_keeper import TrustKeeper
 
 if TYPE_CHECKING:
+    from glasshive.peer.accounts import Accounts
     from glasshive.peer.served_model import ServedModel
     from glasshive.peer.serving import Serving
 
@@ -90,6 +93,7 @@ class _Process:
         self.reporter = Reporter(life.report_descriptor)
         self.stop = asyncio.Event()
         self.overdue_seconds: Callable[[], float] = lambda: 0.0
+        self.gate: MemberGate | None = None  # of the transport, if the swarm is private
 
     async def beat(self) -> None:
         while True:
@@ -108,7 +112,7 @@ class _Process:
         identity = Identity.load_or_create(life.key)
         book = open_book(life.settings, life.key, identity)
         await renew_ended(life.settings, identity)
-        gate = open_gate(life.settings, identity, Act.SERVE)
+        self.gate = gate = open_gate(life.settings, identity, Act.SERVE)
         own = f"/p2p/{identity.peer_id}"  # a config that all peers of a swarm share may list it
         others = [one for one in life.settings.bootstraps if not one.endswith(own)]
 
@@ -284,8 +288,12 @@ async def _host(process: _Process, options: ServeOptions) -> None:
     store, own = open_store(settings), own_rules(settings)
     process.say_key()
     _say_alone(process)
-    async with contextlib.AsyncExitStack() as ends:
+    async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as ends:
         transport = await ends.enter_async_context(process.transport())
+        identity = Identity.load_or_create(process.life.key)
+        accounts = open_accounts(settings, identity, process.gate)
+        # When the transport has ended every trace.
+        last.push_async_callback(asyncio.to_thread, accounts.close)
         policy = host_rules(None, own, time.time()) if store is None else Policy.floor()
         keeper = None
         if store is not None:
@@ -299,14 +307,14 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
 
-        identity = Identity.load_or_create(process.life.key)
         seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
         if keeper is not None:
             policy = keeper.policy  # there may be a newer one since
-        serving = Serving(transport, identity, served, policy=policy, seen=seen)
+        serving = Serving(transport, identity, served, policy=policy, seen=seen, accounts=accounts)
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
         _say_policy(process, serving.host.policy)
+        _say_audit_log(process, accounts)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
             await serving.start()
@@ -385,6 +393,20 @@ def _say_policy(process: _Process, policy: Policy) -> None:
         return
     for line in policy.describe():
         console.print(line, markup=False, highlight=False)
+
+
+def _say_audit_log(process: _Process, accounts: Accounts) -> None:
+    """That who runs what is written down here."""
+    if accounts.audit_log is None:
+        return
+    folder = str(accounts.audit_log.folder)
+    if process.life.log_format == "json":
+        log.info("audit_log", folder=folder)
+        return
+    console.print(
+        f"who runs which graph is written down in {folder}; `glasshive audit show` reads it",
+        markup=False,
+    )
 
 
 def _say_whitelist(process: _Process, store: TrustStore) -> None:

@@ -1,4 +1,4 @@
-"""`glasshive invite`, `join`, `members`, `revoke`: who belongs to a private swarm.
+"""`glasshive invite`, `join`, `members`, `quota`, `revoke`: who belongs to a private swarm.
 
 All but `join` work on the issuer's book, which lies beside the bootstrap peer's key in the folder
 that `glasshive swarm init` made; a bootstrap peer that runs takes up at once what they change.
@@ -10,6 +10,8 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -33,6 +35,19 @@ IssuerKeyOption = Annotated[
     Path | None,
     typer.Option("--key", help="The issuer's key; else keys/bootstrap.key in the folder."),
 ]
+TracesOption = Annotated[
+    str | None, typer.Option("--traces", help="Quota: traces at a time on each host, or none.")
+]
+SecondsOption = Annotated[
+    str | None,
+    typer.Option("--seconds-a-day", help="Quota: computing seconds a day on each host, or none."),
+]
+SavedBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--saved-bytes-a-day", help="Quota: bytes saved a day on each host, as 10GB, or none."
+    ),
+]
 
 
 @app.command()
@@ -40,17 +55,22 @@ def invite(
     role: Annotated[str, typer.Argument(help="What the member will be: host, client or admin.")],
     uses: Annotated[int, typer.Option(min=1, max=1024, help="How many keys may join by it.")] = 1,
     days: Annotated[float, typer.Option(min=0.01, max=30, help="How long it may be used.")] = 7,
+    traces: TracesOption = None,
+    seconds_a_day: SecondsOption = None,
+    saved_bytes_a_day: SavedBytesOption = None,
     folder: FolderOption = HERE,
     key: IssuerKeyOption = None,
 ) -> None:
     """Make an invite to a private swarm: one word, for whoever shall join by it."""
     set_up_logging("pretty")
     from glasshive.security.invites import Invite
+    from glasshive.security.quota import Quota
     from glasshive.security.trust_root import root_digest
     from glasshive.swarm_trust import read_root
 
     settings, book = _book(folder, key)
     wanted = _role(role)
+    quota = Quota(**_quota_changes(traces, seconds_a_day, saved_bytes_a_day))
     if not any(one.endswith(f"/p2p/{book.issuer}") for one in settings.bootstraps):
         from glasshive.settings import ConfigError
 
@@ -68,6 +88,7 @@ def invite(
         now=now,
         uses=uses,
         lifetime_seconds=days * _DAY_SECONDS,
+        quota=quota,
     )
     made = Invite.parse(token, now)
     whom = "one key" if uses == 1 else f"{uses} keys"
@@ -75,6 +96,7 @@ def invite(
     _note(
         f"an invite for {whom} to join {settings.swarm!r} as {article} {made.role}, until "
         f"{moment(int(made.expires_at_seconds))}.\n"
+        f"Quota of each key on each host: {quota.describe()}.\n"
         "Whoever has this word can join by it: hand it over by a channel that you trust.\n"
         f"They run `glasshive join`, and paste it. Take it back, and all who came by it, with\n"
         f"  glasshive revoke --invite {made.invite_id.hex()[:16]} --folder {_quoted(folder)}"
@@ -156,7 +178,7 @@ def members(
     if not found:
         say(f"nobody has joined {settings.swarm!r} yet; `glasshive invite host` lets a host in")
     else:
-        table = Table("peer", "role", "since", "until", "invite", title=settings.swarm)
+        table = Table("peer", "role", "since", "until", "quota", "invite", title=settings.swarm)
         now = time.time()
         for member in found:
             until = "revoked" if member.revoked else moment(int(member.until_seconds))
@@ -164,15 +186,45 @@ def members(
                 until = f"ended {until}"
             by = member.invite.hex()[:16] or "none"
             since = moment(int(member.since_seconds))
-            table.add_row(f"…{member.peer_id[-8:]}", member.role.value, since, until, by)
+            quota = member.quota.describe()
+            table.add_row(f"…{member.peer_id[-8:]}", member.role.value, since, until, quota, by)
         console.print(table)
     if open_invites:
-        table = Table("invite", "role", "used", "until", title="invites")
+        table = Table("invite", "role", "used", "until", "quota", title="invites")
         for one in open_invites:
             until = "revoked" if one.revoked else moment(int(one.expires_at_seconds))
             used = f"{one.used} of {one.uses}"
-            table.add_row(one.invite_id.hex()[:16], one.role.value, used, until)
+            quota = one.quota.describe()
+            table.add_row(one.invite_id.hex()[:16], one.role.value, used, until, quota)
         console.print(table)
+
+
+@app.command()
+def quota(
+    peer: Annotated[str, typer.Argument(help="A member, by peer id or the end of it.")],
+    traces: TracesOption = None,
+    seconds_a_day: SecondsOption = None,
+    saved_bytes_a_day: SavedBytesOption = None,
+    folder: FolderOption = HERE,
+    key: IssuerKeyOption = None,
+) -> None:
+    """Change what each host lets a member of a private swarm use; what isn't named stays."""
+    set_up_logging("pretty")
+    changes = _quota_changes(traces, seconds_a_day, saved_bytes_a_day)
+    if not changes:
+        raise typer.BadParameter(
+            "name what to change: --traces, --seconds-a-day or --saved-bytes-a-day; "
+            "`glasshive members` shows what is"
+        )
+    _, book = _book(folder, key)
+    peer_id = _peer(peer, book.members())
+    for one in book.change_quota(peer_id, changes, time.time()):
+        by = one.invite.hex()[:16] or "none"
+        say(f"{peer_id}, {one.role} by the invite {by}: {one.quota.describe()}")
+    say(
+        "it stands in the member's next certificate, which it gets within a day; until then the "
+        "one that it has counts. Each host counts for itself"
+    )
 
 
 @app.command()
@@ -250,10 +302,11 @@ def _role(text: str) -> Any:
 
 
 def _peer(text: str, known: tuple[Member, ...]) -> PeerId:
-    """The peer that is meant, by its whole id or by the end of a member's."""
+    """The peer that is meant, by its whole id or by a member's end of one, as `members` has it."""
     from glasshive.security.errors import BadPeerId
     from glasshive.security.keys import PeerId, public_key_of
 
+    text = text.removeprefix("…")
     ends = {one.peer_id for one in known if len(text) >= 6 and one.peer_id.endswith(text)}
     if len(ends) == 1:
         return ends.pop()
@@ -279,12 +332,51 @@ def _invite_id(text: str, book: InviteBook) -> bytes:
     return found[0]
 
 
+def _quota_changes(
+    traces: str | None, seconds_a_day: str | None, saved_bytes_a_day: str | None
+) -> dict[str, int | None]:
+    """The numbers that were given, by their names in a Quota."""
+    from pydantic import ByteSize, TypeAdapter
+
+    given = (
+        ("traces", traces, int, "a whole number such as 4"),
+        ("seconds_a_day", seconds_a_day, int, "a whole number such as 3600"),
+        (
+            "saved_bytes_a_day",
+            saved_bytes_a_day,
+            TypeAdapter(ByteSize).validate_python,
+            "bytes, such as 5000000 or 10GB",
+        ),
+    )
+    return {
+        name: None if text == "none" else _quota_number(name, text, number, wanted)
+        for name, text, number, wanted in given
+        if text is not None
+    }
+
+
+def _quota_number(name: str, text: str, number: Callable[[str], int], wanted: str) -> int:
+    from glasshive.security.quota import MAX_QUOTA
+
+    try:
+        found = int(number(text))
+    except ValueError:
+        found = -1
+    if not 0 <= found <= MAX_QUOTA:
+        raise typer.BadParameter(
+            f"got {text[:40]!r}, wanted {wanted}, at most {MAX_QUOTA}; or none",
+            param_hint=f"--{name.replace('_', '-')}",
+        )
+    return found
+
+
 def _member_row(one: Member) -> dict[str, Any]:
     return {
         "peer": one.peer_id,
         "role": one.role.value,
         "since_seconds": one.since_seconds,
         "until_seconds": one.until_seconds,
+        "quota": asdict(one.quota),
         "invite": one.invite.hex(),
         "revoked": one.revoked,
     }
@@ -297,6 +389,7 @@ def _invite_row(one: InviteEntry) -> dict[str, Any]:
         "uses": one.uses,
         "used": one.used,
         "until_seconds": one.expires_at_seconds,
+        "quota": asdict(one.quota),
         "revoked": one.revoked,
     }
 

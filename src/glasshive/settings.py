@@ -7,11 +7,12 @@
     root = "root.json"                                   # who may sign the swarm's whitelist
     issuers = ["12D3KooW..."]                            # who makes members: the swarm is private
     policy = "policy.toml"                               # what a host lends less of than that
+    audit = true                                         # a host keeps an audit log
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
-GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY).
+GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ _WANTED = {
     "root": 'a path in quotes, such as "root.json"',
     "issuers": 'a list of peer ids, such as ["12D3KooW..."]',
     "policy": 'a path in quotes, such as "policy.toml"',
+    "audit": "true or false, without quotes",
 }
 
 
@@ -69,6 +71,7 @@ class Settings(BaseSettings):
     root: Path | None = None
     issuers: Annotated[tuple[PeerId, ...], NoDecode] = ()
     policy: Path | None = None
+    audit: bool | None = None
 
     @field_validator("bootstraps", "issuers", mode="before")
     @classmethod
@@ -86,6 +89,11 @@ class Settings(BaseSettings):
         except BadPeerId as error:
             raise ValueError(str(error)) from None
         return value
+
+    @property
+    def audited(self) -> bool:
+        """Whether a host keeps an audit log: where `audit` says nothing, in private swarms."""
+        return bool(self.issuers) if self.audit is None else self.audit
 
     @property
     def client_key_path(self) -> Path:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trust_documents import root_now, whitelist_now
 
 import glasshive
-from glasshive.client.errors import NoRoute, PeerLost
+from glasshive.client.errors import NoRoute, PeerFailed, PeerLost
 from glasshive.dht import messages
 from glasshive.dht.directory import find_records
 from glasshive.dht.errors import (
@@ -36,6 +36,7 @@ from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.messages import JOIN_PROTOCOL, Hello, encode
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.dht.transport import PeerAddress
+from glasshive.security.audit_trail import entries_in, log_files
 from glasshive.security.errors import NotAMember
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.membership import Membership, Role
@@ -341,6 +342,33 @@ async def record_of(
         addresses=transport.addresses,
         expires_at_seconds=float(round(time.time()) + 30),
     )
+
+
+def test_a_member_is_kept_to_its_quota_and_all_is_written_down(hive: LocalSwarm) -> None:
+    key = hive.config.with_name("limited.key")
+    limited = hive.enrol(key, Role.CLIENT)
+    book = hive._book
+    assert book is not None
+    book.change_quota(limited, {"saved_bytes_a_day": 7 * 32 * 4 + 1}, time.time())
+    assert hive.enrol(key, Role.CLIENT) == limited  # the next certificate
+    with glasshive.connect(config_of(hive, "limited.key")) as swarm:
+        model = swarm.model(hive.model_name)
+        run(model)
+        with pytest.raises(
+            PeerFailed, match="this trace takes about 896 saved bytes here"
+        ) as caught:
+            run(model)
+        assert caught.value.code == "QuotaExceeded"
+    with glasshive.connect(hive.config) as swarm:
+        run(swarm.model(hive.model_name))
+    host = PeerId(hive.hosts[1].peer_id)  # which has the last block
+    (folder,) = hive.config.parent.glob(f"data-*/audit/swarm-{SWARM}/{host}")
+
+    def outcomes() -> list[str]:
+        found = entries_in(log_files(folder), host)
+        return [one.entry.outcome for one in found if one.entry.client == limited]
+
+    wait_for(lambda: outcomes() == ["done", "QuotaExceeded"], 20, "both traces are written down")
 
 
 def test_who_is_thrown_out_is_out_and_others_notice_nothing(hive: LocalSwarm) -> None:

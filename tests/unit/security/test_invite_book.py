@@ -54,6 +54,7 @@ from glasshive.security.invites import (
 )
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.membership import Act, Certificate, Membership, Role
+from glasshive.security.quota import MAX_QUOTA, Quota
 
 # The book ---------------------------------------------------------------------------------------
 
@@ -235,6 +236,56 @@ def test_enrolling_needs_no_invite(book: InviteBook) -> None:
     assert members().admit(BOB.peer_id, data, Act.ADMINISTER, NOW).invite == b""
     with pytest.raises(BadPeerId):
         book.enrol(PeerId("nobody"), Role.HOST, NOW)
+
+
+# Quotas -----------------------------------------------------------------------------------------
+
+
+def quota_in(data: bytes, who: Identity = ALICE, now: float = NOW) -> Quota:
+    return members().admit(who.peer_id, data, Act.TRACE, now).quota
+
+
+def test_who_joins_gets_the_quota_of_the_invite(book: InviteBook) -> None:
+    quota = Quota(2, 600, 10**10)
+    invite = invited(book, role=Role.CLIENT, uses=2, quota=quota)
+    for who in (ALICE, BOB):
+        assert quota_in(book.join(join_of(invite, who), NOW), who) == quota
+    assert {one.quota for one in book.members()} == {one.quota for one in book.invites()} == {quota}
+    again = InviteBook(book.path, ISSUER, "lab")  # as the file has it
+    assert (again.members(), again.invites()) == (book.members(), book.invites())
+
+
+def test_a_changed_quota_stands_in_the_next_certificate(book: InviteBook) -> None:
+    first = invited(book, role=Role.CLIENT, uses=2, quota=Quota(2, 600, 10**10))
+    second = invited(book, role=Role.ADMIN, quota=Quota(traces=5))
+    data = book.join(join_of(first), NOW)
+    admin = book.join(join_of(second, number=2), NOW)
+    book.join(join_of(first, BOB), NOW)
+    changed = book.change_quota(ALICE.peer_id, {"traces": 1, "seconds_a_day": None}, NOW + 1)
+    assert [one.quota for one in changed] == [Quota(1, None, 10**10), Quota(traces=1)]
+    assert quota_in(data) == Quota(2, 600, 10**10)  # signed is signed
+    assert quota_in(book.renew(renew_of(data), NOW)) == Quota(1, None, 10**10)
+    assert quota_in(book.renew(renew_of(admin, number=2), NOW)) == Quota(traces=1)
+    # The invite still says what it said; who is a member by it already has what was changed.
+    assert quota_in(book.join(join_of(first, number=3), NOW)) == Quota(1, None, 10**10)
+    assert {one.peer_id: one.quota for one in book.members()}[BOB.peer_id].traces == 2
+
+
+def test_only_those_who_run_traces_have_quotas(book: InviteBook) -> None:
+    with pytest.raises(BadInvite) as caught:
+        invited(book, quota=Quota(traces=4))
+    assert str(caught.value) == (
+        "got an invite for a host with a quota (4 traces at a time), and hosts run no traces; "
+        "leave it out"
+    )
+    book.enrol(BOB.peer_id, Role.HOST, NOW)
+    for who in (ALICE, BOB):
+        with pytest.raises(NotAMember) as refused:
+            book.change_quota(who.peer_id, {"traces": 4}, NOW)
+        assert str(refused.value) == (
+            f"{who.peer_id} has not joined 'lab' as a client or an admin, who alone run traces and "
+            "have quotas; `glasshive members` lists those who have"
+        )
 
 
 # Renewal ----------------------------------------------------------------------------------------
@@ -547,8 +598,9 @@ def test_the_book_is_bounded(book: InviteBook, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_full_book_fits_its_file_and_its_decoder(tmp_path: Path) -> None:
+    most = Quota(MAX_QUOTA, MAX_QUOTA, MAX_QUOTA)
     invites = {
-        number.to_bytes(16, "big"): book_state.OpenInvite(Role.CLIENT, MAX_USES, NOW, SECRET)
+        number.to_bytes(16, "big"): book_state.OpenInvite(Role.CLIENT, MAX_USES, NOW, SECRET, most)
         for number in range(book_module.MAX_INVITES)
     }
     keys = [PeerId(ISSUER.peer_id)] + [
@@ -557,7 +609,7 @@ def test_a_full_book_fits_its_file_and_its_decoder(tmp_path: Path) -> None:
     full = book_state.BookState(
         version=1 << 52,
         invites=invites,
-        members={(key, SECRET): Member(key, Role.CLIENT, NOW, NOW, SECRET) for key in keys},
+        members={(key, SECRET): Member(key, Role.CLIENT, NOW, NOW, SECRET, most) for key in keys},
         revoked_peers=dict.fromkeys(keys, NOW),
         revoked_serials={},
         revoked_invites={},

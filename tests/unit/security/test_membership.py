@@ -39,6 +39,7 @@ from glasshive.security.membership import (
     Revocations,
     Role,
 )
+from glasshive.security.quota import MAX_QUOTA, Quota
 
 ISSUER, SECOND, ALICE, BOB, EVE = (Identity(bytes([number]) * 32) for number in range(1, 6))
 NOW = 1_700_000_000.0
@@ -80,9 +81,36 @@ def admitted(data: bytes, act: Act = Act.SERVE, now: float = NOW) -> Certificate
 
 
 def test_a_certificate_says_what_was_signed() -> None:
-    for certificate in (certificate_of(), certificate_of(invite=b"", role=Role.ADMIN)):
+    for certificate in (
+        certificate_of(),
+        certificate_of(invite=b"", role=Role.ADMIN),
+        certificate_of(quota=Quota(traces=0)),
+        certificate_of(quota=Quota(3, 600, 10**10)),
+    ):
         assert admitted(certificate.sign(ISSUER)) == certificate
-    assert len(signed()) < MAX_CERTIFICATE_BYTES
+
+
+def test_the_longest_certificate_is_not_too_long() -> None:
+    longest = certificate_of(
+        swarm="l" * 64, role=Role.CLIENT, quota=Quota(MAX_QUOTA, MAX_QUOTA, MAX_QUOTA)
+    ).sign(ISSUER)
+    assert len(longest) <= MAX_CERTIFICATE_BYTES
+    members = Membership("l" * 64, [ISSUER.peer_id])
+    assert members.admit(ALICE.peer_id, longest, Act.TRACE, NOW).quota.traces == MAX_QUOTA
+
+
+@pytest.mark.parametrize("number", [-1, MAX_QUOTA + 1, 1.0, True, "1", b"1", [1]])
+@pytest.mark.parametrize("name", ["traces", "seconds_a_day", "saved_bytes_a_day"])
+def test_a_quota_is_of_whole_numbers(name: str, number: Any) -> None:
+    with pytest.raises(BadEnvelope, match=rf"the quota {name} is not a whole number of 0 to"):
+        Quota(**{name: number})
+
+
+def test_a_quota_is_said_in_words() -> None:
+    assert Quota().describe() == "none"
+    assert Quota(2, 3600, 10**10).describe() == (
+        "2 traces at a time, 3,600 s a day, 10,000,000,000 saved bytes a day"
+    )
 
 
 def test_the_signature_is_the_issuers_over_member_role_serial_and_end() -> None:
@@ -91,7 +119,9 @@ def test_the_signature_is_the_issuers_over_member_role_serial_and_end() -> None:
     *bound, body = msgpack.unpackb(payload)
     end = int((NOW + HOUR) * 1000)
     assert bound == ["certificate", "lab", ISSUER.peer_id, ALICE.peer_id, SERIAL, end]
-    assert msgpack.unpackb(body) == [1, "host", INVITE]
+    assert msgpack.unpackb(body) == [1, "host", INVITE, None, None, None]
+    with_quota = msgpack.unpackb(signed(quota=Quota(1, None, 3)))[2]
+    assert msgpack.unpackb(msgpack.unpackb(with_quota)[-1]) == [1, "host", INVITE, 1, None, 3]
 
 
 # The oracle of roles is this table, written by hand.
@@ -250,21 +280,31 @@ def with_bytes(body: bytes, **changes: Any) -> bytes:
     return seal(ISSUER, **(fields | changes))
 
 
+BODY: list[Any] = [1, "host", INVITE, None, None, None]
+
+
 @pytest.mark.parametrize(
     "data",
     [
-        with_body([1, "host", INVITE], kind="peer-record"),
-        with_body([1, "host", INVITE], receiver=None),
-        with_body([1, "host", INVITE], request_id=b""),
-        with_body([2, "host", INVITE]),
-        with_body([True, "host", INVITE]),
-        with_body([1, "root", INVITE]),
-        with_body([1, b"host", INVITE]),
-        with_body([1, "host", "i" * 16]),
-        with_body([1, "host", INVITE, 0]),
+        with_body(BODY, kind="peer-record"),
+        with_body(BODY, receiver=None),
+        with_body(BODY, request_id=b""),
+        with_body([2, *BODY[1:]]),
+        with_body([True, *BODY[1:]]),
+        with_body([1, "root", *BODY[2:]]),
+        with_body([1, b"host", *BODY[2:]]),
+        with_body([1, "host", "i" * 16, *BODY[3:]]),
+        with_body([*BODY, 0]),
+        with_body(BODY[:5]),
+        with_body(BODY[:3]),
         with_body([1, "host"]),
+        with_body([*BODY[:3], -1, None, None]),
+        with_body([*BODY[:3], None, 1.0, None]),
+        with_body([*BODY[:3], None, None, True]),
+        with_body([*BODY[:3], None, None, 1 << 53]),
+        with_body([*BODY[:3], None, None, [1]]),
         with_body({"role": "host"}),
-        with_body([1, ["host"], INVITE]),
+        with_body([1, ["host"], *BODY[2:]]),
         b"\xc0",
         b"x" * (MAX_CERTIFICATE_BYTES + 1),
     ],
@@ -272,7 +312,7 @@ def with_bytes(body: bytes, **changes: Any) -> bytes:
 def test_what_an_issuer_didnt_mean_as_a_certificate_is_none(data: bytes) -> None:
     with pytest.raises(NotAMember):
         admitted(data, Act.READ)
-    admitted(with_body([1, "host", INVITE]), Act.READ)
+    admitted(with_body(BODY), Act.READ)
 
 
 # Revocations ------------------------------------------------------------------------------------
@@ -475,7 +515,7 @@ def test_no_mutation_of_revocations_is_accepted_with_another_content() -> None:
 
 
 BODIES = [
-    (b"certificate", msgpack.packb([1, "host", INVITE])),
+    (b"certificate", msgpack.packb(BODY)),
     (b"revocations", msgpack.packb([1, 3, [public_key_of(ALICE.peer_id)], [SERIAL], [INVITE]])),
 ]
 
