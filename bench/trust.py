@@ -1,0 +1,198 @@
+"""What trust costs: signatures and admission in a warm trace, a door, and refusing a bomb.
+
+The classic experiments of the demo on SmolLM2-135M over 3 hosts in this process, whose own calls of
+signing, verifying, hashing and admission are timed while they run, by the clock of their own
+threads. Bar: <= 2 ms on the way of a trace, whose hosts work side by side. Bombs are those of tests.
+Bars: refused in 50 ms each, memory growth under 32 MB.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import report
+
+import glasshive
+from glasshive.demo_experiments import activation_patching, steering
+from glasshive.dht.member_gate import MemberGate
+from glasshive.graph.codec import decode_graph, encode_graph
+from glasshive.graph.errors import GraphError
+from glasshive.models import find_model
+from glasshive.peer.admission import Admission
+from glasshive.security.keys import Identity
+from glasshive.security.membership import Act, Certificate, Membership, Role
+from glasshive.security.requests import TraceRequest
+from glasshive.security.results import SavesDigest, TraceResult
+
+ROUNDS = 3
+HOSTS = 3
+BOMBS = Path(__file__).parents[1] / "tests/attacks/test_t04_size_bombs.py"
+PARTS = {
+    "sign requests": (TraceRequest, "sign"),
+    "verify requests": (TraceRequest, "verify"),
+    "hash parts": (TraceRequest, "check_part"),
+    "hash saves": (SavesDigest, "update"),
+    "sign results": (TraceResult, "sign"),
+    "verify results": (TraceResult, "verify"),
+    "admission": (Admission, "admit"),
+}
+
+
+@contextmanager
+def timed(found: dict[str, float]) -> Iterator[None]:
+    """Inside it, the seconds of each part's calls are added up in `found`."""
+
+    def timing(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()  # not what other threads of this process take meanwhile
+            try:
+                return call(*args, **kwargs)
+            finally:
+                found[name] += time.thread_time() - began
+
+        return run
+
+    with ExitStack() as undo:
+        for name, (owner, attribute) in PARTS.items():
+            stock = owner.__dict__[attribute]
+            bound = isinstance(stock, classmethod)
+            made = timing(name, stock.__func__ if bound else stock)
+            setattr(owner, attribute, classmethod(made) if bound else made)
+            undo.callback(setattr, owner, attribute, stock)
+        yield
+
+
+def logit_lens(model: Any) -> int:
+    """The best token of every layer; returns how many traces that took."""
+    with model.trace("The Eiffel Tower is in the city of", progress=False):
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output[:, -5:]))
+            logits.softmax(-1).max(-1).indices.save()
+    return 1
+
+
+def cost_of_traces() -> dict[str, dict[str, float]]:
+    """For each experiment the least milliseconds a trace of each part, over some rounds."""
+    model = glasshive.local(find_model("SmolLM2-135M-Instruct"), cuts=(10, 20))
+    experiments: dict[str, Callable[[Any], int]] = {
+        "logit lens": logit_lens,
+        "activation patching": lambda model: len(activation_patching(model).traces),
+        "steering": lambda model: len(steering(model).traces),
+    }
+    costs: dict[str, dict[str, float]] = {}
+    for name, experiment in experiments.items():
+        experiment(model)  # warm: admission keeps its verdicts
+        least: dict[str, float] = {}
+        for _ in range(ROUNDS):
+            found: dict[str, float] = defaultdict(float)
+            with timed(found):
+                n_traces = experiment(model)
+            for part, seconds in found.items():
+                each = 1e3 * seconds / n_traces
+                least[part] = min(each, least.get(part, each))
+        costs[name] = least
+    return costs
+
+
+def on_the_way(parts: dict[str, float]) -> float:
+    """The milliseconds that a trace waits: hosts work side by side, the client does all of its own.
+
+    Both sides hash what is saved.
+    """
+    client = parts["sign requests"] + parts["verify results"] + parts["hash saves"] / 2
+    hosts = ("verify requests", "hash parts", "admission", "sign results")
+    return client + (sum(parts[one] for one in hosts) + parts["hash saves"] / 2) / HOSTS
+
+
+def cost_of_a_door() -> float:
+    """Microseconds to judge a certificate that was seen before, as on every stream and call."""
+    issuer, member = Identity.generate(), Identity.generate()
+    now = time.time()
+    certificate = Certificate(
+        *(issuer.peer_id, member.peer_id, Role.CLIENT, "lab", bytes(16), b"", round(now) + 3600.0)
+    ).sign(issuer)
+    gate = MemberGate(Membership("lab", [issuer.peer_id]), time.time)
+    times = []
+    for _ in range(2_000):
+        began = time.perf_counter()
+        gate.admit(member.peer_id, certificate, Act.TRACE)
+        times.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(times)
+
+
+def cost_of_bombs() -> tuple[dict[str, float], float]:
+    """Milliseconds to refuse each bomb of the tests, warm, and the megabytes that all added."""
+    spec = importlib.util.spec_from_file_location("bombs", BOMBS)
+    if spec is None or spec.loader is None:
+        sys.exit(f"there is no {BOMBS}; run the bench in a checkout")
+    bombs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bombs)
+
+    def refuse(graph: Any) -> None:
+        try:
+            bombs.admit(decode_graph(encode_graph(graph)), bombs.MODEL, bombs.BUDGET)
+        except GraphError:
+            return
+        sys.exit("a bomb was admitted")
+
+    graphs = {name: make() for name, make in bombs.BOMBS.items()}
+    for graph in graphs.values():
+        refuse(graph)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took: dict[str, float] = {}
+    for name, graph in graphs.items():
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            refuse(graph)
+            times.append(time.perf_counter() - began)
+        took[name] = 1e3 * min(times)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    return took, grown_kib / 1024
+
+
+def main() -> None:
+    """Print the figures."""
+    torch.set_num_threads(2)
+    bombs, grown_mb = cost_of_bombs()
+    door_us = cost_of_a_door()
+    costs = cost_of_traces()
+    sums = {name: sum(parts.values()) for name, parts in costs.items()}
+    rows: list[list[Any]] = [
+        [part, *(costs[name].get(part, 0.0) for name in costs)] for part in PARTS
+    ]
+    ways = {name: on_the_way(parts) for name, parts in costs.items()}
+    slowest = max(bombs, key=lambda name: bombs[name])
+    report(
+        "trust",
+        ["ms a trace", *costs],
+        [
+            *rows,
+            ["all of them, on 3 hosts and the client", *sums.values()],
+            ["on the way of the trace", *ways.values()],
+            ["a certificate judged, us", door_us, "", ""],
+            [f"{len(bombs)} bombs refused, median ms", statistics.median(bombs.values()), "", ""],
+            [f"the slowest ({slowest}), ms", bombs[slowest], "", ""],
+            ["memory that all of them added, MB", grown_mb, "", ""],
+        ],
+        {
+            "trace_ms": ways,
+            "door_us": door_us,
+            "slowest_bomb_ms": bombs[slowest],
+            "bombs_mb": grown_mb,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
