@@ -115,7 +115,7 @@ class Host:
         self._own_limits = limits or HostLimits()
         self._limits = self._own_limits  # under the policy
         self._clock = clock
-        self._torch = TorchThread()
+        self._torch = TorchThread(self._limits.traces_per_client)
         self._checks = Checks(self._limits.prepare_seconds)
         self._files = FileServer(
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
@@ -254,8 +254,12 @@ class Host:
             transport=self._transport,
             # Not the client's own deadline: that is no reason to end the process.
             run_on_torch=partial(
-                self._torch.run, limit_seconds=limits.runaway_seconds(bill.seconds)
+                self._torch.run,
+                client.peer_id,
+                prepare.trace_id,
+                step_seconds=limits.runaway_seconds(bill.seconds),
             ),
+            on_step=self._torch.step,
             stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=ends_at,
             clock=self._clock,

@@ -86,6 +86,7 @@ class HostedTrace:
     consts: Mapping[bytes, Tensor]
     transport: Transport
     run_on_torch: RunOnTorch
+    on_step: Callable[[], None]
     stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
@@ -112,6 +113,7 @@ class HostedTrace:
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
+            on_step=self.on_step,
             clock=self.clock,
         )
 
