@@ -71,6 +71,7 @@ from glasshive.peer.executor import PassInputs
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
+from glasshive.peer.memory_book import MemoryBook, lent_bytes
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.keys import PeerId
@@ -112,7 +113,11 @@ class Host:
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
-        self._own_limits = limits or HostLimits()
+        own = limits or HostLimits()
+        memory_bytes = own.memory_bytes
+        if memory_bytes is None:
+            memory_bytes = lent_bytes(served.model.device)
+        self._own_limits = own.within(memory_bytes)
         self._limits = self._own_limits  # under the policy
         self._clock = clock
         self._torch = TorchThread(self._limits.traces_per_client)
@@ -121,6 +126,8 @@ class Host:
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
         )
         self._consts = ConstCache(self._limits.const_cache_bytes)
+        # What the constants kept leave of it.
+        self._memory = MemoryBook(memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
@@ -173,6 +180,8 @@ class Host:
                     done = await self._serve_trace(client, prepare, frame.body)
             finally:
                 del self._tenants[prepare.trace_id]
+                # A stage that can't be interrupted still has its memory.
+                self._torch.after(prepare.trace_id, partial(self._memory.release, client))
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(done))
             log.info(
@@ -238,6 +247,7 @@ class Host:
         peers = _peers(prepare)
         ends_at = self._clock() + min(prepare.deadline_seconds, limits.trace_seconds)
         admission, checked = await self._checked(client.peer_id, peers, body)
+        self._memory.promise(client, checked[2].peak_bytes, ends_at)
         consts = await self._take_consts(client, checked[0], ends_at)
         if admission is not self._admission:  # a policy came meanwhile
             admission, checked = await self._checked(client.peer_id, peers, body)

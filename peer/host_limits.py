@@ -23,6 +23,9 @@ class HostLimits:
     prepare_seconds: float = 60.0
     batch_rows: int = 256
     context_tokens: int = 8192
+    memory_bytes: int | None = None
+    """The most that all traces and the constants kept take at a time; None: what is free at the
+    start, less a reserve (peer/memory_book.py)."""
     const_cache_bytes: int = 1 << 30
     budget: Budget = field(
         default_factory=lambda: Budget(
@@ -44,6 +47,25 @@ class HostLimits:
     def runaway_seconds(self, estimated_seconds: float) -> float:
         """After how long a node that still runs is a runaway: the process is ended."""
         return self.stage_seconds(estimated_seconds) + self.node_seconds
+
+    def within(self, memory_bytes: int) -> HostLimits:
+        """The same on a host that has so much for all, and so at most that for one.
+
+        The constants kept have their own part of it: a trace never waits for their lease to end.
+        """
+        const_cache_bytes = min(self.const_cache_bytes, memory_bytes // 8)
+        most_bytes = memory_bytes - const_cache_bytes
+        peak_bytes = min(self.budget.peak_bytes, most_bytes)
+        return replace(
+            self,
+            memory_bytes=memory_bytes,
+            const_cache_bytes=const_cache_bytes,
+            budget=replace(
+                self.budget,
+                peak_bytes=peak_bytes,
+                saved_bytes=min(self.budget.saved_bytes, peak_bytes),
+            ),
+        )
 
     def numbers(self) -> Limits:
         """The same in a whitelist's terms, rounded up to whole numbers."""

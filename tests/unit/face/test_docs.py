@@ -18,7 +18,7 @@ import glasshive
 from glasshive import connection, trust_keeper
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
-from glasshive.peer import const_cache, file_server, host
+from glasshive.peer import const_cache, file_server, host, memory_book
 from glasshive.peer.host_limits import HostLimits
 from glasshive.security import envelope, manifest, whitelist
 
@@ -409,6 +409,7 @@ STREAMS = serving.StreamLimits()
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
+        f"included | {100 * memory_book.LENT_SHARE:.0f} % of the memory that is free at the start",
         f"saved bytes of a part | {HOST.budget.saved_bytes // GIB} GiB |",
         f"not counted | 10^{len(str(HOST.budget.flops)) - 1} |",
         f"over all clients | {HOST.const_cache_bytes // GIB} GiB |",
