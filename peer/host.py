@@ -82,6 +82,7 @@ log = logging.getLogger(__name__)
 
 MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
+SWEEP_SECONDS: Final = 10.0
 
 
 def _constant(
@@ -125,8 +126,9 @@ class Host:
         self._files = FileServer(
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
         )
-        self._consts = ConstCache(self._limits.const_cache_bytes)
+        self._consts = ConstCache(self._limits.const_cache_bytes, clock)
         # What the constants kept leave of it.
+        self._sweeping: asyncio.Task[None] | None = None
         self._memory = MemoryBook(memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
@@ -158,13 +160,22 @@ class Host:
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
         await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
         await self._transport.serve(FILES_PROTOCOL, self._files.answer)
+        self._sweeping = asyncio.create_task(self._sweep())
 
     def close(self) -> None:
         """Cancel what runs and take no more work. The transport ends the streams."""
         for trace in self._traces.values():
             trace.cancel()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         self._torch.close()
         self._checks.close()
+
+    async def _sweep(self) -> None:
+        """Give the memory of what nobody uses any more back, for as long as the host is there."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._consts.drop_ended()
 
     # A client's trace -----------------------------------------------------------------------
 

@@ -416,6 +416,7 @@ STREAMS = serving.StreamLimits()
         f"a valid `Prepare` within {HOST.prepare_seconds:.0f} s",
         f"answers {file_server.MAX_ANSWERS} questions at a time, each within "
         f"{file_server.ANSWER_SECONDS:.0f} s",
+        f"each for {const_cache.LEASE_SECONDS:.0f} s after its last use",
         f"each counted with {const_cache.ENTRY_BYTES:,} bytes more than its elements",
     ],
 )
