@@ -12,6 +12,7 @@ GlasshiveError
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       what the host allows at a time is running, or waits there
+    ├── NeighbourBusy              another peer of the plan that takes no more streams now
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
     ├── BadNeighbour               another peer of the plan that breaks the protocol
     ├── HostFailed                 an error inside the host, which only its own log explains
@@ -72,6 +73,10 @@ class WrongInput(HostError):
 
 class Busy(HostError):
     """As much as the host allows at a time is under way; another peer, or later, may do."""
+
+
+class NeighbourBusy(HostError):
+    """Another peer of the plan that takes no more streams now; the text has its id."""
 
 
 class NeighbourLost(HostError):

@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
@@ -42,13 +44,29 @@ from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import digest
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
-from glasshive.peer.served_model import ServedModel
+from glasshive.peer.served_model import ServedModel, load_served_model
 from glasshive.security.keys import Identity
 
 SEQ = 3
 BLOCK = Site("model.layers.0", "output")
 SAVED = (Read(BLOCK, 0), Save(Ref(NodeId(0)), "s"))
 IDS = torch.tensor([[1, 5, 9]])
+
+
+def load_tiny(folder: Path) -> ServedModel:
+    """A Llama of 2 blocks (hidden size 32, vocabulary 64, rows of at most 24 tokens), whole."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        max_position_embeddings=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
 
 
 class Tenants:
@@ -65,7 +83,7 @@ class Tenants:
         clock: Callable[[], float] = time.monotonic,
         stream_limits: StreamLimits | None = None,
     ) -> None:
-        self._network = MemoryNetwork()
+        self._network = MemoryNetwork(clock=clock)
         self.home = self._network.transport(Identity.generate(), stream_limits=stream_limits)
         self._clients: list[MemoryTransport] = []
         self._served = served

@@ -362,6 +362,11 @@ STREAMS = serving.StreamLimits()
         f"At most {FRAMES.header_depth} containers deep and {FRAMES.header_elements:,} elements",
         f"at most {framing.MAX_REFUSAL_BYTES} bytes, that says why",
         f"({STREAMS.per_remote} per remote peer, {STREAMS.in_all:,} in all)",
+        f"({STREAMS.new_per_second:g} a second of one remote peer, {STREAMS.burst} at once)",
+        f"Only {serving.REFUSALS_PER_REMOTE} such refusals go to one peer at a time",
+        f"its first frame has not begun in {STREAMS.first_frame_seconds:g} s",
+        f"at no less than {FRAMES.least_bytes_per_second:,} bytes a second, averaged over "
+        f"{FRAMES.stall_seconds:g} s",
         f"Bodies above {framing.SLICE_BYTES // KIB} KiB",
         f"`{envelope._PAYLOAD_TYPE.decode()}`",
         f"has at most {envelope.MAX_REQUEST_ID_BYTES} bytes, texts at most {envelope._MAX_TEXT}",

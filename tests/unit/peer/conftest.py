@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tenants import load_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glasshive.peer.served_model import ServedModel, load_served_model
+from glasshive.peer.served_model import ServedModel
 
 SaveTinyLlama = Callable[..., Path]
 
@@ -46,16 +47,4 @@ def save_tiny_llama(tmp_path: Path) -> SaveTinyLlama:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     """A Llama of 2 blocks (hidden size 32, vocabulary 64, rows of at most 24 tokens), whole."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=64,
-        max_position_embeddings=24,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return load_served_model(folder, "tiny", None, dtype=torch.float32, device="cpu")
+    return load_tiny(tmp_path_factory.mktemp("tiny"))
