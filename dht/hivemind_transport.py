@@ -54,7 +54,7 @@ from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
-__all__ = ["DhtMode", "HivemindTransport", "check_loopback"]
+__all__ = ["DhtMode", "HivemindTransport", "check_loopback", "prepare_hivemind"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class HivemindTransport:
         return self
 
     async def _start(self) -> None:
-        _prepare_hivemind()
+        prepare_hivemind()
         from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
         try:
@@ -602,8 +602,8 @@ class HivemindTransport:
         return self._node
 
 
-def _prepare_hivemind() -> None:
-    """Import hivemind and put our bounds into it, once for all threads.
+def prepare_hivemind() -> None:
+    """Import hivemind and put our bounds into it, once for all threads; `create` does it too.
 
     Its packages import each other in a circle, which fails if two threads are in it at a time.
     """

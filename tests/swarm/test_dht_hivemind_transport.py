@@ -531,13 +531,13 @@ def test_threads_may_make_the_first_transports() -> None:
     """
     script = """
         import threading
-        from glasshive.dht.hivemind_transport import _prepare_hivemind
+        from glasshive.dht.hivemind_transport import prepare_hivemind
 
         failed, prepared = [], threading.Event()
 
         def prepare():
             try:
-                _prepare_hivemind()
+                prepare_hivemind()
             except ImportError as error:
                 failed.append(error)
             prepared.set()

@@ -410,7 +410,8 @@ STREAMS = serving.StreamLimits()
         f"by the host's own estimate, from its measured pace | {HOST.budget.seconds:g} |",
         f"may take {HOST.stage_factor:g} times the estimate of its part and "
         f"{HOST.stage_least_seconds:g} s more",
-        f"runs on for {HOST.node_seconds:g} s after that",
+        f"{HOST.node_factor:g} times the estimate of its part and "
+        f"{HOST.node_least_seconds:g} s more, or longer than a trace may",
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
