@@ -49,6 +49,7 @@ from glasshive.security.keys import Identity
 
 SEQ = 3
 BLOCK = Site("model.layers.0", "output")
+LAST = Site("model.layers.1", "output")
 SAVED = (Read(BLOCK, 0), Save(Ref(NodeId(0)), "s"))
 IDS = torch.tensor([[1, 5, 9]])
 
@@ -72,7 +73,8 @@ def load_tiny(folder: Path) -> ServedModel:
 class Tenants:
     """A host of a whole model, and its clients. An async context manager.
 
-    Every part is one row of `SEQ` tokens through block 0, whose output may be read and written.
+    Every part is one row of `SEQ` tokens through both blocks, whose outputs may be read and
+    written.
     """
 
     def __init__(
@@ -115,9 +117,9 @@ class Tenants:
         return await client.open_stream(self.address, TRACE_PROTOCOL, 10)
 
     def prepare(self, nodes: Sequence[Node] = SAVED) -> tuple[Any, bytes]:
-        """The frame that asks for a trace of these nodes, which read nothing behind block 0."""
+        """The frame that asks for a trace of these nodes."""
         ids = tuple(map(NodeId, range(len(nodes))))
-        stop = self._served.outline.event(BLOCK)
+        stop = self._served.outline.event(LAST)
         stage = Stage(0, ids, forward=True, stop_event=stop)
         span = Span(0, self._served.model.n_blocks)
         part = Part(0, span, Graph(dict(zip(ids, nodes, strict=True))), (stage,), {})
