@@ -258,7 +258,7 @@ class Host:
         peers = _peers(prepare)
         ends_at = self._clock() + min(prepare.deadline_seconds, limits.trace_seconds)
         admission, checked = await self._checked(client.peer_id, peers, body)
-        self._memory.promise(client, checked[2].peak_bytes, ends_at)
+        self._memory.promise(client, client.peer_id, checked[2].peak_bytes, ends_at)
         consts = await self._take_consts(client, checked[0], ends_at)
         if admission is not self._admission:  # a policy came meanwhile
             admission, checked = await self._checked(client.peer_id, peers, body)

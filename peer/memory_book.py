@@ -17,14 +17,20 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from glasshive.peer.errors import Busy
+from glasshive.security.keys import PeerId
 
 LENT_SHARE: Final = 0.75
 """Of the memory that is free when a host starts: the rest is for what its user does meanwhile, for
 the allocator's own gaps, and for what torch takes in the middle of an op."""
 
 
+CLIENT_SHARE: Final = 2
+"""Several traces of one client have one in so many of all bytes; one alone may have all."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Promise:
+    client: PeerId
     peak_bytes: int
     ends_at: float
 
@@ -43,13 +49,21 @@ class MemoryBook:
         """What all traces together were promised."""
         return sum(one.peak_bytes for one in self._promises.values())
 
-    def promise(self, holder: Hashable, peak_bytes: int, ends_at: float) -> None:
+    def promise(self, holder: Hashable, client: PeerId, peak_bytes: int, ends_at: float) -> None:
         """Promise a trace its bytes until `release`, which comes by `ends_at` of the clock.
 
         `holder` is one thing for one trace only: ids may come again.
 
-        Raises Busy, saying when there is room for it, if the others leave too little.
+        Raises Busy, saying when there is room for it, if the others leave too little, or if the
+        client's others have its share.
         """
+        own_bytes = sum(one.peak_bytes for one in self._promises.values() if one.client == client)
+        if own_bytes and own_bytes + peak_bytes > self._mark_bytes // CLIENT_SHARE:
+            raise Busy(
+                f"traces of yours have {own_bytes} bytes of this peer, and with the {peak_bytes} "
+                f"of this one it were more than your share of {self._mark_bytes // CLIENT_SHARE}; "
+                "wait for one of them, or try another peer"
+            )
         promised_bytes = self.promised_bytes
         if promised_bytes + peak_bytes > self._mark_bytes:
             raise Busy(
@@ -57,7 +71,7 @@ class MemoryBook:
                 f"traces, and this one takes {peak_bytes}; try again soon (there is room in "
                 f"{self._room_seconds(peak_bytes):.0f} s at the latest), or by way of another peer"
             )
-        self._promises[holder] = _Promise(peak_bytes, ends_at)
+        self._promises[holder] = _Promise(client, peak_bytes, ends_at)
 
     def release(self, holder: Hashable) -> None:
         """The trace has ended, or was never promised anything."""

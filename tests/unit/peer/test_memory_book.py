@@ -16,6 +16,9 @@ from glasshive.peer.errors import Busy
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.memory_book import LENT_SHARE, MemoryBook, lent_bytes
 from glasshive.peer.served_model import ServedModel
+from glasshive.security.keys import PeerId
+
+ALICE, BOB, CAROL, DAVE, EVE = (PeerId(name) for name in ("alice", "bob", "carol", "dave", "eve"))
 
 
 async def promised(tenants: Tenants, wanted_bytes: int) -> None:
@@ -34,11 +37,11 @@ async def one_peak_bytes(served: ServedModel) -> int:
 def test_promises_stay_under_the_mark_and_a_refusal_says_when() -> None:
     now = 100.0
     book = MemoryBook(1000, lambda: now)
-    book.promise("a", 400, 160.0)
-    book.promise("b", 500, 130.0)
-    book.promise("c", 100, 400.0)
+    book.promise("a", ALICE, 400, 160.0)
+    book.promise("b", BOB, 500, 130.0)
+    book.promise("c", CAROL, 100, 400.0)
     with pytest.raises(Busy) as caught:
-        book.promise("d", 600, 500.0)
+        book.promise("d", DAVE, 600, 500.0)
     assert str(caught.value) == (
         "this peer has 1000 of 1000 bytes promised to other traces, and this one takes 600; try "
         "again soon (there is room in 60 s at the latest), or by way of another peer"
@@ -46,13 +49,30 @@ def test_promises_stay_under_the_mark_and_a_refusal_says_when() -> None:
     assert book.promised_bytes == 1000
     book.release("b")
     book.release("b")
-    book.promise("d", 500, 500.0)
+    book.promise("d", DAVE, 500, 500.0)
     now = 1000.0  # those whose time is over are about to end
     with pytest.raises(Busy, match="room in 0 s at the latest"):
-        book.promise("e", 1, 500.0)
+        book.promise("e", EVE, 1, 500.0)
     for one in "acd":
         book.release(one)
     assert book.promised_bytes == 0
+
+
+def test_one_client_s_traces_leave_room_for_others() -> None:
+    book = MemoryBook(1000)
+    book.promise("a", ALICE, 300, 0.0)
+    book.promise("b", ALICE, 200, 0.0)
+    with pytest.raises(Busy) as caught:
+        book.promise("c", ALICE, 1, 0.0)
+    assert str(caught.value) == (
+        "traces of yours have 500 bytes of this peer, and with the 1 of this one it were more than "
+        "your share of 500; wait for one of them, or try another peer"
+    )
+    book.promise("d", BOB, 500, 0.0)
+    book.release("d")
+    book.release("a")
+    book.release("b")
+    book.promise("e", ALICE, 1000, 0.0)  # one alone may have all
 
 
 def test_a_host_lends_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +106,7 @@ async def test_what_others_were_promised_is_not_promised_again(served: ServedMod
         alice, bob = tenants.client(), tenants.client()
         first, answer = await tenants.ask(alice)
         assert isinstance(answer, Accepted)
-        second, _ = await tenants.ask(alice)
+        second, _ = await tenants.ask(tenants.client())
         _, busy = await tenants.ask(bob)
         assert (busy.code, busy.node) == ("Busy", -1)
         assert re.fullmatch(
