@@ -2,8 +2,8 @@
 
 The classic experiments of the demo on SmolLM2-135M over 3 hosts in this process, whose own calls of
 signing, verifying, hashing and admission are timed while they run, by the clock of their own
-threads. Bar: <= 2 ms on the way of a trace, whose hosts work side by side. Bombs are those of tests.
-Bars: refused in 50 ms each, memory growth under 32 MB.
+threads. Bar: <= 2 ms on the way of a trace, whose hosts work side by side. Bombs are those that
+tests throw. Bars: refused in 50 ms each, memory growth under 32 MB.
 """
 
 from __future__ import annotations

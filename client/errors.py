@@ -10,7 +10,7 @@ GlasshiveError
     ├── TraceTimeout            the trace's deadline passed
     ├── PeerError               one peer of the route is to blame
     │   ├── PeerLost            it cannot be reached, or was lost on the way
-    │   ├── PeerBusy            it runs as many traces as it allows
+    │   ├── PeerBusy            it has as much to do as it allows
     │   ├── PeerFailed          it refused its part, or failed in it, and said why
     │   └── BadAnswer           its answer breaks the protocol or the plan
     └── TraceError              the body of a trace asks for something that no graph can say

@@ -30,6 +30,7 @@ from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
     PeerUnreachable,
+    StreamBusy,
     StreamClosed,
     TransportError,
 )
@@ -352,15 +353,21 @@ async def _cancel(stream: _PeerStream) -> None:
     await stream.stream.send(encode(Cancel()), b"", 1.0)
 
 
+_OF_NEIGHBOURS: Final[dict[str, type[PeerError]]] = {
+    "NeighbourLost": PeerLost,
+    "NeighbourBusy": PeerBusy,
+    "BadNeighbour": BadAnswer,
+}
+
+
 def _failure(hop: HopReport, message: Failed, hops: Sequence[HopReport]) -> PeerError:
     """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
     who = _who(hop)
     text = _printable(message.text)
-    if message.code in ("NeighbourLost", "BadNeighbour"):
+    if (kind := _OF_NEIGHBOURS.get(message.code)) is not None:
         # It may speak of those that the plan gives it to deal with, and of nobody else.
         others = {i for stage in hop.part.stages for _, i in (*stage.imports, *stage.exports)}
         named = [one for one in hops if one.part.index in others and one.peer.peer_id in text]
-        kind = PeerLost if message.code == "NeighbourLost" else BadAnswer
         if not named:
             return kind(f"{who} says: {text}", peer=hop.peer.peer_id)
         return kind(f"{_who(named[0])}: {who} says: {text}", peer=named[0].peer.peer_id)
@@ -405,6 +412,8 @@ class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
                 "or the network between you and it is down",
                 peer=self.hop.peer.peer_id,
             ) from error
+        if isinstance(error, StreamBusy):
+            raise PeerBusy(f"{who} is busy: {error}", peer=self.hop.peer.peer_id) from error
         if isinstance(error, PeerUnreachable | StreamClosed | TransportError):
             raise PeerLost(
                 f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id

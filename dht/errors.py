@@ -5,6 +5,7 @@ SwarmError
 │   ├── PeerUnreachable         no address of the peer answered
 │   ├── StreamClosed            the other side, or a failing link, ended the stream
 │   │   └── StreamRefused       the other side ended it at once and said why
+│   │       └── StreamBusy      it has too much to do now
 │   ├── NotLetIn                the other side is no member that may serve a private swarm
 │   ├── DeadlineExceeded        the wait ran out
 │   ├── TransportLost           our own daemon is lost; close or rebuild the transport
@@ -44,6 +45,7 @@ __all__ = [
     "NotLetIn",
     "PeerUnreachable",
     "RecordRefused",
+    "StreamBusy",
     "StreamClosed",
     "StreamRefused",
     "SwarmError",
@@ -72,6 +74,10 @@ class StreamClosed(TransportError):
 
 class StreamRefused(StreamClosed):
     """The other side refused the stream and said why in one short line."""
+
+
+class StreamBusy(StreamRefused):
+    """The other side has too much to do now; it, or another peer, may have time later."""
 
 
 class NotLetIn(TransportError):

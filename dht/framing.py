@@ -19,6 +19,8 @@ Rules:
 5. There is no half-close: closing ends both directions, and what is still on its way may be lost in
    both. So a protocol says in a frame that it is done, and whoever received the last frame closes.
 6. A frame that was cut short by an error, a deadline or a cancellation ends the stream.
+7. A frame that has begun comes at no less than a floor of bytes a second, averaged over some
+   seconds, or the stream ends: who sends a byte now and then holds nobody's memory for long.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, final
 
 from glasshive.dht.deadline import within
 from glasshive.dht.errors import (
     BadFrame,
+    DeadlineExceeded,
     FrameTooLarge,
+    StreamBusy,
     StreamClosed,
     StreamRefused,
     TransportError,
@@ -50,6 +55,8 @@ REFUSAL_DEADLINE_SECONDS: Final = 2.0
 FINISH_DEADLINE_SECONDS: Final = 60.0
 SLICE_BYTES: Final = 256 * 1024
 MAX_REFUSAL_BYTES: Final = 200
+BUSY: Final = "busy: "
+"""How the text of a refusal begins that holds for now only."""
 
 _LENGTHS: Final = struct.Struct(">II")
 _MAX_LENGTH: Final = 0xFFFF_FFFF
@@ -86,6 +93,11 @@ class FrameLimits:
     body_bytes: int = 16 * 1024 * 1024
     header_depth: int = 16
     header_elements: int = 65_536
+    # A client gives up a slice of 256 KiB after 12 s of silence, so that less than 22 kB/s
+    # are of no use to it. The floor is a fifth of that: under it no honest sender is still there.
+    least_bytes_per_second: int = 4096
+    # TCP sends a lost packet again after about 1, 2, 4 and 8 s: a link may be away for so long.
+    stall_seconds: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,38 @@ class Frame:
 
     header: Plain
     body: bytearray
+
+
+@final
+class _Floor:
+    """How slowly a frame may come: each byte that has come buys time, `stall_seconds` at most."""
+
+    def __init__(self, limits: FrameLimits, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._ends_at = clock() + limits.stall_seconds
+
+    async def keep(self, read: Awaitable[bytes], peer_id: PeerId) -> bytes:
+        """What `read` gives. Raises DeadlineExceeded if the frame falls below the floor."""
+        limits = self._limits
+        try:
+            what = f"reading a frame of {peer_id}"
+            data = await within(max(self._ends_at - self._clock(), 0.0), read, what)
+        except DeadlineExceeded:
+            raise self._too_slow(peer_id) from None
+        now = self._clock()
+        if data and now > self._ends_at:
+            raise self._too_slow(peer_id)
+        bought_seconds = len(data) / limits.least_bytes_per_second
+        self._ends_at = min(self._ends_at + bought_seconds, now + limits.stall_seconds)
+        return data
+
+    def _too_slow(self, peer_id: PeerId) -> DeadlineExceeded:
+        limits = self._limits
+        return DeadlineExceeded(
+            f"a frame from {peer_id} came slower than {limits.least_bytes_per_second} bytes a "
+            f"second, averaged over {limits.stall_seconds:g} s; the stream was ended"
+        )
 
 
 @final
@@ -110,6 +154,7 @@ class Stream:
         peer_id: PeerId,
         limits: FrameLimits,
         why_lost: Callable[[], TransportError | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`why_lost` tells a dead transport from a stream that only ended."""
         self.peer_id = peer_id
@@ -117,6 +162,8 @@ class Stream:
         self._reader = reader
         self._writer = writer
         self._why_lost = why_lost
+        self._clock = clock
+        self._soon_seconds: float | None = None
         self._first: tuple[FrameLimits, Callable[[Frame], None]] | None = None
         self._sending = asyncio.Lock()
         self._ended: str | None = None
@@ -132,6 +179,13 @@ class Stream:
         What `take` raises ends the stream, and `receive` raises it.
         """
         self._first = limits, take
+
+    def expect_soon(self, seconds: float) -> None:
+        """Have the next frame begin so soon after a `receive`, which else raises DeadlineExceeded.
+
+        That ends the stream, however long the frame itself may take.
+        """
+        self._soon_seconds = seconds
 
     async def send(
         self,
@@ -203,7 +257,7 @@ class Stream:
     async def _receive_one(self, limits: FrameLimits) -> Frame:
         self._check_open()
         try:
-            lengths = await self._reader.readexactly(_LENGTHS.size)
+            lengths = await self._receive_lengths()
         except asyncio.IncompleteReadError as error:
             raise self._link_error(error, middle_of_frame=bool(error.partial)) from None
         except _LINK_ERRORS as error:
@@ -220,19 +274,36 @@ class Stream:
                 self._end("a frame was cut short or was not acceptable")
         return frame
 
+    async def _receive_lengths(self) -> bytes:
+        lengths = self._reader.readexactly(_LENGTHS.size)
+        if self._soon_seconds is None:
+            return await lengths
+        began = False
+        try:
+            what = f"waiting for the first frame of {self.peer_id}"
+            start = await within(self._soon_seconds, lengths, what)
+            self._soon_seconds = None
+            began = True
+            return start
+        finally:
+            if not began:
+                self._end("nothing came on it")
+
     async def _receive_rest(self, header_bytes: int, body_bytes: int, limits: FrameLimits) -> Frame:
         if header_bytes == 0:
             if body_bytes > MAX_REFUSAL_BYTES:
                 raise BadFrame(f"a refusal of {body_bytes} bytes, at most {MAX_REFUSAL_BYTES}")
             text = (await self._reader.readexactly(body_bytes)).decode("ascii", "replace")
-            raise StreamRefused(f"{self.peer_id} refused the stream: {_printable(text)}")
+            kind = StreamBusy if text.startswith(BUSY) else StreamRefused
+            raise kind(f"{self.peer_id} refused the stream: {_printable(text)}")
         if header_bytes > limits.header_bytes or body_bytes > limits.body_bytes:
             raise FrameTooLarge(
                 f"{self.peer_id} announced a frame with a header of {header_bytes} and a body of "
                 f"{body_bytes} bytes, at most {limits.header_bytes} and {limits.body_bytes} are "
                 "accepted; the stream was ended"
             )
-        packed = await self._reader.readexactly(header_bytes)
+        floor = _Floor(limits, self._clock)
+        packed = bytes(await self._receive_bytes(header_bytes, floor))
         try:
             header = decode_plain(
                 packed,
@@ -242,16 +313,21 @@ class Stream:
             )
         except MalformedData as error:
             raise BadFrame(f"the header of a frame from {self.peer_id}: {error}") from None
-        body = bytearray(body_bytes)
-        view = memoryview(body)
+        return Frame(header, await self._receive_bytes(body_bytes, floor))
+
+    async def _receive_bytes(self, count: int, floor: _Floor) -> bytearray:
+        data = bytearray(count)
+        view = memoryview(data)
         filled = 0
-        while filled < body_bytes:
-            part = await self._reader.read(min(body_bytes - filled, SLICE_BYTES))
+        while filled < count:
+            part = await floor.keep(
+                self._reader.read(min(count - filled, SLICE_BYTES)), self.peer_id
+            )
             if not part:
                 raise EOFError
             view[filled : filled + len(part)] = part
             filled += len(part)
-        return Frame(header, body)
+        return data
 
     async def refuse(self, reason: str) -> None:
         """Ends the stream; the other side's receive raises StreamRefused with `reason`."""

@@ -145,7 +145,7 @@ class MemoryTransport:
         self._has_dht = has_dht
         self._frame_limits = frame_limits
         self._handlers: dict[str, StreamHandler] = {}
-        self._tasks = HandlerTasks(stream_limits, gate)
+        self._tasks = HandlerTasks(stream_limits, gate, network.clock)
         self._streams: set[Stream] = set()
         self._closed = False
         self._gate = gate
@@ -213,7 +213,10 @@ class MemoryTransport:
         self._reset_streams(None)
 
     def _adopt(self, end: _End, peer_id: PeerId) -> Stream:
-        stream = Stream(end.reader, end, peer_id, self._frame_limits, self._end_error)
+        stream = Stream(
+            *(end.reader, end, peer_id, self._frame_limits, self._end_error),
+            clock=self._network.clock,
+        )
         self._streams = {one for one in self._streams if not one.closed}
         self._streams.add(stream)
         return stream

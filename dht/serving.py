@@ -1,5 +1,9 @@
 """Handlers of incoming streams: tasks with an owner, bounded per remote and in all.
 
+Bounded are how many are open, how many are new in a second, and how long one is open before its
+first frame begins: all of that before a byte of the stream is read. Who goes beyond is told so, in
+a refusal that begins with "busy: ", and a few such refusals are all that it has of this peer.
+
 In a private swarm a handler runs only for who was let in.
 """
 
@@ -7,12 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from glasshive.dht.errors import SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.member_gate import MemberGate
+from glasshive.dht.token_buckets import TokenBuckets
 from glasshive.dht.transport import StreamHandler
 from glasshive.security.keys import PeerId
 
@@ -21,22 +29,41 @@ __all__ = ["HandlerTasks", "StreamLimits"]
 logger = logging.getLogger(__name__)
 
 
+REFUSALS_PER_REMOTE: Final = 8
+"""Each lingers for up to two seconds, so that it arrives."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """How many streams may be open toward this transport at one time."""
+    """What others may open toward this transport.
+
+    A trace opens a stream to each host of its route, and each host one to those it sends values to.
+    Small traces take 10 to 40 ms besides their passes, and a client has eight at a time: at 40 ms
+    they open 200 streams in a second.
+    """
 
     per_remote: int = 64
     in_all: int = 1024
+    new_per_second: float = 200.0  # of one remote
+    burst: int = 400
+    first_frame_seconds: float = 10.0  # whoever opens a stream has something to say
 
 
 class HandlerTasks:
     """Runs a handler per stream; `close` cancels and awaits them all."""
 
-    def __init__(self, limits: StreamLimits, gate: MemberGate | None = None) -> None:
+    def __init__(
+        self,
+        limits: StreamLimits,
+        gate: MemberGate | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._limits = limits
         self._gate = gate
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: Counter[PeerId] = Counter()
+        self._refusing: Counter[PeerId] = Counter()
+        self._new = TokenBuckets(limits.new_per_second, limits.burst, clock)
         self._closed = False
 
     def __len__(self) -> int:
@@ -49,31 +76,61 @@ class HandlerTasks:
 
         None if there are too many even for a refusal.
         """
-        remote = stream.peer_id
-        refusal: str | None = None
-        if self._closed:
-            refusal = "closing"
-        elif len(self._tasks) >= self._limits.in_all:
-            refusal = f"busy: {self._limits.in_all} streams are open, try another peer"
-        elif self._open[remote] >= self._limits.per_remote:
-            refusal = f"busy: {self._limits.per_remote} streams of yours are open, close some"
-        if refusal is not None:
-            if self._closed or len(self._tasks) >= 2 * self._limits.in_all:
-                stream.reset()
-                return None
-            task = asyncio.create_task(stream.refuse(refusal))
-        else:
-            self._open[remote] += 1
+        refusal = self._refusal(stream.peer_id)
+        if refusal is None:
             task = asyncio.create_task(self._run(stream, handler, protocol))
+            self._count(self._open, stream.peer_id, task)
+        elif self._closed or not self._may_refuse(stream.peer_id):
+            stream.reset()
+            return None
+        else:
+            task = asyncio.create_task(stream.refuse(refusal))
+            self._count(self._refusing, stream.peer_id, task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _refusal(self, remote: PeerId) -> str | None:
+        """Why a new stream of `remote` is not served; None if it is."""
+        limits = self._limits
+        if self._closed:
+            return "closing"
+        if (wait_seconds := self._new.take(remote)) > 0:
+            return (
+                f"busy: more than {limits.new_per_second:g} new streams a second of yours; "
+                f"try again in {max(wait_seconds, 0.001):.3f} s"
+            )
+        if self._open[remote] >= limits.per_remote:
+            return f"busy: {limits.per_remote} streams of yours are open, close some"
+        if self._open.total() >= limits.in_all:
+            return f"busy: {limits.in_all} streams are open, try another peer"
+        return None
+
+    def _may_refuse(self, remote: PeerId) -> bool:
+        """Whether there is room for a refusal: what floods this peer is not told each time."""
+        return (
+            self._refusing[remote] < REFUSALS_PER_REMOTE
+            and self._refusing.total() < self._limits.in_all
+        )
+
+    @staticmethod
+    def _count(among: Counter[PeerId], remote: PeerId, task: asyncio.Task[None]) -> None:
+        """Count the task until it has ended."""
+        among[remote] += 1
+
+        def ended(_: asyncio.Task[None]) -> None:
+            among[remote] -= 1
+            if not among[remote]:
+                del among[remote]
+
+        task.add_done_callback(ended)
 
     async def _run(self, stream: Stream, handler: StreamHandler, protocol: str) -> None:
         finished = False
         try:
             if self._gate is not None and not await self._gate.accept(stream, protocol):
                 return
+            stream.expect_soon(self._limits.first_frame_seconds)
             await handler(stream)
             await stream.finish()
             finished = True
@@ -82,9 +139,6 @@ class HandlerTasks:
         except Exception:
             logger.exception("handler_failed protocol=%s peer=%s", protocol, stream.peer_id)
         finally:
-            self._open[stream.peer_id] -= 1
-            if not self._open[stream.peer_id]:
-                del self._open[stream.peer_id]
             if not finished:
                 stream.reset()
 

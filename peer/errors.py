@@ -13,6 +13,7 @@ GlasshiveError
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       what the host allows at a time is running, or waits there
     ├── QuotaExceeded              a member's quota doesn't leave what its trace takes
+    ├── NeighbourBusy              another peer of the plan that takes no more streams now
     ├── NeighbourLost              another peer of the plan that cannot be reached, or is gone
     ├── BadNeighbour               another peer of the plan that breaks the protocol
     ├── HostFailed                 an error inside the host, which only its own log explains
@@ -77,6 +78,10 @@ class Busy(HostError):
 
 class QuotaExceeded(HostError):
     """A member's quota on this host doesn't leave what its trace takes; the text says which."""
+
+
+class NeighbourBusy(HostError):
+    """Another peer of the plan that takes no more streams now; the text has its id."""
 
 
 class NeighbourLost(HostError):

@@ -119,7 +119,8 @@ class _Bypass:
 class Executor:
     """One trace on one peer. `consts` are the user's tensors by digest.
 
-    No node is begun later than `stage_seconds` by `clock` after its stage was.
+    No node is begun later than `stage_seconds` by `clock` after its stage was. `on_step` is called
+    before each, and before each module that is watched.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Executor:
         outbox: Outbox,
         *,
         stage_seconds: float = math.inf,
+        on_step: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
@@ -141,6 +143,7 @@ class Executor:
         self._consts = consts
         self._outbox = outbox
         self._stage_seconds = stage_seconds
+        self._on_step = on_step
         self._clock = clock
         self._ends_at = math.inf
         self._values = Interpreter(
@@ -275,6 +278,7 @@ class Executor:
                 f"the part was ended before this was done: it has taken {self._stage_seconds:.3g} "
                 "s, far more than this peer had reckoned with; split the work over several traces"
             )
+        self._on_step()
 
     def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""

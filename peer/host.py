@@ -72,6 +72,7 @@ from glasshive.peer.executor import PassInputs
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace, check_peers
+from glasshive.peer.memory_book import MemoryBook, lent_bytes
 from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
@@ -86,6 +87,7 @@ log = logging.getLogger(__name__)
 
 MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
+SWEEP_SECONDS: Final = 10.0
 
 
 def _constant(
@@ -127,16 +129,23 @@ class Host:
         self._model = served.model
         self._outline = served.outline
         self._manifest = served.manifest
-        self._own_limits = limits or HostLimits()
+        own = limits or HostLimits()
+        memory_bytes = own.memory_bytes
+        if memory_bytes is None:
+            memory_bytes = lent_bytes(served.model.device)
+        self._own_limits = own.within(memory_bytes)
         self._limits = self._own_limits  # under the policy
         self._accounts = accounts or Accounts()
         self._clock = clock
-        self._torch = TorchThread()
+        self._torch = TorchThread(self._limits.traces_per_client)
         self._checks = Checks(self._limits.prepare_seconds)
         self._files = FileServer(
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
         )
-        self._consts = ConstCache(self._limits.const_cache_bytes)
+        self._consts = ConstCache(self._limits.const_cache_bytes, clock)
+        # What the constants kept leave of it.
+        self._sweeping: asyncio.Task[None] | None = None
+        self._memory = MemoryBook(memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
@@ -167,13 +176,22 @@ class Host:
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
         await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
         await self._transport.serve(FILES_PROTOCOL, self._files.answer)
+        self._sweeping = asyncio.create_task(self._sweep())
 
     def close(self) -> None:
         """Cancel what runs and take no more work. The transport ends the streams."""
         for trace in self._traces.values():
             trace.cancel()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         self._torch.close()
         self._checks.close()
+
+    async def _sweep(self) -> None:
+        """Give the memory of what nobody uses any more back, for as long as the host is there."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._consts.drop_ended()
 
     # A client's trace -----------------------------------------------------------------------
 
@@ -200,6 +218,8 @@ class Host:
                         )
                 finally:
                     del self._tenants[request.trace_id]
+                    # A stage that can't be interrupted still has its memory.
+                    self._torch.after(request.trace_id, partial(self._memory.release, client))
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(Done(result.sign(self._identity, self._transport.now()))))
             log.info(
@@ -278,6 +298,7 @@ class Host:
         ends_at = self._clock() + min(request.deadline_seconds, limits.trace_seconds)
         admission, checked = await self._checked(request, peers, body)
         part, _, bill = checked
+        self._memory.promise(client, client.peer_id, bill.peak_bytes, ends_at)
         account.admit(part, bill, model_id=request.model_id, dtype=ours, sha256=request.part_sha256)
         consts = await self._take_consts(client, part, ends_at)
         if admission is not self._admission:  # a policy came meanwhile
@@ -297,8 +318,12 @@ class Host:
             transport=self._transport,
             # Not the client's own deadline: that is no reason to end the process.
             run_on_torch=partial(
-                self._torch.run, limit_seconds=limits.runaway_seconds(bill.seconds)
+                self._torch.run,
+                client.peer_id,
+                request.trace_id,
+                step_seconds=limits.runaway_seconds(bill.seconds),
             ),
+            on_step=self._torch.step,
             stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=ends_at,
             clock=self._clock,

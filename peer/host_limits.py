@@ -23,6 +23,9 @@ class HostLimits:
     prepare_seconds: float = 60.0
     batch_rows: int = 256
     context_tokens: int = 8192
+    memory_bytes: int | None = None
+    """The most that all traces and the constants kept take at a time; None: what is free at the
+    start, less a reserve (peer/memory_book.py)."""
     const_cache_bytes: int = 1 << 30
     budget: Budget = field(
         default_factory=lambda: Budget(
@@ -30,9 +33,13 @@ class HostLimits:
         )
     )
 
-    stage_least_seconds: float = 60.0
+    # An op takes at most 10 times what it is billed on a CPU (bench/pace.py), a whole stage less.
+    # On a GPU the first call of some compiles a kernel for up to 5 s: one node takes far less than
+    # 15 s for that, and a stage may have several such nodes.
+    stage_least_seconds: float = 30.0
     stage_factor: float = 3.0
-    node_seconds: float = 240.0
+    node_least_seconds: float = 15.0
+    node_factor: float = 10.0
 
     def stage_seconds(self, estimated_seconds: float) -> float:
         """How long a stage may take of a part that was thought to take so long.
@@ -42,8 +49,31 @@ class HostLimits:
         return self.stage_least_seconds + self.stage_factor * estimated_seconds
 
     def runaway_seconds(self, estimated_seconds: float) -> float:
-        """After how long a node that still runs is a runaway: the process is ended."""
-        return self.stage_seconds(estimated_seconds) + self.node_seconds
+        """After how long a node or block that still runs is a runaway: the process is ended.
+
+        All of a part may be in one node of it. No node has longer than a whole trace has.
+        """
+        seconds = self.node_least_seconds + self.node_factor * estimated_seconds
+        return min(seconds, self.trace_seconds)
+
+    def within(self, memory_bytes: int) -> HostLimits:
+        """The same on a host that has so much for all, and so at most that for one.
+
+        The constants kept have their own part of it: a trace never waits for their lease to end.
+        """
+        const_cache_bytes = min(self.const_cache_bytes, memory_bytes // 8)
+        most_bytes = memory_bytes - const_cache_bytes
+        peak_bytes = min(self.budget.peak_bytes, most_bytes)
+        return replace(
+            self,
+            memory_bytes=memory_bytes,
+            const_cache_bytes=const_cache_bytes,
+            budget=replace(
+                self.budget,
+                peak_bytes=peak_bytes,
+                saved_bytes=min(self.budget.saved_bytes, peak_bytes),
+            ),
+        )
 
     def numbers(self) -> Limits:
         """The same in a whitelist's terms, rounded up to whole numbers."""

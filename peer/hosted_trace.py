@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 from torch import Tensor
 
-from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.errors import MalformedMessage, StreamBusy, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
@@ -46,7 +46,13 @@ from glasshive.graph.plan import HIDDEN, Part, Stage
 from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.accounts import Account
 from glasshive.peer.client_stream import ClientStream
-from glasshive.peer.errors import BadNeighbour, HostError, NeighbourLost, TraceEnded
+from glasshive.peer.errors import (
+    BadNeighbour,
+    HostError,
+    NeighbourBusy,
+    NeighbourLost,
+    TraceEnded,
+)
 from glasshive.peer.executor import Executor, PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
@@ -91,6 +97,7 @@ class HostedTrace:
     consts: Mapping[bytes, Tensor]
     transport: Transport
     run_on_torch: RunOnTorch
+    on_step: Callable[[], None]
     stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
@@ -117,6 +124,7 @@ class HostedTrace:
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
+            on_step=self.on_step,
             clock=self.clock,
         )
 
@@ -299,6 +307,8 @@ class HostedTrace:
         who = f"peer {self.peers[other].peer_id} (part {other})"
         if isinstance(why, MalformedMessage):
             return BadNeighbour(f"{who} broke the protocol: {why}")
+        if isinstance(why, StreamBusy):
+            return NeighbourBusy(f"{who} is busy: {why}")
         return NeighbourLost(f"{who} was lost: {why}")
 
     # Sending --------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ that decides how long. Rules:
 4. When it ends uninvited it is started again, after a pause that doubles at each failure in a row.
    If the first one ends before it was ready it has said why: then the supervisor ends with its exit
    code. So it does after several in a row that were never ready, such as when their port is taken.
+5. Once the host process is ready a spare one is started, which imports what takes seconds, and
+   waits. It takes the place of the one that ends: a line ``go ADDRESS`` on its standard input,
+   where ADDRESS is the one to listen at.
 
 Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS`` once.
 """
@@ -42,12 +45,12 @@ class SupervisorLimits:
 
     start_seconds: float = 120.0  # to the first report, imports included
     heartbeat_seconds: float = 30.0
-    overdue_seconds: float = 10.0
+    overdue_seconds: float = 1.0  # the deadline itself has all the patience there is
     stop_seconds: float = 10.0
-    first_pause_seconds: float = 1.0
+    first_pause_seconds: float = 0.25
     longest_pause_seconds: float = 60.0
     steady_seconds: float = 60.0  # after so long in service, failures are counted from none
-    useless_starts: int = 8  # in a row, none of which was ready: over 2 minutes
+    useless_starts: int = 10  # in a row, none of which was ready: over 2 minutes
 
 
 class Reporter:
@@ -76,6 +79,15 @@ class Reporter:
             os.write(self._descriptor, line.encode())
 
 
+def wait_for_turn() -> str | None:
+    """As a spare process: the address to listen at once it is its turn.
+
+    None if whoever started it has gone.
+    """
+    word, _, address = sys.stdin.buffer.readline(_MAX_LINE_BYTES).decode().strip().partition(" ")
+    return address if word == "go" else None
+
+
 async def stdin_ended() -> None:
     """Returns when standard input, a pipe, has ended: whoever held it is gone."""
     loop = asyncio.get_running_loop()
@@ -94,19 +106,32 @@ def _killed(why: str) -> None:
     log.error("host_process_killed", extra={"why": why})
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A process, and the end of the pipe from which its reports are read."""
+
+    process: Process
+    reading: int
+
+
 class Supervisor:
     """Keeps one host process running until it is told to stop.
 
     `command(report_descriptor, listen)` is its command line; `listen` is the address that an
-    earlier process listened at, or None.
+    earlier process listened at, or None. `spare(report_descriptor)` is that of a spare one, which
+    calls `wait_for_turn`; None for no spare.
     """
 
     def __init__(
         self,
         command: Callable[[int, str | None], Sequence[str]],
         limits: SupervisorLimits | None = None,
+        *,
+        spare: Callable[[int], Sequence[str]] | None = None,
     ) -> None:
         self._command = command
+        self._spare_command = spare
+        self._spare: asyncio.Task[_Started | None] | None = None
         self._limits = limits or SupervisorLimits()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -125,6 +150,8 @@ class Supervisor:
         try:
             return await self._keep_running()
         finally:
+            if self._spare is not None and (started := await self._spare) is not None:
+                await self._discard(started)
             if watch is not None:
                 watch.cancel()
             for number in _STOP_SIGNALS:
@@ -170,23 +197,13 @@ class Supervisor:
     async def _run_once(self) -> int:
         """Start the process and see it to its end; its exit code, negative for a signal."""
         self._is_ready = False
-        reading, writing = os.pipe()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command(writing, self._listen),
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=(writing,),
-                start_new_session=True,
-                # Threads that spin while they wait take the cores from whatever else runs here.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            )
-        except BaseException:
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
+        listen = self._listen
+        started = await self._take_spare() or await self._start(
+            lambda writing: self._command(writing, listen)
+        )
+        process = started.process
         log.debug("host_process_started", extra={"pid": process.pid})
-        watch = asyncio.create_task(self._watch(process, reading))
+        watch = asyncio.create_task(self._watch(process, started.reading))
         stop = asyncio.create_task(self._stop.wait())
         ended = asyncio.create_task(process.wait())
         try:
@@ -200,6 +217,55 @@ class Supervisor:
             for task in (watch, stop, ended):
                 task.cancel()
             await asyncio.wait({watch, stop, ended})
+
+    async def _start(self, command: Callable[[int], Sequence[str]]) -> _Started:
+        reading, writing = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command(writing),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(writing,),
+                start_new_session=True,
+                # Threads that spin while they wait take the cores from whatever else runs here.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            )
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        return _Started(process, reading)
+
+    async def _start_spare(self) -> _Started | None:
+        if self._spare_command is None:
+            return None
+        try:
+            return await self._start(self._spare_command)
+        except OSError as error:  # it is a convenience: the machine may have no room for it
+            log.warning("spare_process_not_started", extra={"error": str(error)})
+            return None
+
+    async def _take_spare(self) -> _Started | None:
+        """The spare process, told that it is its turn; None if there is none, or it has died."""
+        started = None if self._spare is None else await self._spare
+        self._spare = None
+        if started is None:
+            return None
+        stdin = started.process.stdin
+        if started.process.returncode is None and stdin is not None:
+            with contextlib.suppress(ConnectionError):
+                stdin.write(f"go {self._listen}\n".encode())
+                await stdin.drain()
+                return started
+        await self._discard(started)
+        return None
+
+    async def _discard(self, started: _Started) -> None:
+        """End a spare process, and read no report of it."""
+        os.close(started.reading)
+        if started.process.returncode is None:
+            started.process.kill()
+        await started.process.wait()
 
     async def _end(self, process: Process, ended: asyncio.Task[int]) -> None:
         """Ask it to stop; kill it when that takes too long or the user insists."""
@@ -237,6 +303,8 @@ class Supervisor:
                 if word == "ready":
                     self._was_ready = self._is_ready = True
                     self._listen = rest or self._listen
+                    if self._spare is None:
+                        self._spare = asyncio.create_task(self._start_spare())
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:
                     _killed(f"a pass is {rest} s past its deadline")
                     process.kill()

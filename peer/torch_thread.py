@@ -1,48 +1,115 @@
 """The one thread of a peer that computes. Kernels release the interpreter's lock, loops don't wait.
 
-Work of different tenants interleaves stage by stage, in the order in which stages become ready. A
-kernel can't be interrupted from within, so the thread says when its work ought to have ended: the
-supervisor ends a process whose work is overdue.
+Work of different tenants interleaves stage by stage, fairly by client (glasshive.peer.fair_queue).
+A kernel can't be interrupted from within, so the thread says when its work ought to have come a
+step further: the supervisor ends a process whose work is overdue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from glasshive.dht.outcome import forget_outcome
+from glasshive.peer.fair_queue import FairQueue
+from glasshive.security.keys import PeerId
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    trace_id: bytes
+    run: Callable[[], None]
+    step_seconds: float
+    done: Future[None] = field(default_factory=Future)
 
 
 class TorchThread:
-    """Runs functions one after the other on a thread of its own."""
+    """Runs functions one after the other on a thread of its own.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Of each client at most `waiting_per_client` of them wait for their turn.
+    """
+
+    def __init__(
+        self, waiting_per_client: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        self._lock = threading.Lock()  # of the queue
+        self._queue: FairQueue[_Work] = FairQueue(waiting_per_client)
+        self._running: _Work | None = None
         self._due_at: float | None = None
 
     @property
     def overdue_seconds(self) -> float:
-        """How long ago the work that runs now ought to have ended; 0 or less if it is in time."""
+        """How long ago the step that runs ought to have ended; 0 or less if it is in time."""
         due_at = self._due_at
         return 0.0 if due_at is None else self._clock() - due_at
 
-    async def run(self, work: Callable[[], None], limit_seconds: float) -> None:
-        """Run `work` and return when it is done; its exception is raised here.
+    async def run(
+        self, client: PeerId, trace_id: bytes, work: Callable[[], None], step_seconds: float
+    ) -> None:
+        """Run `work` when it is the client's turn, and return when it is done.
 
-        Work that ends later than `limit_seconds` after it began is overdue. A cancelled caller
-        stops waiting at once; work that has begun runs on to its end.
+        Its exception is raised here, and Busy if too much of the client's waits. Work that says
+        nothing by `step` for longer than `step_seconds` is overdue. A cancelled caller stops
+        waiting at once; work that has begun runs on to its end.
         """
+        one = _Work(trace_id, work, step_seconds)
+        with self._lock:
+            self._queue.put(client, one)
+        self._pool.submit(self._run_next)
+        try:
+            await asyncio.wrap_future(one.done)
+        except asyncio.CancelledError:
+            with self._lock:
+                self._queue.discard(client, one)
+            raise
 
-        def timed() -> None:
-            self._due_at = self._clock() + limit_seconds
-            try:
-                work()
-            finally:
-                self._due_at = None
+    def step(self) -> None:
+        """Called by work, on the thread: it has come a step further, and the next has its time."""
+        if self._running is not None:
+            self._due_at = self._clock() + self._running.step_seconds
 
-        await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+    def after(self, trace_id: bytes, then: Callable[[], None]) -> None:
+        """Call `then` on the loop when no work of that trace runs: now, if none does."""
+        running = self._running
+        if running is None or running.trace_id != trace_id:
+            then()
+            return
+        ended = asyncio.wrap_future(running.done)
+        ended.add_done_callback(forget_outcome)
+        ended.add_done_callback(lambda _: then())
 
     def close(self) -> None:
         """Take no more work, and forget what has not begun."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            while (next_one := self._queue.take()) is not None:
+                next_one[1].done.cancel()
+
+    def _run_next(self) -> None:
+        """Run what is next in the queue: it was called once for each thing that was put there."""
+        with self._lock:
+            next_one = self._queue.take()
+        if next_one is None or not next_one[1].done.set_running_or_notify_cancel():
+            return
+        client, work = next_one
+        self._running = work
+        began = self._clock()
+        self.step()
+        error: BaseException | None = None
+        try:
+            work.run()
+        except BaseException as raised:
+            error = raised
+        self._running = self._due_at = None
+        with self._lock:
+            self._queue.charge(client, max(self._clock() - began, 0.0))
+        if error is None:
+            work.done.set_result(None)
+        else:
+            work.done.set_exception(error)

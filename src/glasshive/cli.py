@@ -72,6 +72,14 @@ HostKeyOption = Annotated[
 LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", help="How to write logs.")]
 ReportOption = Annotated[int | None, typer.Option("--report-descriptor", hidden=True)]
 KeyInUseOption = Annotated[str | None, typer.Option("--key-in-use", hidden=True)]
+StandByOption = Annotated[bool, typer.Option("--stand-by", hidden=True)]
+SpareOption = Annotated[
+    bool,
+    typer.Option(
+        "--spare/--no-spare",
+        help="Keep a process ready (some 0.4 GB) that takes over when one has to be ended.",
+    ),
+]
 StdinOption = Annotated[bool, typer.Option("--until-stdin-ends", hidden=True)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -131,6 +139,8 @@ def serve(
     report_descriptor: ReportOption = None,
     key_in_use: KeyInUseOption = None,
     until_stdin_ends: StdinOption = False,
+    spare: SpareOption = True,
+    stand_by: StandByOption = False,
 ) -> None:
     """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
     set_up_logging(log_format)
@@ -138,9 +148,12 @@ def serve(
     _check_name(name)
     settings = load_settings(config, bootstraps=bootstrap, host_key=key)
     if report_descriptor is None:
-        _supervise(settings.host_key, data_dir() / "host.key", listen, settings, until_stdin_ends)
-    from glasshive.host_process import Life, ServeOptions, run_host
+        default = data_dir() / "host.key"
+        _supervise(settings.host_key, default, listen, settings, until_stdin_ends, spare=spare)
+    from glasshive.host_process import Life, ServeOptions, run_host, wait_ready
 
+    if stand_by:
+        listen = wait_ready()
     run_host(
         Life(settings, settings.host_key_path, listen, log_format, report_descriptor, key_in_use),
         ServeOptions(model, span, dtype, device, attention, name),
@@ -298,9 +311,15 @@ def _check_name(name: str | None) -> None:
 
 
 def _supervise(
-    key: Path | None, default: Path, listen: str, settings: Settings, until_stdin_ends: bool
+    key: Path | None,
+    default: Path,
+    listen: str,
+    settings: Settings,
+    until_stdin_ends: bool,
+    *,
+    spare: bool = False,
 ) -> NoReturn:
-    """Become the supervisor of a process with this very command line.
+    """Become the supervisor of a process with this very command line, and of a spare one.
 
     Without a key that the user named, the first free one from `default` on is taken.
     """
@@ -321,13 +340,17 @@ def _supervise(
             in_use = ["--key-in-use", default.name]
     Identity.load_or_create(key)
 
-    def command(report_descriptor: int, listening_at: str | None) -> list[str]:
+    def command(report_descriptor: int, listening_at: str | None = None) -> list[str]:
         again = ["--listen", listening_at] if listening_at else []
         report = ["--report-descriptor", str(report_descriptor), "--key", str(key)]
         return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *in_use, *report]
 
+    def waiting(report_descriptor: int) -> list[str]:
+        return [*command(report_descriptor), "--stand-by"]
+
     async def run() -> int:
-        return await Supervisor(command).run(until_stdin_ends=until_stdin_ends)
+        supervisor = Supervisor(command, spare=waiting if spare else None)
+        return await supervisor.run(until_stdin_ends=until_stdin_ends)
 
     try:
         code = asyncio.run(run())

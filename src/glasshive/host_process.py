@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
 
+from glasshive.dht import hivemind_setup
 from glasshive.dht.directory import serve_directory
 from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, SwarmError
 from glasshive.dht.hivemind_transport import HivemindTransport
@@ -28,7 +30,7 @@ from glasshive.joining import join
 from glasshive.member_keeper import keep_member
 from glasshive.models import ModelUnavailableError, find_model
 from glasshive.new_member import renew_ended
-from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended
+from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended, wait_for_turn
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Act
@@ -78,6 +80,19 @@ class ServeOptions:
 def run_host(life: Life, options: ServeOptions) -> NoReturn:
     """Be a host until told to stop, and end the process: 0 after a clean stop, 1 after an error."""
     _run(life, lambda process: _host(process, options))
+
+
+def wait_ready() -> str:
+    """As a spare process: import what a host needs, which takes seconds, and wait for the turn.
+
+    Returns the address to listen at. Ends the process if its supervisor has gone.
+    """
+    importlib.import_module("glasshive.peer.serving")
+    hivemind_setup.prepare()
+    address = wait_for_turn()
+    if address is None:
+        sys.exit(0)
+    return address
 
 
 def run_bootstrap(life: Life) -> NoReturn:

@@ -253,6 +253,7 @@ class LocalSwarm:
         self._options = [
             *("--dtype", dtype, "--attention", attention, "--device", device),
             *("--name", self.model_name),
+            "--no-spare",  # the processes of a whole swarm would all be there twice
         ]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._env: dict[str, str] = {}

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,20 +22,23 @@ import asyncio, sys
 from glasshive.peer.supervisor import Supervisor, SupervisorLimits
 from glasshive.terminal import set_up_logging
 set_up_logging("json")
-script, ending = sys.argv[1:]
+script, ending, spare = sys.argv[1:]
 limits = SupervisorLimits(
     start_seconds=20, heartbeat_seconds=1.5, overdue_seconds=1, stop_seconds=2,
     first_pause_seconds=0.05, useless_starts=3,
 )
 def command(descriptor, listen):
     return [sys.executable, "-c", script, str(descriptor), listen or "-"]
-sys.exit(asyncio.run(Supervisor(command, limits).run(until_stdin_ends=ending == "yes")))
+def waiting(descriptor):
+    return [sys.executable, "-c", spare, str(descriptor), "spare"]
+one = Supervisor(command, limits, spare=waiting if spare else None)
+sys.exit(asyncio.run(one.run(until_stdin_ends=ending == "yes")))
 """
 
 # What every script of a host process begins with.
 HOST = """
 import asyncio, os, signal, sys, time
-from glasshive.peer.supervisor import Reporter, stdin_ended
+from glasshive.peer.supervisor import Reporter, stdin_ended, wait_for_turn
 reporter = Reporter(int(sys.argv[1]))
 print("started", os.getpid(), sys.argv[2], flush=True)
 def serve(for_seconds=60.0, overdue=0.0):
@@ -49,12 +53,15 @@ def serve(for_seconds=60.0, overdue=0.0):
 class Running:
     """A supervisor in a process of its own."""
 
-    def __init__(self, script: str, folder: Path, *, until_stdin_ends: bool = False) -> None:
+    def __init__(
+        self, script: str, folder: Path, *, until_stdin_ends: bool = False, spare: str = ""
+    ) -> None:
         self.out = folder / "out"
         ending = "yes" if until_stdin_ends else "no"
+        spare = HOST + textwrap.dedent(spare) if spare else ""
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SUPERVISOR, HOST + textwrap.dedent(script), ending],
+                [sys.executable, "-c", SUPERVISOR, HOST + textwrap.dedent(script), ending, spare],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
@@ -97,8 +104,8 @@ Run = Callable[..., Running]
 def run(tmp_path: Path) -> Iterator[Run]:
     made: list[Running] = []
 
-    def start(script: str, *, until_stdin_ends: bool = False) -> Running:
-        made.append(Running(script, tmp_path, until_stdin_ends=until_stdin_ends))
+    def start(script: str, **how: Any) -> Running:
+        made.append(Running(script, tmp_path, **how))
         return made[-1]
 
     yield start
@@ -218,6 +225,52 @@ def test_a_process_ends_when_its_supervisor_is_killed(run: Run) -> None:
     running.wait_for(lambda: running.started)
     running.process.kill()
     running.wait_for(lambda: not alive(running.started[0][0]))
+
+
+# It waits for its turn, says where it is to listen, and serves for a while.
+SPARE = """
+address = wait_for_turn()
+print("turn of", os.getpid(), address, flush=True)
+serve(60 if address else 0)
+"""
+
+
+def test_a_spare_process_takes_the_place_of_one_that_ends(run: Run) -> None:
+    # It ends once the spare one, which has printed, is there.
+    running = run(
+        """
+        out = open("/proc/self/fd/1").name
+        reporter.ready("/ip4/127.0.0.1/tcp/4001")
+        while b"spare" not in open(out, "rb").read():
+            reporter.beat(0)
+            time.sleep(0.02)
+        os._exit(3)
+        """,
+        spare=SPARE,
+    )
+    running.wait_for(lambda: "turn of" in running.text)
+    (_, address), (spare, kind) = running.started[:2]
+    assert (address, kind) == ("-", "spare")
+    assert f"turn of {spare} /ip4/127.0.0.1/tcp/4001" in running.text
+    running.wait_for(lambda: len(running.started) == 3)  # there is another one for the next time
+    assert running.started[2][1] == "spare"
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(20) == 0
+    running.wait_for(lambda: not any(alive(pid) for pid, _ in running.started))
+
+
+def test_a_spare_process_that_has_died_is_not_waited_for(run: Run) -> None:
+    running = run("serve(1.0)\nos._exit(3)", spare="os._exit(9)")
+    running.wait_for(lambda: [kind for _, kind in running.started].count("spare") >= 2)
+    places = [kind for _, kind in running.started if kind != "spare"]
+    assert places[:2] == ["-", "/ip4/127.0.0.1/tcp/4001"]
+
+
+def test_a_spare_process_ends_when_its_supervisor_is_killed(run: Run) -> None:
+    running = run("serve()\n", spare=SPARE)
+    running.wait_for(lambda: len(running.started) == 2)
+    running.process.kill()
+    running.wait_for(lambda: not alive(running.started[1][0]))
 
 
 def test_a_report_never_blocks() -> None:

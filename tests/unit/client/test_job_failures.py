@@ -18,7 +18,8 @@ from glasshive.client.errors import (
     PeerLost,
     TraceTimeout,
 )
-from glasshive.client.job import HopReport, Job, _failure
+from glasshive.client.job import HopReport, Job, _blaming, _failure
+from glasshive.dht.errors import StreamBusy
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
@@ -79,6 +80,19 @@ def test_a_busy_peer_is_avoided_itself() -> None:
     error = _failure(HOP, Failed("Busy", -1, "16 traces are running here"), HOPS)
     assert isinstance(error, PeerBusy)
     assert error.peer == ONE.peer_id
+
+
+def test_a_peer_that_takes_no_stream_now_is_busy_and_not_lost() -> None:
+    with pytest.raises(PeerBusy) as caught, _blaming(HOP, 12.0, "while it was asked to prepare"):
+        raise StreamBusy("it refused the stream: busy: 64 streams of yours are open, close some")
+    assert caught.value.peer == ONE.peer_id
+    assert str(caught.value) == (
+        f"peer {ONE.peer_id} (blocks 0:2) is busy: it refused the stream: busy: 64 streams of "
+        "yours are open, close some"
+    )
+    error = _failure(HOP, Failed("NeighbourBusy", -1, f"peer {TWO.peer_id} (part 1) is busy"), HOPS)
+    assert isinstance(error, PeerBusy)
+    assert error.peer == TWO.peer_id
 
 
 def test_a_peer_s_text_cannot_steer_the_terminal() -> None:

@@ -18,7 +18,7 @@ import glasshive
 from glasshive import connection, trust_keeper
 from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
-from glasshive.peer import const_cache, file_server, host, seen_requests
+from glasshive.peer import const_cache, file_server, host, memory_book, seen_requests
 from glasshive.peer.host_limits import HostLimits
 from glasshive.security import envelope, manifest, requests, results, whitelist
 
@@ -362,6 +362,11 @@ STREAMS = serving.StreamLimits()
         f"At most {FRAMES.header_depth} containers deep and {FRAMES.header_elements:,} elements",
         f"at most {framing.MAX_REFUSAL_BYTES} bytes, that says why",
         f"({STREAMS.per_remote} per remote peer, {STREAMS.in_all:,} in all)",
+        f"({STREAMS.new_per_second:g} a second of one remote peer, {STREAMS.burst} at once)",
+        f"Only {serving.REFUSALS_PER_REMOTE} such refusals go to one peer at a time",
+        f"its first frame has not begun in {STREAMS.first_frame_seconds:g} s",
+        f"at no less than {FRAMES.least_bytes_per_second:,} bytes a second, averaged over "
+        f"{FRAMES.stall_seconds:g} s",
         f"Bodies above {framing.SLICE_BYTES // KIB} KiB",
         f"`{envelope._PAYLOAD_TYPE.decode()}`",
         f"has at most {envelope.MAX_REQUEST_ID_BYTES} bytes, texts at most {envelope._MAX_TEXT}",
@@ -413,16 +418,19 @@ STREAMS = serving.StreamLimits()
         f"by the host's own estimate, from its measured pace | {HOST.budget.seconds:g} |",
         f"may take {HOST.stage_factor:g} times the estimate of its part and "
         f"{HOST.stage_least_seconds:g} s more",
-        f"runs on for {HOST.node_seconds:g} s after that",
+        f"{HOST.node_factor:g} times the estimate of its part and "
+        f"{HOST.node_least_seconds:g} s more, or longer than a trace may",
         f"| seconds of a trace | {HOST.trace_seconds:.0f} |",
         f"| {HOST.batch_rows} rows, {HOST.context_tokens:,} tokens |",
         f"worst moment | {HOST.budget.peak_bytes // GIB} GiB |",
+        f"included | {100 * memory_book.LENT_SHARE:.0f} % of the memory that is free at the start",
         f"saved bytes of a part | {HOST.budget.saved_bytes // GIB} GiB |",
         f"not counted | 10^{len(str(HOST.budget.flops)) - 1} |",
         f"over all clients | {HOST.const_cache_bytes // GIB} GiB |",
         f"a valid `Prepare` within {HOST.prepare_seconds:.0f} s",
         f"answers {file_server.MAX_ANSWERS} questions at a time, each within "
         f"{file_server.ANSWER_SECONDS:.0f} s",
+        f"each for {const_cache.LEASE_SECONDS:.0f} s after its last use",
         f"each counted with {const_cache.ENTRY_BYTES:,} bytes more than its elements",
     ],
 )

@@ -311,7 +311,7 @@ async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
         frame = await stream.receive(30)
         return decode(frame.header, Saved, Failed)
 
-    slow.step_seconds = 25.0  # at the stage's begin, block 0, and then the graph's first node
+    slow.step_seconds = 12.0  # at the stage's begin, block 0, and then the graph's first node
     failed = await run(1)
     assert (failed.code, failed.node) == ("OverBudget", 0)
     seconds = host._limits.stage_seconds(0.0)  # and what the pace of a busy moment adds

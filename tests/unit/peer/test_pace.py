@@ -103,9 +103,10 @@ def test_number_formats_and_random_numbers_have_their_own_pace() -> None:
 
 def test_a_runaway_is_far_over_what_was_thought() -> None:
     limits = HostLimits()
-    assert limits.stage_seconds(0.0) == 60.0
-    assert limits.runaway_seconds(0.0) == 300.0
-    assert limits.runaway_seconds(limits.budget.seconds) == 1200.0
+    assert limits.stage_seconds(0.0) == 30.0
+    assert limits.runaway_seconds(0.0) == 15.0
+    assert limits.runaway_seconds(1.0) == 25.0
+    assert limits.runaway_seconds(limits.budget.seconds) == limits.trace_seconds
 
 
 def test_a_check_that_nobody_waits_for_ends_at_the_next_op(served: ServedModel) -> None:

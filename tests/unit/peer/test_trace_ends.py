@@ -339,6 +339,22 @@ async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: OneH
     await client.close()
 
 
+@pytest.mark.asyncio
+async def test_a_neighbour_that_takes_no_more_streams_is_busy(swarm: OneHost) -> None:
+    async def refuse(stream: Stream) -> None:
+        await stream.refuse("busy: 64 streams of yours are open, close some")
+
+    await swarm.other.serve(EDGE_PROTOCOL, refuse)
+    client = await swarm.running(sending(swarm.served))
+    failed = decode((await news(client)).header, Failed)
+    assert failed.code == "NeighbourBusy"
+    assert failed.text == (
+        f"peer {swarm.other.peer_id} (part 0) is busy: {swarm.other.peer_id} refused the stream: "
+        "busy: 64 streams of yours are open, close some"
+    )
+    await client.close()
+
+
 # Nothing is left --------------------------------------------------------------------------------
 
 

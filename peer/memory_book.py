@@ -1,0 +1,102 @@
+"""Who was promised how much of this host's memory, so that all of it together is there.
+
+A trace is admitted with the bytes that it takes at its worst moment; they are promised to it until
+it has ended. What would go beyond the mark is told to come again: nothing that another trace uses
+is ever taken away for it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Final, final
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from glasshive.peer.errors import Busy
+from glasshive.security.keys import PeerId
+
+LENT_SHARE: Final = 0.75
+"""Of the memory that is free when a host starts: the rest is for what its user does meanwhile, for
+the allocator's own gaps, and for what torch takes in the middle of an op."""
+
+
+CLIENT_SHARE: Final = 2
+"""Several traces of one client have one in so many of all bytes; one alone may have all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    client: PeerId
+    peak_bytes: int
+    ends_at: float
+
+
+@final
+class MemoryBook:
+    """Promises of at most `mark_bytes` at a time."""
+
+    def __init__(self, mark_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._mark_bytes = mark_bytes
+        self._clock = clock
+        self._promises: dict[Hashable, _Promise] = {}
+
+    @property
+    def promised_bytes(self) -> int:
+        """What all traces together were promised."""
+        return sum(one.peak_bytes for one in self._promises.values())
+
+    def promise(self, holder: Hashable, client: PeerId, peak_bytes: int, ends_at: float) -> None:
+        """Promise a trace its bytes until `release`, which comes by `ends_at` of the clock.
+
+        `holder` is one thing for one trace only: ids may come again.
+
+        Raises Busy, saying when there is room for it, if the others leave too little, or if the
+        client's others have its share.
+        """
+        own_bytes = sum(one.peak_bytes for one in self._promises.values() if one.client == client)
+        if own_bytes and own_bytes + peak_bytes > self._mark_bytes // CLIENT_SHARE:
+            raise Busy(
+                f"traces of yours have {own_bytes} bytes of this peer, and with the {peak_bytes} "
+                f"of this one it were more than your share of {self._mark_bytes // CLIENT_SHARE}; "
+                "wait for one of them, or try another peer"
+            )
+        promised_bytes = self.promised_bytes
+        if promised_bytes + peak_bytes > self._mark_bytes:
+            raise Busy(
+                f"this peer has {promised_bytes} of {self._mark_bytes} bytes promised to other "
+                f"traces, and this one takes {peak_bytes}; try again soon (there is room in "
+                f"{self._room_seconds(peak_bytes):.0f} s at the latest), or by way of another peer"
+            )
+        self._promises[holder] = _Promise(client, peak_bytes, ends_at)
+
+    def release(self, holder: Hashable) -> None:
+        """The trace has ended, or was never promised anything."""
+        self._promises.pop(holder, None)
+
+    def _room_seconds(self, peak_bytes: int) -> float:
+        """In how long so many bytes are there, if every trace takes all of its time."""
+        over_bytes = self.promised_bytes + peak_bytes - self._mark_bytes
+        ends_at = -math.inf
+        for one in sorted(self._promises.values(), key=lambda one: one.ends_at):
+            if over_bytes <= 0:
+                break
+            over_bytes -= one.peak_bytes
+            ends_at = one.ends_at
+        return max(ends_at - self._clock(), 0.0)
+
+
+def lent_bytes(device: torch.device) -> int:
+    """How much a host on `device` may promise, its weights being loaded.
+
+    Values are on the device, and wait in the machine's own memory to be sent: whichever has less.
+    """
+    free_bytes = psutil.virtual_memory().available
+    if device.type == "cuda":
+        on_device_bytes, _ = torch.cuda.mem_get_info(device)
+        kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free_bytes = min(free_bytes, on_device_bytes + kept_bytes)
+    return int(LENT_SHARE * free_bytes)

@@ -1,0 +1,222 @@
+"""T9: what one tenant gets depends on its own request only, whoever else is on the host.
+
+A's bytes alone against A's bytes beside a hostile B, of random kinds; and what either has saved
+holds nothing of the other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import pytest
+import torch
+from soak import SEED, count
+from tenants import BLOCK, LAST, SEQ, Tenants, name_of
+
+from glasshive.dht.errors import SwarmError
+from glasshive.dht.memory_transport import MemoryTransport
+from glasshive.dht.messages import Accepted, Cancel, Failed, encode
+from glasshive.graph.dtypes import DType
+from glasshive.graph.graph import Const, Node, NodeId, Op, Read, Ref, Save, Site, Write
+from glasshive.peer.served_model import ServedModel
+
+PAIRS: Final = count(50, 1000)
+HIDDEN: Final = 32
+FLOOD: Final = 10
+
+Saves = dict[str, torch.Tensor]
+B = Callable[["Neighbour"], Awaitable[None]]
+
+
+class Nodes:
+    """A graph as it is written down, node by node."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.constants: list[torch.Tensor] = []
+
+    def add(self, node: Node) -> Ref:
+        self.nodes.append(node)
+        return Ref(NodeId(len(self.nodes) - 1))
+
+    def const(self, tensor: torch.Tensor) -> Ref:
+        self.constants.append(tensor)
+        dtype = DType.from_name(str(tensor.dtype).removeprefix("torch."))
+        return self.add(Const(name_of(tensor), dtype, tuple(tensor.shape)))
+
+    def read(self, site: Site) -> Ref:
+        return self.add(Read(site, 0))
+
+    def op(self, name: str, *args: object) -> Ref:
+        return self.add(Op(name, args))  # type: ignore[arg-type]
+
+    def write(self, site: Site, value: Ref, mode: str) -> None:
+        self.add(Write(site, 0, value, mode))  # type: ignore[arg-type]
+
+    def save(self, value: Ref, name: str) -> None:
+        self.add(Save(value, name))
+
+
+def of_a(draw: random.Random, sentinel: float) -> Nodes:
+    """What A asks for: it reads, computes, edits both blocks or one, and saves what came of it."""
+    graph = Nodes()
+    mark = graph.const(torch.full((HIDDEN,), sentinel))
+    first = graph.read(BLOCK)
+    graph.save(graph.op(draw.choice(["tanh", "exp", "neg", "clone"]), first), "first")
+    if draw.random() < 0.7:
+        edited = graph.op("add", first, mark, 1)
+        graph.write(BLOCK, edited, draw.choice(["set", "inplace"]))
+    last = graph.read(LAST)
+    graph.save(last, "last")
+    graph.save(graph.op("mul", last, mark), "marked")
+    graph.save(graph.op("bmm", last, graph.op("permute", last, (0, 2, 1))), "pairs")
+    return graph
+
+
+def of_b(draw: random.Random, sentinel: float, value: float) -> Nodes:
+    """What B asks for: `value` in the model's own states, and all that there is to be seen."""
+    graph = Nodes()
+    bad = graph.const(torch.full((1, SEQ, HIDDEN), value))
+    mark = graph.const(torch.full((HIDDEN,), sentinel))
+    graph.save(graph.read(BLOCK), "first")
+    graph.write(BLOCK, graph.op("mul", bad, mark), draw.choice(["set", "inplace"]))
+    last = graph.read(LAST)
+    graph.save(last, "last")
+    for name in ("zeros_like", "clone"):
+        graph.save(graph.op(name, last, *([None] if name == "zeros_like" else [])), name)
+    return graph
+
+
+class Neighbour:
+    """B, once. What it has saved is kept."""
+
+    def __init__(
+        self, tenants: Tenants, client: MemoryTransport, draw: random.Random, sentinel: float
+    ) -> None:
+        self.tenants = tenants
+        self.client = client
+        self.draw = draw
+        self.sentinel = sentinel
+        self.saves: list[Saves] = []
+        self.failures: list[str] = []
+        self.said: list[str] = []
+
+    async def run(self, graph: Nodes, ids: torch.Tensor) -> None:
+        found = await self.tenants.run(self.client, graph.nodes, graph.constants, ids)
+        if isinstance(found, Failed):
+            self.failures.append(found.code)
+            self.said.append(found.text)
+        else:
+            self.saves.append(found)
+
+    def ids(self) -> torch.Tensor:
+        return torch.tensor([[self.draw.randrange(64) for _ in range(SEQ)]])
+
+
+async def numbers(b: Neighbour) -> None:
+    """NaN, infinity and numbers at the edge of float32 in the model's states."""
+    value = b.draw.choice([math.nan, math.inf, -math.inf, 1e30, 1e-38])
+    await b.run(of_b(b.draw, b.sentinel, value), b.ids())
+    assert not b.failures
+
+
+async def errors(b: Neighbour) -> None:
+    """An op that fails in the middle of the model's pass, behind a write."""
+    graph = of_b(b.draw, b.sentinel, 1.0)
+    first = graph.read(BLOCK)
+    if b.draw.random() < 0.5:
+        zeros = graph.op("zeros_like", first, None)
+        fails = graph.op(
+            "linalg_inv", graph.op("bmm", zeros, graph.op("permute", zeros, (0, 2, 1)))
+        )
+    else:
+        fails = graph.op("index_select", first, 1, graph.const(torch.tensor([10**6])))
+    graph.save(fails, "never")
+    await b.run(graph, b.ids())
+    assert b.failures == ["ShapeMismatch"], b.said
+
+
+async def bombs(b: Neighbour) -> None:
+    """More memory or time than there is."""
+    graph = Nodes()
+    huge = graph.op("full", (1 << 20, 1 << 20), 1.0, DType.FLOAT32)
+    graph.save(graph.op("exp", huge), "huge")
+    await b.run(graph, b.ids())
+    assert b.failures == ["OverBudget"], b.said
+
+
+async def cancels(b: Neighbour) -> None:
+    """Traces that are cancelled or left, at some moment of their run."""
+    for _ in range(3):
+        graph = of_b(b.draw, b.sentinel, 1.0)
+        stream, answer = await b.tenants.ask(b.client, graph.nodes, graph.constants)
+        assert isinstance(answer, Accepted), answer
+        await b.tenants.begin(stream, b.ids())
+        for _ in range(b.draw.randrange(30)):
+            await asyncio.sleep(0)
+        if b.draw.random() < 0.5:
+            stream.reset()
+            continue
+        with contextlib.suppress(SwarmError):
+            await stream.send(encode(Cancel()))
+            await b.tenants.saves(stream)
+
+
+async def floods(b: Neighbour) -> None:
+    """As many small traces at a time as the host takes, and more."""
+    several = [of_b(b.draw, b.sentinel, float(number)) for number in range(FLOOD)]
+    await asyncio.gather(*(b.run(graph, b.ids()) for graph in several))
+    assert set(b.failures) <= {"Busy"}
+    assert b.saves
+
+
+KINDS: Final[tuple[B, ...]] = (numbers, errors, bombs, cancels, floods)
+
+
+def bits(saves: Saves) -> dict[str, bytes]:
+    """What was saved, to the bit: a NaN is equal to itself."""
+    return {name: tensor.numpy().tobytes() for name, tensor in saves.items()}
+
+
+def holds(saves: Saves, sentinel: float) -> bool:
+    """Whether one of the numbers is that one."""
+    return any(bool((tensor == torch.tensor(sentinel)).any()) for tensor in saves.values())
+
+
+@pytest.mark.asyncio
+async def test_a_gets_what_it_gets_alone_beside_any_b(served: ServedModel) -> None:
+    draw = random.Random(SEED)
+    seen: set[str] = set()
+    async with Tenants(served) as tenants:
+        alice, eve = tenants.client(), tenants.client()
+        for number in range(PAIRS):
+            # Of no number that comes about by itself, and exact in float32.
+            mine, theirs = 4096.5 + 2 * number, 8192.5 + 2 * number
+            graph = of_a(draw, mine)
+            ids = torch.tensor([[draw.randrange(64) for _ in range(SEQ)]])
+
+            async def run_a(
+                graph: Nodes = graph, ids: torch.Tensor = ids
+            ) -> dict[str, torch.Tensor]:
+                saved = await tenants.run(alice, graph.nodes, graph.constants, ids)
+                assert isinstance(saved, dict), saved
+                return saved
+
+            alone = bits(await run_a())
+            kind = KINDS[number % len(KINDS)]
+            b = Neighbour(tenants, eve, draw, theirs)
+            beside = asyncio.create_task(kind(b))
+            first, second = await run_a(), await run_a()
+            await beside
+            after = await run_a()
+            for saved in (first, second, after):
+                assert bits(saved) == alone, (number, kind.__name__)
+                assert not holds(saved, theirs)
+            assert not any(holds(saved, mine) for saved in b.saves), (number, kind.__name__)
+            seen |= {kind.__name__, *b.failures}
+    assert {"ShapeMismatch", "OverBudget", "Busy"} <= seen

@@ -1,0 +1,157 @@
+"""T16: floods, slow senders and silent streams against a host, beside an honest client.
+
+Everything is counted; time is a clock that the test moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+from soak import count
+from tenants import Tenants
+
+from glasshive.dht.errors import StreamBusy, StreamClosed
+from glasshive.dht.framing import FrameLimits, Stream
+from glasshive.dht.memory_transport import MemoryTransport
+from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Need, decode
+from glasshive.dht.serving import REFUSALS_PER_REMOTE, StreamLimits
+from glasshive.peer.served_model import ServedModel
+from glasshive.security.plain import encode_plain
+
+SECONDS = count(10, 300)
+HONEST = 2  # traces a second
+PER_SECOND = 10
+BURST = 20
+FLOOD = 100 * HONEST
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.asyncio
+async def test_a_flood_is_refused_and_an_honest_client_served(served: ServedModel) -> None:
+    clock = Clock()
+    limits = StreamLimits(new_per_second=PER_SECOND, burst=BURST)
+    answers: Counter[str] = Counter()
+    told: set[str] = set()
+
+    async with Tenants(served, clock=clock, stream_limits=limits) as tenants:
+        honest, attacker = tenants.client(), tenants.client()
+
+        async def attack() -> None:
+            """A trace that is asked for, and left when it was admitted."""
+            stream = await tenants.open(attacker)
+            try:
+                await stream.send(*tenants.prepare(attacker))
+                decode((await stream.receive(60)).header, Need, Failed)
+                answers["served"] += 1
+            except StreamBusy as error:
+                told.add(str(error).partition("; try again in ")[0])
+                answers["busy"] += 1
+            except StreamClosed:
+                answers["reset"] += 1
+            await stream.close()
+
+        for _ in range(SECONDS):
+            flood = [asyncio.create_task(attack()) for _ in range(FLOOD)]
+            for _ in range(HONEST):
+                saved = await tenants.run(honest)
+                assert isinstance(saved, dict), saved
+            await asyncio.wait_for(asyncio.gather(*flood), 60)
+            clock.now += 1.0
+        await tenants.until(lambda: len(tenants.home._tasks) == 0)
+        await tenants.until(lambda: tenants.host._memory.promised_bytes == 0)
+
+    (text,) = told
+    assert text.endswith("refused the stream: busy: more than 10 new streams a second of yours")
+    assert answers.total() == SECONDS * FLOOD
+    # Its bucket is all that it got, and it was told so; beyond a few refusals not even that.
+    assert answers["served"] == BURST + (SECONDS - 1) * PER_SECOND
+    assert answers["busy"] >= SECONDS
+    assert answers["reset"] > answers["busy"]
+
+
+@pytest.mark.asyncio
+async def test_refusals_have_no_place_of_their_own_to_fill(served: ServedModel) -> None:
+    limits = StreamLimits(new_per_second=1, burst=1, in_all=20)
+    async with Tenants(served, clock=Clock(), stream_limits=limits) as tenants:
+        attacker, honest = tenants.client(), tenants.client()
+        streams = [await tenants.open(attacker) for _ in range(200)]  # nobody reads or closes them
+        assert len(tenants.home._tasks) == 1 + REFUSALS_PER_REMOTE
+        assert isinstance(await tenants.run(honest), dict)
+        for stream in streams:
+            stream.reset()
+
+
+async def drip(stream: Stream, data: bytes, size: int, clock: Clock) -> int:
+    """Send `data` in parts of so many bytes, each a second after the other; how many were sent."""
+    sent = 0
+    while sent < len(data):
+        stream._writer.write(data[sent : sent + size])
+        sent += size
+        for _ in range(20):  # the host has read it
+            await asyncio.sleep(0)
+        clock.now += 1.0
+        if stream._reader._broken or stream._reader._ended:  # type: ignore[attr-defined]
+            break
+    return sent
+
+
+def frame_of(tenants: Tenants) -> bytes:
+    """The bytes of a frame that asks for a trace, with a body that is too long to be one."""
+    header, _ = tenants.prepare(tenants.client())
+    packed = encode_plain(header)
+    body_bytes = 256 * 1024
+    lengths = len(packed).to_bytes(4, "big") + body_bytes.to_bytes(4, "big")
+    return lengths + packed + bytes(body_bytes)
+
+
+@pytest.mark.asyncio
+async def test_a_frame_that_drips_ends_its_stream_and_a_slow_one_is_read(
+    served: ServedModel,
+) -> None:
+    clock = Clock()
+    frames = FrameLimits()
+    async with Tenants(served, clock=clock) as tenants:
+        data = frame_of(tenants)
+
+        async def send(client: MemoryTransport, size: int) -> int:
+            stream = await client.open_stream(tenants.address, TRACE_PROTOCOL, 10)
+            sent = await drip(stream, data, size, clock)
+            if sent >= len(data):
+                answer = decode((await stream.receive(30)).header, Failed)
+                assert answer.code == "EnvelopeExpired"  # it was read, a minute after it was signed
+            stream.reset()
+            return sent
+
+        # One byte a second, the eight of the lengths before the floor counts; half of the floor.
+        slow = frames.least_bytes_per_second // 2
+        assert await send(tenants.client(), 1) <= 8 + frames.stall_seconds + 2
+        assert await send(tenants.client(), slow) <= slow * (2 * frames.stall_seconds + 2)
+        # An honest link that is slow, but not that slow.
+        assert await send(tenants.client(), frames.least_bytes_per_second) >= len(data)
+        await tenants.until(lambda: len(tenants.home._tasks) == 0)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_on_which_nothing_comes_ends_soon(served: ServedModel) -> None:
+    limits = StreamLimits(first_frame_seconds=0.1)
+    async with Tenants(served, stream_limits=limits) as tenants:
+        silent = [await tenants.open(tenants.client()) for _ in range(50)]
+        assert len(tenants.home._tasks) == 50
+        await tenants.until(lambda: len(tenants.home._tasks) == 0)
+        for stream in silent:
+            with pytest.raises(StreamClosed):
+                await stream.receive(10)
+        # Whoever has said something may think.
+        stream, _ = await tenants.ask(tenants.client())
+        await asyncio.sleep(0.2)
+        await tenants.begin(stream)
+        assert isinstance(await tenants.saves(stream), dict)
