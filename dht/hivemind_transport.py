@@ -22,7 +22,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, final
 
@@ -35,6 +35,7 @@ from glasshive.dht.errors import (
     NotLetIn,
     PeerUnreachable,
     RecordRefused,
+    StreamBusy,
     StreamRefused,
     SwarmError,
     TransportClosed,
@@ -43,7 +44,7 @@ from glasshive.dht.errors import (
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
 from glasshive.dht.member_gate import MemberGate, reset_removed
-from glasshive.dht.messages import MEMBERS_PROTOCOL
+from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
@@ -108,8 +109,9 @@ class HivemindTransport:
         self._watcher: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None
         self._closed = False
+        self._forget_gate: Callable[[], None] = lambda: None
         if gate is not None:
-            gate.on_removals(lambda: reset_removed(gate, self._streams))
+            self._forget_gate = gate.on_removals(lambda: reset_removed(gate, self._streams))
 
     @classmethod
     async def create(
@@ -148,7 +150,11 @@ class HivemindTransport:
             frame_limits=frame_limits or FrameLimits(),
             stream_limits=stream_limits or StreamLimits(),
         )
-        await self._start()
+        try:
+            await self._start()
+        except BaseException:
+            self._forget_gate()
+            raise
         return self
 
     async def _start(self) -> None:
@@ -242,17 +248,23 @@ class HivemindTransport:
                 if isinstance(one, StreamRefused | NotLetIn):
                     raise one
 
-    async def _refusal_of(self, bootstrap: PeerAddress) -> TransportError | None:
+    async def _refusal_of(self, bootstrap: PeerAddress) -> SwarmError | None:
         """Why `bootstrap` can't be used; None if it lets this peer in."""
+
+        async def ask() -> None:
+            stream = await self._open_stream(bootstrap, MEMBERS_PROTOCOL)
+            try:
+                await stream.send(encode(AskRevocations([])), b"", CONTROL_DEADLINE_SECONDS)
+                await stream.receive(CONTROL_DEADLINE_SECONDS)
+            finally:
+                stream.reset()
+
         try:
-            stream = await self._call(
-                self._open_stream(bootstrap, MEMBERS_PROTOCOL),
-                CONTROL_DEADLINE_SECONDS,
-                f"knocking at {bootstrap.peer_id}",
-            )
-        except TransportError as error:
+            await self._call(ask(), CONTROL_DEADLINE_SECONDS, f"knocking at {bootstrap.peer_id}")
+        except StreamBusy:
+            return None  # it says nothing of this peer
+        except SwarmError as error:
             return error
-        stream.reset()
         return None
 
     async def _start_node(self) -> None:
@@ -484,6 +496,7 @@ class HivemindTransport:
         if self._closed:
             return
         self._closed = True
+        self._forget_gate()
         await self._tasks.close()
         await self._stop()
 

@@ -9,7 +9,8 @@ Rules:
 
 1. The request proves itself (`glasshive.security.invites`), and the certificate that answers it is
    of use to its sender alone: whose stream it came by doesn't matter.
-2. Frames are bounded before they are read, few requests are judged at a time, and none waits long.
+2. Frames are bounded before they are read, few requests are judged at a time, and none waits long;
+   who says nothing has few places of its own, and takes none of theirs.
 3. The issuer's book is on the disk before the answer is given (`glasshive.security.invite_book`).
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Final
 
 from glasshive.dht.deadline import within
@@ -33,6 +35,7 @@ from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.security.errors import BadInviteBook, SecurityError
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.invites import MAX_REQUEST_BYTES
+from glasshive.security.keys import PeerId
 from glasshive.security.membership import MAX_CERTIFICATE_BYTES
 from glasshive.security.trust_root import MAX_DOCUMENT_BYTES
 
@@ -42,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS: Final = 20.0  # the book is on a disk, and may be locked for a while
 MAX_ASKING: Final = 16
+REQUEST_SECONDS: Final = 5.0  # until the request is there
+MAX_SILENT: Final = 256  # who hasn't said a word yet
+MAX_SILENT_PER_PEER: Final = 2
 
 _REQUEST: Final = FrameLimits(
     header_bytes=16, body_bytes=MAX_REQUEST_BYTES, header_depth=1, header_elements=1
@@ -60,9 +66,9 @@ async def serve_issuer(transport: Transport, book: InviteBook, root: bytes) -> N
     `root` is the document of the swarm's first root, which an invite names by its digest.
     """
     asking = 0
+    silent: Counter[PeerId] = Counter()
 
-    async def answer(stream: Stream) -> None:
-        frame = await stream.receive(ANSWER_SECONDS)
+    async def answer(stream: Stream, frame: Frame) -> None:
         message = decode(frame.header, AskToJoin, AskToRenew)
         joins = isinstance(message, AskToJoin)
         judge = book.join if joins else book.renew
@@ -74,12 +80,23 @@ async def serve_issuer(transport: Transport, book: InviteBook, root: bytes) -> N
     async def handle(stream: Stream) -> None:
         nonlocal asking
         stream.limits = _REQUEST
+        peer = stream.peer_id
+        if silent[peer] >= MAX_SILENT_PER_PEER or silent.total() >= MAX_SILENT:
+            await stream.refuse("busy: others have a place here and say nothing; try again soon")
+            return
+        silent[peer] += 1
+        try:
+            frame = await stream.receive(REQUEST_SECONDS)
+        finally:
+            silent[peer] -= 1
+            if not silent[peer]:
+                del silent[peer]
         if asking >= MAX_ASKING:
             await stream.refuse(f"busy: {MAX_ASKING} others ask to join; try again soon")
             return
         asking += 1
         try:
-            await within(ANSWER_SECONDS, answer(stream), f"answering {stream.peer_id}")
+            await within(ANSWER_SECONDS, answer(stream, frame), f"answering {peer}")
         except BadInviteBook as error:
             logger.error("invite_book: %s", error)
             await stream.refuse("the issuer can't use its book of members; its log says why")

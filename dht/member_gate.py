@@ -13,10 +13,10 @@ Rules:
 3. Whoever answers has to be permitted to serve. The opener sends nothing to a peer before it has
    shown that. One that has shown it to this process is not waited for again: what it shows now is
    checked with the first frame from it.
-4. A remembered certificate is judged anew each time, by the time and the revocations of now. The
-   streams of a member that is revoked end at once.
-5. Strangers open one protocol only, by which they join. Few of them are at the door at a time, and
-   none for long.
+4. A remembered certificate is judged anew each time, by the time and the revocations of now. A
+   stream ends at once when the certificate that was shown on it is revoked.
+5. Strangers open one protocol only, by which they join. Few of them are at the door at a time, of
+   one key very few, and none for long.
 
 Calls of the DHT carry the same certificates (`glasshive.dht.member_calls`).
 """
@@ -24,9 +24,10 @@ Calls of the DHT carry the same certificates (`glasshive.dht.member_calls`).
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final, final
+from weakref import WeakKeyDictionary
 
 from glasshive.dht.errors import MalformedMessage, NotLetIn
 from glasshive.dht.framing import Frame, FrameLimits, Stream
@@ -51,7 +52,8 @@ __all__ = ["MemberGate", "reset_removed"]
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS: Final = 10.0
-MAX_AT_THE_DOOR: Final = 64
+MAX_AT_THE_DOOR: Final = 256
+MAX_AT_THE_DOOR_PER_PEER: Final = 4
 MAX_REMEMBERED: Final = 4096
 
 _ACTS: Final[dict[str, Act]] = {
@@ -81,7 +83,8 @@ class MemberGate:
         self.certificate = certificate
         self._now = now
         self._shown: OrderedDict[PeerId, bytes] = OrderedDict()
-        self._at_the_door = 0
+        self._at_the_door: Counter[PeerId] = Counter()
+        self._streams: WeakKeyDictionary[Stream, tuple[bytes, Act]] = WeakKeyDictionary()
         self._watchers: list[Callable[[], None]] = []
 
     def admit(self, peer_id: PeerId, certificate: bytes, act: Act) -> None:
@@ -103,28 +106,32 @@ class MemberGate:
         """
         return self.membership.admit(peer_id, self._shown.get(peer_id, b""), act, self._now())
 
-    def removed(self, peer_id: PeerId) -> bool:
-        """Whether what the peer has shown here doesn't let it in any more."""
-        shown = self._shown.get(peer_id)
+    def holds(self, stream: Stream) -> bool:
+        """Whether what the other side has shown on this stream still lets it be there."""
+        shown = self._streams.get(stream)
         if shown is None:
-            return False
+            return True  # it is still at the door, or joins
         try:
-            self.membership.admit(peer_id, shown, Act.READ, self._now())
+            self.membership.admit(stream.peer_id, *shown, self._now())
         except NotAMember:
-            return True
-        return False
+            return False
+        return True
 
     def learn(self, revocations: bytes) -> bool:
         """Put a list of revocations in force; False if it was. Raises as `Membership.learn`."""
-        if not self.membership.learn(revocations):
-            return False
-        for watcher in self._watchers:
-            watcher()
-        return True
+        learned = True
+        try:
+            learned = self.membership.learn(revocations)
+        finally:
+            if learned:  # also if it couldn't be kept
+                for watcher in list(self._watchers):
+                    watcher()
+        return learned
 
-    def on_removals(self, watcher: Callable[[], None]) -> None:
-        """Have `watcher` called whenever somebody may have been `removed`."""
+    def on_removals(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Have `watcher` called whenever somebody may have been thrown out; what ends that."""
         self._watchers.append(watcher)
+        return lambda: self._watchers.remove(watcher) if watcher in self._watchers else None
 
     async def accept(self, stream: Stream, protocol: str) -> bool:
         """Whether the peer that opened `stream` may go on; if not, the stream has been refused.
@@ -133,20 +140,30 @@ class MemberGate:
         """
         if protocol == JOIN_PROTOCOL:
             return True
-        if self._at_the_door >= MAX_AT_THE_DOOR and stream.peer_id not in self._shown:
+        peer, act = stream.peer_id, _ACTS.get(protocol, Act.ADMINISTER)
+        crowded = self._at_the_door.total() >= MAX_AT_THE_DOOR
+        if peer not in self._shown and (
+            crowded or self._at_the_door[peer] >= MAX_AT_THE_DOOR_PER_PEER
+        ):
             await stream.refuse("busy: others are being let in here; try again soon")
             return False
-        self._at_the_door += 1
+        self._at_the_door[peer] += 1
         try:
             hello = _hello_in(await _receive_hello(stream, HELLO_SECONDS))
-            self.admit(stream.peer_id, hello.certificate, _ACTS.get(protocol, Act.ADMINISTER))
+            self.admit(peer, hello.certificate, act)
+            self._streams[stream] = self._shown[peer], act
+        except MalformedMessage:
+            await stream.refuse("not let in: this swarm is private; join it (`glasshive join`)")
+            raise
         except NotAMember as error:
             logger.warning("not_let_in protocol=%s peer=%s: %s", protocol, stream.peer_id, error)
             # Its own id it knows, and a reason has little room.
             await stream.refuse(f"not let in: {str(error).replace(stream.peer_id, 'this peer')}")
             return False
         finally:
-            self._at_the_door -= 1
+            self._at_the_door[peer] -= 1
+            if not self._at_the_door[peer]:
+                del self._at_the_door[peer]
         await stream.send(encode(Hello(self.certificate)), b"", HELLO_SECONDS)
         return True
 
@@ -162,6 +179,7 @@ class MemberGate:
         try:
             await stream.send(encode(Hello(self.certificate)), b"", HELLO_SECONDS)
             if self._may_serve(stream.peer_id):
+                self._streams[stream] = self._shown[stream.peer_id], Act.SERVE
                 stream.expect_first(_LIMITS, lambda frame: self._see(stream, frame))
             else:
                 self._see(stream, await _receive_hello(stream, HELLO_SECONDS))
@@ -184,6 +202,7 @@ class MemberGate:
             if not certificate:
                 raise NotAMember(f"{stream.peer_id} showed no certificate")
             self.admit(stream.peer_id, certificate, Act.SERVE)
+            self._streams[stream] = certificate, Act.SERVE
         except NotAMember as error:
             raise NotLetIn(f"{stream.peer_id} answered, but may not serve here: {error}") from None
 
@@ -191,7 +210,7 @@ class MemberGate:
 def reset_removed(gate: MemberGate, streams: Iterable[Stream]) -> None:
     """End the streams of those that the gate doesn't let in any more."""
     for stream in list(streams):
-        if gate.removed(stream.peer_id):
+        if not gate.holds(stream):
             logger.warning("removed peer=%s", stream.peer_id)
             stream.reset()
 

@@ -26,7 +26,7 @@ from glasshive.dht.messages import (
     encode,
 )
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.security.errors import SecurityError, StaleRevocations
+from glasshive.security.errors import MembershipFileError, SecurityError, StaleRevocations
 from glasshive.security.membership import MAX_LIST_BYTES, MAX_LISTS
 
 __all__ = ["fetch_revocations", "serve_revocations"]
@@ -69,8 +69,8 @@ async def fetch_revocations(
 ) -> bool:
     """Put in force what `member` knows of and this peer doesn't; whether there was any.
 
-    A list that can't be accepted is left out, with a line in the log. Raises MalformedMessage, what
-    a stream raises, and what keeping a list raises.
+    A list that can't be accepted is left out, with a line in the log. Raises MalformedMessage and
+    what a stream raises.
     """
 
     async def ask() -> list[bytes]:
@@ -93,6 +93,9 @@ async def fetch_revocations(
             learned |= gate.learn(one)
         except StaleRevocations:
             continue  # the member lacks what is known here, and asks for it in its turn
+        except MembershipFileError as error:
+            logger.error("revocations_not_kept: %s", error)  # in force; the keeper tries again
+            learned = True
         except SecurityError as error:
             logger.warning("revocations_refused peer=%s: %s", member.peer_id, error)
     return learned

@@ -313,6 +313,12 @@ class InviteBook:
         peers, invites, serials = tuple(peers), tuple(invites), tuple(serials)
         for peer_id in peers:
             public_key_of(peer_id)
+        if self.issuer in peers:
+            raise BadInviteBook(
+                f"{self.issuer} is the issuer itself, without whom no certificate of the swarm "
+                "holds; to end the swarm stop its bootstrap peer, to change the issuer name "
+                "another in the members' configs"
+            )
         for serial in serials:
             if len(serial) != ID_BYTES:
                 raise BadInviteBook(

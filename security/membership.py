@@ -18,6 +18,7 @@ Nothing here does IO: `Membership` is handed what was kept and what to keep by.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -40,7 +41,7 @@ from glasshive.security.keys import Identity, PeerId, peer_id_of, public_key_of
 from glasshive.security.plain import decode_plain, encode_plain
 from glasshive.security.quota import NO_QUOTA, Quota, quota_of
 
-__all__ = ["Act", "Certificate", "Membership", "Revocations", "Role"]
+__all__ = ["Act", "Certificate", "Membership", "Revocations", "Role", "merged"]
 
 DAY_SECONDS: Final = 86_400.0
 MAX_CERTIFICATE_SECONDS: Final = 7 * DAY_SECONDS
@@ -53,6 +54,7 @@ ID_BYTES: Final = 16
 
 _CERTIFICATE: Final = "certificate"
 _REVOCATIONS: Final = "revocations"
+_BEHIND_SECONDS: Final = 3600.0  # the clock of who judges; a new certificate lives for the maximum
 _VERSION: Final = 1
 _MAX_TIES: Final = 4
 MAX_LISTS: Final = MAX_ISSUERS * _MAX_TIES
@@ -192,7 +194,7 @@ class Certificate:
                 f"{-left_seconds:.0f} s ago; join again (certificates are renewed before they "
                 "end), and check the clocks of both machines"
             )
-        if left_seconds > MAX_CERTIFICATE_SECONDS + CLOCK_SKEW_SECONDS:
+        if left_seconds > MAX_CERTIFICATE_SECONDS + _BEHIND_SECONDS:
             raise NotAMember(
                 f"the certificate of {self.member} for swarm {self.swarm!r} is valid for "
                 f"{left_seconds:.0f} s more, at most {MAX_CERTIFICATE_SECONDS:.0f} s are accepted; "
@@ -304,7 +306,7 @@ class _Held:
 class Membership:
     """Who may do what in one private swarm, by its issuers' certificates and revocations.
 
-    `keep` is called with the bytes to keep before a list takes effect; `kept` is what it was last
+    `keep` is called with the bytes to keep when a list has taken effect; `kept` is what it was last
     called with, so that a restart forgets no removal. Without `keep` the memory ends with the
     process. Raises BadEnvelope for more than `MAX_ISSUERS` issuers, and for `kept` bytes that are
     not such a memory; lists in it by who is no issuer any more are dropped.
@@ -330,6 +332,7 @@ class Membership:
         self._max_remembered = max_remembered
         self._remembered: OrderedDict[bytes, Certificate] = OrderedDict()
         self._held: dict[PeerId, _Held] = {}
+        self._is_kept = True
         self._take(self._read(kept))
 
     def admit(self, peer_id: PeerId, certificate: bytes, act: Act, now: float) -> Certificate:
@@ -352,7 +355,8 @@ class Membership:
         """Puts a list of revocations in force; False if it was already.
 
         Raises StaleRevocations for a version below the highest seen of its issuer, and BadEnvelope,
-        BadSignature, WrongSwarm or WrongReceiver. What `keep` raises leaves all as it was.
+        BadSignature, WrongSwarm or WrongReceiver; and what `keep` raises: then the list is in force
+        all the same, and `save` tries to keep it again.
         """
         found = Revocations.verify(data, swarm=self.swarm, issuers=self.issuers)
         held = self._held.get(found.issuer)
@@ -372,11 +376,23 @@ class Membership:
             )
         else:
             held = _Held(found.version, (*held.lists, found), (*held.signed, data))
-        changed = {**self._held, found.issuer: held}
-        if self._keep is not None:
-            self._keep(_kept_bytes(changed))
-        self._take(changed)
+        self._take({**self._held, found.issuer: held})
+        self._is_kept = False
+        self.save()
         return True
+
+    def save(self) -> None:
+        """Keep what is in force and isn't kept yet. Raises what `keep` does."""
+        if not self._is_kept and self._keep is not None:
+            self._keep(self.kept)
+        self._is_kept = True
+
+    @property
+    def kept(self) -> bytes:
+        """What is in force, as a later Membership reads it."""
+        return encode_plain(
+            [[who, data] for who, each in self._held.items() for data in each.signed]
+        )
 
     @property
     def lists(self) -> tuple[bytes, ...]:
@@ -429,7 +445,7 @@ class Membership:
         self._held = held
 
     def _read(self, kept: bytes) -> dict[PeerId, _Held]:
-        """What `_kept_bytes` wrote; raises BadEnvelope."""
+        """What `kept` was; raises BadEnvelope."""
         if not kept:
             return {}
         held: dict[PeerId, _Held] = {}
@@ -458,8 +474,15 @@ class Membership:
         return held
 
 
-def _kept_bytes(held: dict[PeerId, _Held]) -> bytes:
-    return encode_plain([[who, data] for who, each in held.items() for data in each.signed])
+def merged(swarm: str, issuers: Iterable[PeerId], *kept: bytes) -> bytes:
+    """What several memories of one swarm know together. Raises BadEnvelope for what is none."""
+    issuers = tuple(issuers)
+    first, *others = (Membership(swarm, issuers, kept=one) for one in kept)
+    for other in others:
+        for signed in other.lists:
+            with contextlib.suppress(StaleRevocations):
+                first.learn(signed)
+    return first.kept
 
 
 def _certificate(envelope: Envelope) -> Certificate:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable
+from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, StreamBusy
 from glasshive.dht.transport import PeerAddress
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ async def join(
     while True:
         try:
             return await create()
-        except (PeerUnreachable, DeadlineExceeded):
+        except (PeerUnreachable, DeadlineExceeded, StreamBusy):
             if not bootstraps:
                 raise
         why = "; ".join(await asyncio.gather(*(_why_silent(one) for one in bootstraps)))

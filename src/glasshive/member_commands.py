@@ -254,7 +254,8 @@ def revoke(
         say(f"{one.peer_id}, {one.role}, by the invite {one.invite.hex()[:16]}")
     if not yes:
         typer.confirm(f"Throw out of {settings.swarm!r} for good?", abort=True)
-    book.revoke(time.time(), peers=gone, invites=invites)
+    everyone = dict.fromkeys([*gone, *(one.peer_id for one in by_invite)])
+    book.revoke(time.time(), peers=everyone, invites=invites)
     say(
         "done. A bootstrap peer that runs takes it up within seconds, hosts and clients from it; "
         "while none does, certificates end by themselves within 7 days"

@@ -25,6 +25,7 @@ from glasshive.security.membership import ID_BYTES, Certificate
 from glasshive.security.trust_root import first_root, root_digest
 from glasshive.settings import ConfigError, Settings, load_settings
 from glasshive.swarm_members import MemberFiles, member_files
+from glasshive.swarm_trust import read_root
 
 ANSWER_SECONDS: Final = 30.0
 
@@ -74,10 +75,14 @@ def _check_config(config: Path, invite: Invite) -> None:
     if not config.exists():
         return
     settings = load_settings(config)
-    if settings.swarm != invite.swarm or set(settings.issuers) != set(invite.issuers):
+    same = settings.swarm == invite.swarm and set(settings.issuers) == set(invite.issuers)
+    if same and settings.root is not None:
+        same = root_digest(read_root(settings.root)) == invite.whitelist_root.hex()
+    if not same:
         raise ConfigError(
             f"{config} is of the swarm {settings.swarm!r}, the invite of {invite.swarm!r} with its "
-            f"own issuers; name another file: `glasshive join TOKEN --config {invite.swarm}.toml`"
+            "own issuers and root; name another file: `glasshive join TOKEN --config "
+            f"{invite.swarm}.toml`"
         )
 
 
@@ -165,7 +170,8 @@ async def _ask(invite: Invite, identity: Identity, request: bytes) -> tuple[byte
 
 
 def _write_config(config: Path, invite: Invite, root: bytes) -> None:
-    name = f"{invite.swarm}.root.json"
+    # By its digest: another swarm of this name may have a config in the same folder.
+    name = f"{invite.swarm}.{invite.whitelist_root.hex()[:16]}.root.json"
     text = (
         f"# Written by `glasshive join`. It holds no secret.\n"
         f"swarm = {json.dumps(invite.swarm)}\n"

@@ -8,13 +8,16 @@ have their own. What is revoked is kept for all of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from filelock import FileLock, Timeout
 
 from glasshive.dht.member_gate import MemberGate
 from glasshive.security.durable_file import read_durable, write_durable
-from glasshive.security.errors import MembershipFileError, NotAMember
+from glasshive.security.errors import BadEnvelope, MembershipFileError, NotAMember
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.membership import (
@@ -23,9 +26,12 @@ from glasshive.security.membership import (
     Act,
     Membership,
     Role,
+    merged,
 )
 from glasshive.settings import ConfigError, Settings, data_dir
 from glasshive.swarm_trust import read_root, root_name
+
+LOCK_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,18 @@ class MemberFiles:
         """What `keep_revocations` was last called with; empty if it never was."""
         return self._read(self.folder / "revocations", MAX_KEPT_BYTES)
 
-    def keep_revocations(self, kept: bytes) -> None:
-        """Keep what a `Membership` knows."""
-        self._write(self.folder / "revocations", kept)
+    def keep_revocations(self, kept: bytes, swarm: str, issuers: Sequence[PeerId]) -> None:
+        """Keep what a `Membership` knows, and what other processes of this machine have kept."""
+        place = self.folder / "revocations"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(place.with_name("revocations.lock"), timeout=LOCK_SECONDS):
+                self._write(place, merged(swarm, issuers, self.revocations(), kept))
+        except (OSError, Timeout, BadEnvelope) as error:
+            raise MembershipFileError(
+                f"can't keep {place}: {getattr(error, 'strerror', None) or error}; check the "
+                "rights of its folder and the space on its disk"
+            ) from None
 
     def _read(self, place: Path, max_bytes: int) -> bytes:
         try:
@@ -97,12 +112,18 @@ def open_gate(
     files = member_files(settings)
     if files is None:
         return None
-    membership = Membership(
-        settings.swarm,
-        settings.issuers,
-        kept=files.revocations(),
-        keep=files.keep_revocations,
-    )
+    try:
+        membership = Membership(
+            settings.swarm,
+            settings.issuers,
+            kept=files.revocations(),
+            keep=lambda kept: files.keep_revocations(kept, settings.swarm, settings.issuers),
+        )
+    except BadEnvelope as error:
+        raise MembershipFileError(
+            f"{files.folder / 'revocations'}: {error}; if it is lost, remove it, and what was "
+            "revoked is fetched from the bootstrap peers"
+        ) from None
     certificate = files.certificate(identity.peer_id)
     if not certificate:
         role = "host" if act is Act.SERVE else "client"

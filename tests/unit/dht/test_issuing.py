@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from joiners import ADDRESSES, ALICE, BOB, DAY, EVE, ISSUER, NOW, SECOND, join_o
 from lab import Lab, address_of, certificate_of, removal_of
 
 from glasshive.dht import issuing
-from glasshive.dht.errors import FrameTooLarge, MalformedMessage, StreamClosed, StreamRefused
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    FrameTooLarge,
+    MalformedMessage,
+    StreamClosed,
+    StreamRefused,
+)
 from glasshive.dht.issuing import ask_to_join, ask_to_renew, serve_issuer
 from glasshive.dht.memory_transport import MemoryTransport
 from glasshive.dht.messages import (
@@ -115,15 +122,36 @@ async def test_few_are_answered_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(issuing, "MAX_ASKING", 1)
     office = await office_in(tmp_path)
     eve, alice = office.lab.stranger(EVE), office.lab.stranger(ALICE)
-    silent = await eve.open_stream(office.address, JOIN_PROTOCOL, 5)
-    await asyncio.sleep(0)
-    request = join_of(office.invite())
-    with pytest.raises(StreamRefused, match="busy: 1 others ask to join; try again soon"):
-        await ask_to_join(alice, office.address, request, 5)
-    silent.reset()
-    while len(office.transport._tasks):  # noqa: ASYNC110
+    judging, judge = threading.Event(), office.book.join
+    first, second = (join_of(office.invite(), one) for one in (EVE, ALICE))
+
+    def slow(request: bytes, now: float) -> bytes:
+        assert judging.wait(30)
+        return judge(request, now)
+
+    monkeypatch.setattr(office.book, "join", slow)
+    asked = asyncio.create_task(ask_to_join(eve, office.address, first, 20))
+    while not office.transport._tasks:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    await ask_to_join(alice, office.address, request, 5)
+    with pytest.raises(StreamRefused, match="busy: 1 others ask to join; try again soon"):
+        await ask_to_join(alice, office.address, second, 5)
+    judging.set()
+    await asked
+    await ask_to_join(alice, office.address, second, 5)
+
+
+@pytest.mark.asyncio
+async def test_who_says_nothing_takes_nobody_s_place(tmp_path: Path) -> None:
+    office = await office_in(tmp_path)
+    eve = office.lab.stranger(EVE)
+    silent = [await eve.open_stream(office.address, JOIN_PROTOCOL, 5) for _ in range(20)]
+    ends = []
+    for stream in silent:
+        with pytest.raises((StreamRefused, DeadlineExceeded)) as caught:
+            await stream.receive(0.05)
+        ends.append("others have a place here and say nothing" in str(caught.value))
+    assert ends.count(True) == 20 - issuing.MAX_SILENT_PER_PEER
+    await ask_to_join(office.lab.stranger(ALICE), office.address, join_of(office.invite()), 5)
 
 
 @pytest.mark.asyncio

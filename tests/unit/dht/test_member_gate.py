@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from joiners import ALICE, BOB, DAY, EVE
+from joiners import ALICE, BOB, DAY, EVE, ISSUER, NOW
 from lab import Lab, address_of, certificate_of, removal_of
 
 from glasshive.dht import messages
@@ -19,7 +19,7 @@ from glasshive.dht.errors import (
     StreamClosed,
     StreamRefused,
 )
-from glasshive.dht.member_gate import MAX_AT_THE_DOOR
+from glasshive.dht.member_gate import MAX_AT_THE_DOOR, MAX_AT_THE_DOOR_PER_PEER, MemberGate
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
     JOIN_PROTOCOL,
@@ -29,8 +29,9 @@ from glasshive.dht.messages import (
     is_a,
 )
 from glasshive.dht.transport import Stream
-from glasshive.security.errors import NotAMember
-from glasshive.security.membership import Act, Role
+from glasshive.security.errors import MembershipFileError, MembershipRevoked, NotAMember
+from glasshive.security.keys import Identity
+from glasshive.security.membership import Act, Membership, Revocations, Role
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -100,7 +101,11 @@ async def test_who_shows_nothing_gets_nothing() -> None:
         await stream.send(header)
         with pytest.raises(StreamRefused, match="not let in: "):
             await stream.receive(5)
-    for header, body in (("trace", b""), (encode(Hello(b"")), b"body"), ("x" * 600, b"")):
+    stream = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+    await stream.send("trace")
+    with pytest.raises(StreamRefused, match="this swarm is private; join it"):
+        await stream.receive(5)
+    for header, body in ((encode(Hello(b"")), b"body"), ("x" * 600, b"")):
         stream = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
         await stream.send(header, body)
         with pytest.raises(StreamClosed):
@@ -227,6 +232,63 @@ async def test_who_is_thrown_out_loses_its_streams() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_stream_ends_with_the_certificate_that_was_shown_on_it() -> None:
+    lab = Lab()
+    first = certificate_of(ALICE, Role.CLIENT, serial=b"1" * 16)
+    second = certificate_of(ALICE, Role.ADMIN, serial=b"2" * 16)
+    gate = lab.gate(first)
+    alice = lab.network.transport(ALICE, gate=gate)
+    bob, his = lab.member(BOB, Role.HOST)
+    await bob.serve(TRACE_PROTOCOL, echo)
+    streams = [await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)]
+    gate.certificate = second
+    streams.append(await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5))
+    for stream in streams:
+        await stream.send("both")
+        assert (await stream.receive(5)).header == "both"
+    gone = Revocations(ISSUER.peer_id, "lab", 1, serials=frozenset([b"1" * 16]))
+    his.learn(gone.sign(ISSUER))
+    with pytest.raises(StreamClosed):
+        await streams[0].receive(5)
+    await streams[1].send("still")
+    assert (await streams[1].receive(5)).header == "still"
+
+
+@pytest.mark.asyncio
+async def test_a_removal_that_can_not_be_kept_is_in_force_all_the_same() -> None:
+    lab, full = Lab(), [True]
+
+    def keep(kept: bytes) -> None:
+        if full[0]:
+            raise MembershipFileError("no space left")
+        saved.append(kept)
+
+    saved: list[bytes] = []
+    membership = Membership("lab", [ISSUER.peer_id], keep=keep)
+    gate = MemberGate(membership, lab.clock, certificate_of(BOB, Role.HOST))
+    bob = lab.network.transport(BOB, gate=gate)
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    await bob.serve(TRACE_PROTOCOL, echo)
+    stream = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+    await stream.send("in")
+    await stream.receive(5)
+    with pytest.raises(MembershipFileError):
+        gate.learn(removal_of(ALICE))
+    with pytest.raises(StreamClosed):
+        await stream.receive(5)
+    with pytest.raises(MembershipFileError):
+        membership.save()
+    full[0] = False
+    membership.save()
+    membership.save()
+    assert len(saved) == 1
+    with pytest.raises(MembershipRevoked):
+        Membership("lab", [ISSUER.peer_id], kept=saved[0]).admit(
+            ALICE.peer_id, certificate_of(ALICE, Role.CLIENT), Act.TRACE, NOW
+        )
+
+
+@pytest.mark.asyncio
 async def test_strangers_do_not_keep_members_out() -> None:
     lab = Lab()
     alice, _ = lab.member(ALICE, Role.CLIENT)
@@ -234,11 +296,23 @@ async def test_strangers_do_not_keep_members_out() -> None:
     await bob.serve(TRACE_PROTOCOL, echo)
     his.admit(ALICE.peer_id, certificate_of(ALICE, Role.CLIENT), Act.TRACE)
     eve = lab.stranger(EVE)
-    silent = [
-        await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5) for _ in range(MAX_AT_THE_DOOR)
+    # One key has few places, and its silence keeps no other key out.
+    few = [
+        await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+        for _ in range(MAX_AT_THE_DOOR_PER_PEER)
     ]
-    await eventually(lambda: his._at_the_door == MAX_AT_THE_DOOR)
+    await eventually(lambda: his._at_the_door.total() == MAX_AT_THE_DOOR_PER_PEER)
     late = await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+    with pytest.raises(StreamRefused, match="busy: others are being let in here"):
+        await late.receive(5)
+    carol, _ = lab.member(Identity.generate(), Role.CLIENT)
+    await carol.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+
+    # Many keys together can fill it for those who were never here.
+    strangers = [lab.stranger(Identity.generate()) for _ in range(MAX_AT_THE_DOOR)]
+    silent = few + [await one.open_stream(address_of(bob), TRACE_PROTOCOL, 5) for one in strangers]
+    await eventually(lambda: his._at_the_door.total() >= MAX_AT_THE_DOOR)
+    late = await lab.stranger(Identity.generate()).open_stream(address_of(bob), TRACE_PROTOCOL, 5)
     with pytest.raises(StreamRefused):
         await late.receive(5)
     stream = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)  # seen before
@@ -246,7 +320,7 @@ async def test_strangers_do_not_keep_members_out() -> None:
     assert (await stream.receive(5)).header == "in"
     for one in silent:
         one.reset()
-    await eventually(lambda: his._at_the_door == 0)
+    await eventually(lambda: not his._at_the_door)
 
 
 @pytest.mark.asyncio

@@ -20,7 +20,9 @@ from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
 from glasshive.security.errors import (
     BadInvite,
+    BadInviteBook,
     KeyFileError,
+    MembershipFileError,
     MembershipRevoked,
     NotAMember,
     SecurityError,
@@ -174,7 +176,8 @@ def test_joining_makes_all_that_a_member_needs(
     settings = load_settings()
     assert (settings.swarm, settings.issuers) == ("lab", (desk.issuer,))
     assert settings.bootstraps == load_settings("lab/hive.toml").bootstraps
-    assert settings.root == tmp_path / "own/lab.root.json"
+    assert settings.root is not None
+    assert settings.root.parent == tmp_path / "own"
     assert settings.root.read_bytes() == (LAB / "trust/1.root.json").read_bytes()
     identity = Identity.load_or_create(tmp_path / "data" / key)
     gate = open_gate(settings, identity, act)
@@ -226,6 +229,24 @@ def test_a_config_of_another_swarm_is_left_alone(desk: InviteBook, tmp_path: Pat
     assert text.endswith("name another file: `glasshive join TOKEN --config lab.toml`")
     assert own.read_text() == 'swarm = "public"\n'
     assert not desk.members()
+
+
+def test_two_swarms_of_one_name_keep_their_roots(desk: InviteBook, tmp_path: Path) -> None:
+    run("join", invited("client"))
+    first = load_settings()
+    assert first.root is not None
+    root = first.root.read_bytes()
+    # The same name and issuer, and another root: as after `swarm init` anew with the old key.
+    other = run("swarm", "init", "other", "--name=lab")
+    assert "made the private swarm 'lab'" in other
+    config = tmp_path / "own/hive.toml"
+    text = config.read_text().replace(first.root.name, "x.json")
+    (tmp_path / "own/x.json").write_bytes(Path("other/trust/1.root.json").read_bytes())
+    config.write_text(text)
+    assert "its own issuers and root" in refused(ConfigError, "join", invited("client"))
+    run("join", invited("client"), "--config=own/second.toml")
+    assert first.root.read_bytes() == root
+    assert (tmp_path / "own/x.json").read_bytes() != root
 
 
 def test_another_root_than_the_invites_is_not_taken(
@@ -285,6 +306,12 @@ def test_who_is_revoked_is_named_first_and_only_with_consent(desk: InviteBook) -
     assert [one.revoked for one in desk.members()] == [True, False]
     run("revoke", "--invite", client.invite.hex()[:8], "--folder=lab", "--yes")
     assert all(one.revoked for one in desk.members())
+    # Whoever came by it and has another invite is out, too.
+    with pytest.raises(MembershipRevoked):
+        desk.enrol(client.peer_id, Role.CLIENT, time.time())
+    assert "is the issuer itself" in refused(
+        BadInviteBook, "revoke", desk.issuer, "--folder=lab", "--yes"
+    )
     stranger = Identity.generate().peer_id
     assert "not in the book of members" in run("revoke", stranger, "--folder=lab", "--yes")
 
@@ -348,6 +375,27 @@ def test_what_was_revoked_is_kept_across_restarts(desk: InviteBook) -> None:
     gate.learn(desk.revoke(time.time(), peers=[ben.peer_id]))
     with pytest.raises(MembershipRevoked):
         open_gate(settings, ben, Act.SERVE)
+
+
+def test_processes_of_one_machine_forget_nothing_of_each_other(desk: InviteBook) -> None:
+    settings = load_settings("lab/hive.toml")
+    files = member_files(settings)
+    assert files is not None
+    ann, ben = Identity.generate(), Identity.generate()
+    for one in (ann, ben):
+        files.keep_certificate(one.peer_id, desk.enrol(one.peer_id, Role.HOST, time.time()))
+    gates = [open_gate(settings, one, Act.SERVE) for one in (ann, ben)]
+    old = desk.revoke(time.time(), peers=[Identity.generate().peer_id])
+    new = desk.revoke(time.time(), peers=[Identity.generate().peer_id])
+    for gate, signed in zip(gates, (new, old), strict=True):
+        assert gate is not None
+        gate.learn(signed)  # the one that began earlier hears of the older list later
+    again = open_gate(settings, ann, Act.SERVE)
+    assert again is not None
+    assert again.membership.lists == (new,)
+    (files.folder / "revocations").write_bytes(b"damaged")
+    with pytest.raises(MembershipFileError, match="revocations: the kept revocations of swarm"):
+        open_gate(settings, ann, Act.SERVE)
 
 
 def test_the_issuer_is_a_member_by_its_own_word() -> None:
