@@ -472,9 +472,12 @@ class Host:
             await asyncio.wait({run, watch}, timeout=CLOSE_SECONDS)
 
     async def _fail(self, client: ClientStream, error: GlasshiveError) -> None:
-        said = repr(error)[:MAX_FAILURE_CHARS]
-        log.info("trace_failed", extra={"client": client.peer_id, "error": said})
-        node = error.node if isinstance(error, GraphError) and error.node is not None else -1
+        node, said = -1, repr(error)[:MAX_FAILURE_CHARS]
+        if isinstance(error, GraphError):
+            node = -1 if error.node is None else error.node
+            # What a graph came upon may be said in the client's own numbers: an index, a name.
+            said = type(error).__name__
+        log.info("trace_failed", extra={"client": client.peer_id, "error": said, "node": node})
         text = str(error)[:MAX_FAILURE_CHARS]
         try:
             await client.send(encode(Failed(type(error).__name__, node, text)))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 90.0
 _KEEP_SECONDS = 30.0  # between two looks for a newer whitelist: clients are many
+_MEMBER_SECONDS = 10.0  # and for who was thrown out, which is one short question
 # What is meant as an address, well formed or not: a multiaddr, a URL, a host with a port.
 _ADDRESS = re.compile(r"/(ip4|ip6|dns\w*)/|[a-z]+://|[\w.-]+:\d+$")
 
@@ -113,7 +114,7 @@ def open_swarm(
             )
             ends.push_async_callback(transport.close)
             await ends.enter_async_context(
-                keep_member(settings, transport, gate, identity, period_seconds=_KEEP_SECONDS)
+                keep_member(settings, transport, gate, identity, period_seconds=_MEMBER_SECONDS)
             )
             keeper = None
             if store is not None:

@@ -265,7 +265,7 @@ def test_a_peer_that_is_avoided(one_llama: Setting) -> None:
         with one_llama.model.trace(IDS, avoid=[middle]):
             one_llama.model.lm_head.output.save()
     assert "nobody serves blocks 2:4" in str(caught.value)
-    assert "1 peer is left out, as lost, revoked or named in avoid=" in str(caught.value)
+    assert "1 peer is left out, as lost, busy, revoked or named in avoid=" in str(caught.value)
 
 
 # Spellings that work -----------------------------------------------------------------------------
