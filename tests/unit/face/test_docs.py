@@ -284,7 +284,6 @@ def test_pages_for_the_hurried_are_short(name: str) -> None:
     ("name", "text"),
     [
         ("threat-model", f"at most {host.MAX_FAILURE_CHARS} characters"),
-        ("for-hosts", f"at most {host.MAX_FAILURE_CHARS} characters"),
         ("threat-model", f"allows {whitelist.MAX_LIFETIME_SECONDS // 86_400} days"),
         ("threat-model", f"a host looks every {trust_keeper.PERIOD_SECONDS:g} s"),
         ("threat-model", f"knows the root looks every {connection._KEEP_SECONDS:g} s"),
