@@ -21,6 +21,7 @@ __all__ = [
     "forget_ended_calls",
     "open_stream",
     "remembering",
+    "tasks_of",
 ]
 
 
@@ -141,6 +142,15 @@ class SocketWriter:
 
     def abort(self) -> None:
         self._writer.transport.abort()
+
+
+def tasks_of(p2p: Any) -> list[asyncio.Task[Any]]:
+    """What hivemind runs beside a daemon."""
+    control = p2p._client.control if p2p._client is not None else None
+    tasks = [p2p._listen_task, p2p._reader_task]
+    if control is not None:
+        tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+    return [task for task in tasks if task is not None]
 
 
 async def _ask(p2p: Any, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -3,8 +3,7 @@
 Rules:
 
 1. The bounded serializer and the hardened storage are in place before any listener exists.
-2. This release listens on loopback only: fairness among strangers is not in it yet. With a gate
-   only members are let in, by streams and by calls of the DHT.
+2. This release listens on loopback only. With a gate only members get in, by streams and calls.
 3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
    file in a private folder, which is gone as soon as the daemon is up.
 4. hivemind's calls can hang for ever once the daemon has died, or the tasks that hivemind talks to
@@ -238,15 +237,11 @@ class HivemindTransport:
         self._watcher = asyncio.create_task(self._watch(self._p2p, self._gone))
 
     async def _knock(self) -> None:
-        """Raise what bootstrap peers say if they answer, and none of them lets this peer in.
-
-        The DHT's own calls would not say why they fail.
-        """
+        """Raise what bootstrap peers say if none lets this peer in: the DHT's calls don't tell."""
         refusals = await asyncio.gather(*map(self._refusal_of, self.bootstraps))
-        if refusals and None not in refusals:
-            for one in refusals:
-                if isinstance(one, StreamRefused | NotLetIn):
-                    raise one
+        for one in refusals:
+            if None not in refusals and isinstance(one, StreamRefused | NotLetIn):
+                raise one
 
     async def _refusal_of(self, bootstrap: PeerAddress) -> SwarmError | None:
         """Why `bootstrap` can't be used; None if it lets this peer in."""
@@ -522,25 +517,17 @@ class HivemindTransport:
         if p2p._child is not None and p2p._child.returncode is None:
             p2p._child.kill()  # it is frozen: the polite signal waits with it
             await self._quietly(p2p._child.wait())
-        await self._end_tasks_of(p2p)
+        # hivemind only asks them to end; a loop that closes now would complain of them.
+        if tasks := daemon_control.tasks_of(p2p):
+            for task in tasks:
+                self._abandon(task)
+            await asyncio.wait(tasks, timeout=SHUTDOWN_DEADLINE_SECONDS)
 
     async def _quietly(self, awaitable: Awaitable[Any]) -> None:
         """Awaits it for a while; what it says no longer matters."""
         task = asyncio.ensure_future(awaitable)
         await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_SECONDS)
         self._abandon(task)
-
-    async def _end_tasks_of(self, p2p: Any) -> None:
-        """hivemind only asks its tasks to end; a loop that closes now would complain of them."""
-        control = p2p._client.control if p2p._client is not None else None
-        tasks = [p2p._listen_task, p2p._reader_task]
-        if control is not None:
-            tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
-        known = [task for task in tasks if task is not None]
-        for task in known:
-            self._abandon(task)
-        if known:
-            await asyncio.wait(known, timeout=SHUTDOWN_DEADLINE_SECONDS)
 
     async def _call(self, awaitable: Awaitable[T], deadline_seconds: float, what: str) -> T:
         """The awaitable's result, or DeadlineExceeded, or TransportLost as soon as we know."""
