@@ -162,7 +162,9 @@ def say_start(folder: TrustFolder, listen: str, *, public: bool) -> None:
     own = _quoted(folder.keys / "bootstrap.key")
     say(f"  glasshive whitelist show --folder {place}")
     say(f"  glasshive bootstrap --config {config} --key {own} --listen {listen}")
-    say(f"  glasshive whitelist publish --folder {place}    # and after every new whitelist")
+    # In a private swarm bootstrap peers take it from members only; who makes it is none yet.
+    here = "" if public else " --only-here"
+    say(f"  glasshive whitelist publish --folder {place}{here}    # and after every new whitelist")
     if public:
         say(f"  glasshive serve MODEL --config {config}")
         say(f"  glasshive status --config {config}")

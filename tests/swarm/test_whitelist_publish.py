@@ -113,9 +113,12 @@ def test_a_swarm_from_the_commands_alone(
         "bootstrap", "--config", hive, "--key", lab / "keys/bootstrap.key", "--listen", listen
     )
     wait_for(lambda: peer.events("ready"), "the bootstrap peer")
+    for machine, role in ((ann, "client"), (host, "host")):
+        token = ann.run("invite", role, "--folder", lab).strip()
+        machine.run("join", token, "--config", tmp_path / f"{role}.toml")
     said = ann.run("whitelist", "publish", "--folder", lab)
     assert "has whitelist 1" in said
-    host.start("serve", tmp_path / "tiny", "--config", hive)
+    host.start("serve", tmp_path / "tiny", "--config", tmp_path / "host.toml")
     wait_for(lambda: host.events("ready"), "the host")
     (policy,) = host.events("policy")
     assert policy["policy"] == "whitelist 1 of swarm 'lab'"
