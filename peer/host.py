@@ -120,8 +120,8 @@ class Host:
         """Without a `policy` this release's own is in force, as where no root is configured.
 
         `identity` signs results; it is that of the transport. Without `seen` the requests that were
-        taken are forgotten with the host.
-        Without `accounts` there are no quotas, and nothing is written down.
+        taken are forgotten with the host. Without `accounts` there are no quotas, and nothing is
+        written down.
         """
         self._transport = transport
         self._identity = identity
@@ -143,8 +143,8 @@ class Host:
             served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
         )
         self._consts = ConstCache(self._limits.const_cache_bytes, clock)
-        # What the constants kept leave of it.
         self._sweeping: asyncio.Task[None] | None = None
+        # What the constants kept leave of it.
         self._memory = MemoryBook(memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on

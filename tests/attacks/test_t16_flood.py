@@ -152,6 +152,7 @@ async def test_a_stream_on_which_nothing_comes_ends_soon(served: ServedModel) ->
                 await stream.receive(10)
         # Whoever has said something may think.
         stream, _ = await tenants.ask(tenants.client())
-        await asyncio.sleep(0.2)
+        later = asyncio.get_running_loop().time() + 2 * limits.first_frame_seconds
+        await tenants.until(lambda: asyncio.get_running_loop().time() > later)
         await tenants.begin(stream)
         assert isinstance(await tenants.saves(stream), dict)
