@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src graph security dht peer client -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: demo test soak lint types contracts unit attacks conformance swarm bench clean
+.PHONY: demo test soak lint types contracts quick unit attacks conformance swarm bench clean
 
 # Exact versions that were tested together; the CPU build of torch serves every machine.
 $(VENV)/.deps: pyproject.toml constraints.txt
@@ -24,7 +24,7 @@ $(VENV)/.installed: $(VENV)/.deps $(SOURCES) pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/glasshive demo
 
-test: lint types contracts unit attacks conformance swarm
+test: lint types contracts quick swarm
 
 soak: $(VENV)/.installed
 	GLASSHIVE_SOAK=1 $(BIN)/python -m pytest tests --timeout 7200
@@ -40,13 +40,18 @@ types: $(VENV)/.installed
 contracts: $(VENV)/.installed
 	$(BIN)/lint-imports
 
-# Two processes of one thread each: a test is faster beside another than on two threads.
-unit attacks conformance: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$@ -n 2
+# Two processes of one thread each: a test is faster beside another than on two threads. All but
+# the tests with processes of their own, in one go: starting pytest and what it imports takes long.
+QUICK := unit attacks conformance
+quick: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 2 --dist worksteal
 
-# Its hosts are processes enough.
+$(QUICK): $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$@ -n 2 --dist worksteal
+
+# Its hosts are processes of their own, and tests of one file share a swarm.
 swarm: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/$@
+	$(BIN)/python -m pytest tests/$@ -n 2 --dist loadfile
 
 bench: $(VENV)/.installed
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

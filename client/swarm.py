@@ -19,7 +19,7 @@ from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
-from glasshive.graph.twin import build_twin, scan
+from glasshive.graph.twin import build_twin, outline_of
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.policy import Policy
 
@@ -157,7 +157,7 @@ class Swarm:
             config=config,
             tokenizer=read_tokenizer(folder),
             twin=twin,
-            outline=scan(twin, config),
+            outline=outline_of(twin, config),
             runner=ModelRunner(
                 self,
                 model_id,

@@ -13,7 +13,9 @@ mask and position tables have other axes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,6 +78,33 @@ def blocks_path(model: nn.Module, config: Any) -> tuple[str, int]:
             f"{type(model).__name__} has no list of {wanted} blocks, so it cannot be split by block"
         )
     return max(sizes, key=lambda path: sizes[path]), wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What decides an outline; of two twins of one kind the first is scanned."""
+
+    model: type[nn.Module]
+    config_json: str
+    dtype: torch.dtype
+    attention: str
+    twin: nn.Module = field(compare=False)
+    config: Any = field(compare=False)
+
+
+def outline_of(twin: nn.Module, config: Any) -> Outline:
+    """What `scan` gives, and found once in this process for all twins of one kind."""
+    dtype = next(twin.parameters()).dtype
+    attention = str(getattr(twin.config, "_attn_implementation", None))
+    # Where it was read from is no part of what it says.
+    plain = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return _outline(_Kind(type(twin), text, dtype, attention, twin, config))
+
+
+@functools.lru_cache(maxsize=8)
+def _outline(kind: _Kind) -> Outline:
+    return scan(kind.twin, kind.config)
 
 
 def scan(twin: nn.Module, config: Any) -> Outline:

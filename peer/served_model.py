@@ -13,7 +13,7 @@ from torch import nn
 from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import Span
-from glasshive.graph.twin import build_twin, scan
+from glasshive.graph.twin import build_twin, outline_of
 from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
 from glasshive.peer.device import find_device
 from glasshive.peer.errors import NotEnoughMemory
@@ -85,11 +85,13 @@ def load_served_model(
     device: torch.device | str,
     attention: Attention = "sdpa",
     manifest: Manifest | None = None,
+    self_tested: bool = False,
     on_hashing: OnProgress = lambda done, total: None,
     on_loading: OnProgress = lambda done, total: None,
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
+    `self_tested`: it was checked in this process, with this attention, for another span.
     Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test,
     UnsupportedModel and NotEnoughMemory.
     """
@@ -97,13 +99,14 @@ def load_served_model(
     checkpoint = Checkpoint(folder)
     chosen = span or Span(0, checkpoint.n_blocks)
     try:
-        self_test(checkpoint.config, attention)
+        if not self_tested:
+            self_test(checkpoint.config, attention)
         known = manifest or make_manifest(folder, name, on_hashing)
         model = checkpoint.load_span(
             chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading
         )
         twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
-        outline = scan(twin, checkpoint.config)
+        outline = outline_of(twin, checkpoint.config)
         pace = measure_pace(model, outline.max_positions_tokens)
     except Exception as error:
         if not is_out_of_memory(error):

@@ -27,7 +27,7 @@ from glasshive.graph.order import slots
 from glasshive.graph.plan import HIDDEN, Plan, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
 from glasshive.graph.split import split
-from glasshive.graph.twin import build_twin, scan
+from glasshive.graph.twin import build_twin, outline_of
 from glasshive.peer.admission import Admission
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.executor import Executor, PassInputs
@@ -75,7 +75,7 @@ class CuttingRunner:
         self.n_blocks = checkpoint.n_blocks
         self.config = checkpoint.config
         self.twin = build_twin(self.config, torch.float32)
-        self.outline = scan(self.twin, self.config)
+        self.outline = outline_of(self.twin, self.config)
         self.admission = Admission(self.outline, self.twin, HostLimits().budget, FAST)
         self._checkpoint = checkpoint
 

@@ -72,7 +72,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("stage", "signals"),
     [
         ("starting", [signal.SIGTERM]),
-        ("connected", [signal.SIGTERM]),
         ("connected", [signal.SIGHUP]),
         ("connected", [signal.SIGINT, signal.SIGINT, signal.SIGTERM]),
     ],

@@ -349,26 +349,11 @@ def test_interrupting_a_client_frees_every_host(
     assert equal(run(model), oracle(llama))
 
 
-def test_a_host_process_that_dies_is_started_again(
-    model: glasshive.Model, hive: LocalSwarm, swarm: glasshive.Swarm, llama: Path
-) -> None:
-    host = hive.hosts[2]
-
-    def ready() -> int:
-        return sum(one["event"] == "ready" for one in host.events)
-
-    before, peer_id = ready(), host.peer_id
-    host.kill_host_process()
-    wait_for(lambda: ready() > before, 60, "ready again")
-    assert host.peer_id == peer_id
-    listed(swarm, hive.hosts[: len(SPANS)])
-    assert equal(run(model), oracle(llama))
-
-
-def test_a_host_that_was_started_again_takes_no_request_twice(
+def test_a_host_process_that_dies_is_started_again_and_takes_no_request_twice(
     model: glasshive.Model,
     hive: LocalSwarm,
     swarm: glasshive.Swarm,
+    llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host = hive.hosts[0]
@@ -403,11 +388,13 @@ def test_a_host_that_was_started_again_takes_no_request_twice(
         patched.setattr(job, "encode_part", encoded)
         run(model)
     assert swarm._loop.run(again(), 30).code == "Replayed"
-    before = ready()
+    before, peer_id = ready(), host.peer_id
     host.kill_host_process()
-    wait_for(lambda: ready() > before, 50, "ready again")
+    wait_for(lambda: ready() > before, 60, "ready again")
+    assert host.peer_id == peer_id
     assert swarm._loop.run(again(), 30).code == "Replayed"
     listed(swarm, hive.hosts[: len(SPANS)])
+    assert equal(run(model), oracle(llama))
 
 
 def test_a_network_daemon_that_dies_is_started_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from glasshive.graph.errors import GlasshiveError
 from glasshive.graph.ops import OPS
 from glasshive.models import ModelUnavailableError
 from glasshive.new_swarm import new_folder
+from glasshive.security import signing_keys
 from glasshive.security.errors import (
     BadTrustDocument,
     BadWhitelist,
@@ -66,6 +68,8 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     passphrase.write_text(PASSPHRASE + "\n")
     passphrase.chmod(0o600)
     monkeypatch.setenv("GLASSHIVE_PASSPHRASE_FILE", str(passphrase))
+    # What makes a guess slow (tests/unit/security/test_signing_keys.py) makes these slow, too.
+    monkeypatch.setattr(signing_keys, "_stretched", _quickly_stretched)
     monkeypatch.chdir(tmp_path)
     root, ours = logging.getLogger(), logging.getLogger("glasshive")
     before = list(root.handlers), root.level, ours.level
@@ -73,6 +77,10 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     ours.setLevel(before[2])
+
+
+def _quickly_stretched(passphrase: str, salt: bytes) -> bytes:
+    return hashlib.sha256(salt + passphrase.encode()).hexdigest().encode()
 
 
 def run(*arguments: object, answer: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from glasshive.graph.errors import NotASite, UnknownModule, UnsupportedModel
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.outline import Outline
-from glasshive.graph.twin import build_twin, leaf_of, scan, with_leaf
+from glasshive.graph.twin import build_twin, leaf_of, outline_of, scan, with_leaf
 
 LLAMA = LlamaConfig(
     hidden_size=32,
@@ -28,13 +29,13 @@ SIDES: tuple[IO, IO] = ("input", "output")
 GPT2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2)
 
 
-def outline_of(config: Any) -> Outline:
+def scanned(config: Any) -> Outline:
     return scan(build_twin(config, torch.float32), config)
 
 
 @pytest.fixture(scope="module")
 def llama() -> Outline:
-    return outline_of(LLAMA)
+    return scanned(LLAMA)
 
 
 def test_events_are_in_the_order_of_the_run(llama: Outline) -> None:
@@ -74,6 +75,18 @@ def test_a_dtype_is_the_model_s() -> None:
     )
 
 
+def test_twins_of_one_kind_are_scanned_once() -> None:
+    config = copy.deepcopy(LLAMA)
+    known = outline_of(build_twin(config, torch.float32), config)
+    assert known == scanned(config)
+    config._name_or_path = "/elsewhere"
+    assert outline_of(build_twin(config, torch.float32), config) is known
+    assert outline_of(build_twin(config, torch.float32, "eager"), config) is not known
+    assert outline_of(build_twin(config, torch.bfloat16), config) is not known
+    config.num_hidden_layers = 2
+    assert outline_of(build_twin(config, torch.float32), config).n_blocks == 2
+
+
 def test_what_is_no_site_says_why(llama: Outline) -> None:
     with pytest.raises(NotASite, match=r"'model\.layers' \(ModuleList\) is called 0 times"):
         llama.event(Site("model.layers", "output"))
@@ -86,7 +99,7 @@ def test_what_is_no_site_says_why(llama: Outline) -> None:
 
 
 def test_a_dropout_that_never_runs_is_no_site() -> None:
-    gpt2 = outline_of(GPT2)
+    gpt2 = scanned(GPT2)
     with pytest.raises(NotASite, match="is called 0 times"):
         gpt2.event(Site("transformer.h.0.attn.attn_dropout", "output"))
 
@@ -103,14 +116,14 @@ def test_experts_that_see_flat_tokens_are_no_sites_but_their_block_is() -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    outline = outline_of(config)
+    outline = scanned(config)
     assert outline.leaf(Site("model.layers.0", "output"), padded=False).axes == ("batch", "seq", 32)
     gate = outline.modules["model.layers.0.mlp.gate"]
     assert all("batch" not in leaf.axes for leaf in gate.inputs)
 
 
 def test_what_reaches_blocks_by_a_side_way_is_known(llama: Outline) -> None:
-    gpt2 = outline_of(GPT2)
+    gpt2 = scanned(GPT2)
     for padded in (False, True):
         for io in SIDES:
             for leaf in llama.modules["model.rotary_emb"].leaves(io, padded):
@@ -138,7 +151,7 @@ def test_tables_have_rows_in_a_padded_batch_only(llama: Outline) -> None:
     assert llama.leaf(table, padded=False).shape(3, 7) == (1, 7, 8)
     assert llama.leaf(table, padded=True).shape(3, 7) == (3, 7, 8)
     wpe = Site("transformer.wpe", "output")
-    gpt2 = outline_of(GPT2)
+    gpt2 = scanned(GPT2)
     assert gpt2.leaf(wpe, padded=False).batch_axis is None
     assert gpt2.leaf(wpe, padded=True).batch_axis == 0
     hidden = Site("model.layers.1", "output")

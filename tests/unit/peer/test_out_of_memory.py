@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, core_model_loading
 
-from glasshive.graph import twin
 from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.plan import Span
 from glasshive.peer import checkpoint, self_test, served_model
@@ -57,7 +56,7 @@ PLACES: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "reading": (checkpoint, "safe_open", Unreadable),
     "converting": (core_model_loading, "_materialize_copy", of_torch),
     "moving": (LlamaForCausalLM, "to", of_a_device),
-    "the twin": (twin, "tensor_leaves", of_python),
+    "the twin": (served_model, "build_twin", of_python),
     "the pace": (served_model, "measure_pace", of_torch),
 }
 
