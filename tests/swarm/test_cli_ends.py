@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from waits import wait_for
 
 from glasshive.testing import LocalSwarm
 
@@ -40,14 +39,6 @@ if stage == "connected":
 sys.argv = ["glasshive", "demo", "--cuts", ""]
 cli.main()
 """
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    ends_at = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > ends_at:
-            pytest.fail(f"not within {DEADLINE_SECONDS:g} s: {what}")
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

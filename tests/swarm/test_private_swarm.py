@@ -17,8 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import save_llama
+from transformers import LlamaForCausalLM
 from trust_documents import root_now, whitelist_now
+from waits import wait_for
 
 import glasshive
 from glasshive.client.errors import NoRoute, PeerFailed, PeerLost
@@ -84,19 +86,7 @@ class SocketWatch(threading.Thread):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny", 4)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +121,6 @@ def run(model: glasshive.Model) -> torch.Tensor:
     with model.trace(PROMPT):
         saved = (model.model.layers[3].output * 2).save()
     return saved
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    ends_at = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > ends_at:
-            pytest.fail(f"not within {seconds:g} s: {what}")
-        time.sleep(0.02)
 
 
 def config_of(hive: LocalSwarm, key: str) -> Path:
@@ -368,7 +350,7 @@ def test_a_member_is_kept_to_its_quota_and_all_is_written_down(hive: LocalSwarm)
         found = entries_in(log_files(folder), host)
         return [one.entry.outcome for one in found if one.entry.client == limited]
 
-    wait_for(lambda: outcomes() == ["done", "QuotaExceeded"], 20, "both traces are written down")
+    wait_for(lambda: outcomes() == ["done", "QuotaExceeded"], "both traces are written down")
 
 
 def test_who_is_thrown_out_is_out_and_others_notice_nothing(hive: LocalSwarm) -> None:
@@ -393,7 +375,7 @@ def test_who_is_thrown_out_is_out_and_others_notice_nothing(hive: LocalSwarm) ->
         run(model)
         thread.start()
         try:
-            wait_for(lambda: traced[0] > 3 or failures, 60, "the other user traces")
+            wait_for(lambda: traced[0] > 3 or failures, "the other user traces")
             hive.revoke(gone)
 
             def out() -> bool:
@@ -403,9 +385,9 @@ def test_who_is_thrown_out_is_out_and_others_notice_nothing(hive: LocalSwarm) ->
                     return "was revoked" in str(error)
                 return False
 
-            wait_for(out, 60, "who was thrown out is refused")
+            wait_for(out, "who was thrown out is refused")
             before = traced[0]
-            wait_for(lambda: traced[0] > before + 3 or failures, 60, "the other goes on")
+            wait_for(lambda: traced[0] > before + 3 or failures, "the other goes on")
         finally:
             ends.set()
             thread.join(60)
@@ -425,10 +407,10 @@ def test_a_host_that_is_thrown_out_is_in_no_route(hive: LocalSwarm) -> None:
                 model.model.layers[3].output.save()
             return extra.peer_id in {hop.peer for hop in tracer.result.hops}
 
-        wait_for(is_used, 30, "it is used: one hop is shorter than two")
+        wait_for(is_used, "it is used: one hop is shorter than two")
         hive.revoke(PeerId(extra.peer_id))
-        wait_for(lambda: "was revoked" in extra.log, 60, "it is told")
-        wait_for(lambda: not is_used(), 60, "it is left out, and no trace fails")
+        wait_for(lambda: "was revoked" in extra.log, "it is told")
+        wait_for(lambda: not is_used(), "it is left out, and no trace fails")
     assert extra.stop() == 0
     hive.hosts.remove(extra)
 
@@ -438,7 +420,7 @@ def test_it_contacts_no_public_host(watched: tuple[LocalSwarm, SocketWatch]) -> 
     with glasshive.connect(hive.config) as swarm:
         run(swarm.model(hive.model_name))
     looks = watch.looks
-    wait_for(lambda: watch.looks > looks + 5, 30, "the sockets are looked at")
+    wait_for(lambda: watch.looks > looks + 5, "the sockets are looked at")
     assert watch.seen, "the swarm's own connections are seen"
     assert {one for one in watch.seen if not ipaddress.ip_address(one).is_loopback} == set()
 
@@ -451,6 +433,6 @@ def test_the_watch_sees_a_connection_that_is_made() -> None:
             watch = SocketWatch(lambda: [child.pid])
             watch.start()
             accepted, _ = server.accept()
-            wait_for(lambda: "127.0.0.2" in watch.seen, 10, "it is seen")
+            wait_for(lambda: "127.0.0.2" in watch.seen, "it is seen")
             accepted.close()
             watch.stop()

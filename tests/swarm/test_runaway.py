@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import save_llama
 
 import glasshive
 from glasshive.client.errors import PeerLost
@@ -65,18 +65,7 @@ class Served:
     """A host of a tiny model, alone in its swarm."""
 
     def __init__(self, folder: Path) -> None:
-        model = folder / "tiny"
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-        )
-        LlamaForCausalLM(config).save_pretrained(model)
+        model = save_llama(folder / "tiny", 6)
         self._out = folder / "out"
         arguments = [HOST, str(model), str(folder / "host.key")]
         with self._out.open("wb") as out:

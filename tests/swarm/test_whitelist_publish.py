@@ -7,14 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import save_llama
+from waits import wait_for
 
 import glasshive
 from glasshive.client.errors import PeerFailed
@@ -26,14 +26,6 @@ pytestmark = [
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
 DEADLINE_SECONDS = 90.0
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    ends_at = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > ends_at:
-            pytest.fail(f"not within {DEADLINE_SECONDS:g} s: {what}")
-        time.sleep(0.02)
 
 
 class Machine:
@@ -91,17 +83,7 @@ def test_a_swarm_from_the_commands_alone(
     machines: tuple[Machine, Machine, Machine], tmp_path: Path
 ) -> None:
     ann, peer, host = machines
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    save_llama(tmp_path / "tiny", 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         listen = f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}"
