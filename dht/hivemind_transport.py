@@ -34,6 +34,7 @@ from glasshive.dht.errors import (
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.listening import check_listening
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
 from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
@@ -86,7 +87,6 @@ class HivemindTransport:
         self._tasks = HandlerTasks(stream_limits, gate)
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[Stream] = set()
-        self._connected: dict[PeerId, tuple[str, ...]] = {}  # and at which addresses
         self._daemon = NetworkDaemon(identity, startup_timeout_seconds, self._reset_streams)
         self._node: Any = None
         self._forget_gate: Callable[[], None] = lambda: None
@@ -257,25 +257,24 @@ class HivemindTransport:
 
         for address in peer.addresses:
             check_address(address)
-        connected = self._connected.get(peer.peer_id) == peer.addresses
         try:
+            p2p = self._daemon.p2p
+            connected = bool(peer.addresses) and await daemon_control.is_connected(
+                p2p, peer.peer_id
+            )
             if peer.addresses and not connected:
                 await self._connect(peer)
             try:
                 # Without a connection the daemon searches its own routing for the peer, for long
                 # if one of those that it asks is frozen.
                 async with asyncio.timeout(REOPEN_SECONDS if connected else None):
-                    reader, writer = await daemon_control.open_stream(
-                        self._daemon.p2p, peer.peer_id, protocol
-                    )
+                    reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
             except (P2PDaemonError, TimeoutError):
-                if not peer.addresses or not connected:
+                if not connected:
                     raise
-                # The connection that we remember may have ended since: make it again, once.
+                # The connection may have ended just now: make it again, once.
                 await self._connect(peer)
-                reader, writer = await daemon_control.open_stream(
-                    self._daemon.p2p, peer.peer_id, protocol
-                )
+                reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
             raise PeerUnreachable(
                 f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(str(error))}"
@@ -286,14 +285,8 @@ class HivemindTransport:
         return stream
 
     async def _connect(self, peer: PeerAddress) -> None:
-        self._connected.pop(peer.peer_id, None)
+        await check_listening(peer.addresses)
         await daemon_control.connect(self._daemon.p2p, peer.peer_id, peer.addresses)
-        self._remember_connected(peer)
-
-    def _remember_connected(self, peer: PeerAddress) -> None:
-        if len(self._connected) >= 4096:
-            self._connected.clear()  # costs one connect call each
-        self._connected[peer.peer_id] = peer.addresses
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """See Transport."""
@@ -363,7 +356,7 @@ class HivemindTransport:
         from hivemind.p2p import PeerID
 
         peer_id = PeerID.from_base58(bootstrap.peer_id)
-        await daemon_control.connect(self._daemon.p2p, bootstrap.peer_id, bootstrap.addresses)
+        await self._connect(bootstrap)
         dht_id = await node.protocol.call_ping(peer_id)
         if dht_id is not None:
             await node.protocol.update_routing_table(dht_id, peer_id, responded=True)
@@ -429,7 +422,6 @@ class HivemindTransport:
         self._reset_streams()
         p2p = self._daemon.release()
         node, self._node = self._node, None
-        self._connected.clear()
         if node is not None:
             node.is_alive = False
             if not self.lost.is_set():
