@@ -103,6 +103,7 @@ class Job:
     identity: Identity  # the transport's
     plan: Plan
     peers: Sequence[PeerAddress]  # by the parts' index
+    records: Sequence[bytes]  # what each peer signed of itself, by which others find it
     model_id: str
     dtype: str
     inputs: Sequence[PassInput]
@@ -204,6 +205,7 @@ class Job:
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
     def _request(self, hop: HopReport, part: bytes) -> TraceRequest:
+        receivers = hop.part.receivers
         return TraceRequest(
             client=self.transport.peer_id,
             host=hop.peer.peer_id,
@@ -211,7 +213,10 @@ class Job:
             trace_id=self.trace_id,
             model_id=self.model_id,
             dtype=self.dtype,
-            peers=tuple(PlannedPeer(peer.peer_id, peer.addresses) for peer in self.peers),
+            peers=tuple(
+                PlannedPeer(peer.peer_id, record if index in receivers else b"")
+                for index, (peer, record) in enumerate(zip(self.peers, self.records, strict=True))
+            ),
             part_index=hop.part.index,
             deadline_seconds=float(self.left_seconds),
             part_sha256=hashlib.sha256(part).digest(),

@@ -45,6 +45,11 @@ class Route:
         """Who hosts them, and where."""
         return tuple(PeerAddress(one.peer_id, one.addresses) for one in self.records)
 
+    @property
+    def signed(self) -> tuple[bytes, ...]:
+        """The record of each, as it signed it."""
+        return tuple(one.signed for one in self.records)
+
 
 def choose_route(
     records: Sequence[PeerRecord],

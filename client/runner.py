@@ -158,6 +158,7 @@ class ModelRunner:
             identity=self._swarm.identity,
             plan=plan,
             peers=route.peers,
+            records=route.signed,
             model_id=self._model_id,
             dtype=self._dtype,
             inputs=experiment.inputs,

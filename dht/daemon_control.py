@@ -19,6 +19,7 @@ __all__ = [
     "connect",
     "detach_daemons",
     "forget_ended_calls",
+    "is_connected",
     "open_stream",
     "remembering",
     "tasks_of",
@@ -109,8 +110,20 @@ async def connect(p2p: Any, peer_id: PeerId, addresses: Iterable[str]) -> None:
             addrs=[Multiaddr(one).to_bytes() for one in bare],
         ),
     )
-    _, writer = await _ask(p2p, request)
+    _, _, writer = await _ask(p2p, request)
     writer.close()
+
+
+async def is_connected(p2p: Any, peer_id: PeerId) -> bool:
+    """Whether the daemon has a connection to the peer; raises P2PDaemonError or OSError."""
+    from hivemind.p2p import PeerID
+    from hivemind.proto import p2pd_pb2
+
+    request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+    response, _, writer = await _ask(p2p, request)
+    writer.close()
+    wanted = PeerID.from_base58(peer_id).to_bytes()
+    return any(one.id == wanted for one in response.peers)
 
 
 async def open_stream(
@@ -126,7 +139,7 @@ async def open_stream(
             peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol]
         ),
     )
-    reader, writer = await _ask(p2p, request)
+    _, reader, writer = await _ask(p2p, request)
     return reader, SocketWriter(writer)
 
 
@@ -153,8 +166,8 @@ def tasks_of(p2p: Any) -> list[asyncio.Task[Any]]:
     return [task for task in tasks if task is not None]
 
 
-async def _ask(p2p: Any, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """The connection on which the daemon granted the request."""
+async def _ask(p2p: Any, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+    """The answer with which the daemon granted the request, and the connection that it was on."""
     from hivemind.p2p.p2p_daemon_bindings.utils import (
         raise_if_failed,
         read_pbmsg_safe,
@@ -173,4 +186,4 @@ async def _ask(p2p: Any, request: Any) -> tuple[asyncio.StreamReader, asyncio.St
     finally:
         if not granted:
             writer.close()
-    return reader, writer
+    return response, reader, writer

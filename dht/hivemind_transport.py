@@ -1,13 +1,11 @@
-"""The transport over hivemind: a go-libp2p daemon (p2pd) and, if wanted, a Kademlia DHT node.
+"""The transport over hivemind: streams through the network daemon and, if wanted, a DHT node.
 
 Rules:
 
 1. The bounded serializer and the hardened storage are in place before any listener exists.
 2. This release listens on loopback only. With a gate only members get in, by streams and calls.
-3. One Ed25519 key serves the DHT, the streams and every signature. The daemon reads it from a
-   file in a private folder, which is gone as soon as the daemon is up.
-4. hivemind's calls can hang for ever once the daemon has died, or the tasks that hivemind talks to
-   it with. So every one of them races with a deadline and with their end, which is watched.
+3. One Ed25519 key serves the DHT, the streams and every signature.
+4. Whatever is asked of hivemind goes through the daemon's `call`, with a deadline.
 5. Before each store, bootstrap peers that dropped out of the routing table are met again.
 6. None from hivemind's get is not "no peers": a node that knows nobody says so.
 """
@@ -16,19 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
-import os
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, final
 
 from glasshive.dht import daemon_control, hardening, hivemind_setup, member_calls
 from glasshive.dht.errors import (
     DaemonFailed,
-    DeadlineExceeded,
     ListenRefused,
     NoDht,
     NotLetIn,
@@ -38,13 +31,13 @@ from glasshive.dht.errors import (
     StreamRefused,
     SwarmError,
     TransportClosed,
-    TransportError,
     TransportLost,
 )
 from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
+from glasshive.dht.listening import check_listening
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
-from glasshive.dht.outcome import forget_outcome
+from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
@@ -54,15 +47,10 @@ from glasshive.security.keys import Identity, PeerId
 
 __all__ = ["DhtMode", "HivemindTransport"]
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 DhtMode = Literal["server", "client", "none"]
 
 LOOPBACK: Final = ("/ip4/127.0.0.1/tcp/0",)
 DHT_DEADLINE_SECONDS: Final = 20.0
-CONTROL_DEADLINE_SECONDS: Final = 10.0
-SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
@@ -91,8 +79,6 @@ class HivemindTransport:
         self.dht = dht
         self.bootstraps = bootstraps
         self.addresses: tuple[str, ...] = ()
-        self.lost = asyncio.Event()
-        self._identity = identity
         self._listen = listen
         self._startup_timeout_seconds = startup_timeout_seconds
         self._frame_limits = frame_limits
@@ -101,13 +87,8 @@ class HivemindTransport:
         self._tasks = HandlerTasks(stream_limits, gate)
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[Stream] = set()
-        self._leftovers: set[asyncio.Future[Any]] = set()
-        self._connected: dict[PeerId, tuple[str, ...]] = {}  # and at which addresses
-        self._p2p: Any = None
+        self._daemon = NetworkDaemon(identity, startup_timeout_seconds, self._reset_streams)
         self._node: Any = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._gone: asyncio.Future[None] | None = None
-        self._closed = False
         self._forget_gate: Callable[[], None] = lambda: None
         if gate is not None:
             self._forget_gate = gate.on_removals(lambda: reset_removed(gate, self._streams))
@@ -156,12 +137,23 @@ class HivemindTransport:
             raise
         return self
 
+    @property
+    def lost(self) -> asyncio.Event:
+        """See Transport."""
+        return self._daemon.lost
+
     async def _start(self) -> None:
         hivemind_setup.prepare()
         from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
         try:
-            await self._start_daemon()
+            # With dht="none" the addresses that matter come with each stream.
+            peers = self.bootstraps if self.dht != "none" else ()
+            self.addresses = await self._daemon.start(
+                self._listen,
+                [address for one in peers for address in one.addresses],
+                routes_for_others=self.dht == "server",
+            )
             if self.dht != "none":
                 if self._members is not None:
                     await self._knock()
@@ -195,47 +187,6 @@ class HivemindTransport:
             "whole (pip install --force-reinstall --no-deps hivemind)"
         )
 
-    async def _start_daemon(self) -> None:
-        made: list[Any] = []
-        bootstraps = [address for one in self.bootstraps for address in one.addresses]
-        self._gone = asyncio.get_running_loop().create_future()
-        with tempfile.TemporaryDirectory(prefix="glasshive-") as folder:  # mode 0700
-            key_file = Path(folder) / "identity"
-            descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(self._identity.libp2p_key_file_bytes())
-            try:
-                self._p2p = await self._call(
-                    daemon_control.remembering(made).create(
-                        # With dht="none" the addresses that matter come with each stream.
-                        initial_peers=bootstraps if self.dht != "none" else None,
-                        host_maddrs=list(self._listen) or None,
-                        no_listen=not self._listen,
-                        dht_mode="server" if self.dht == "server" else "client",
-                        identity_path=str(key_file),
-                        check_if_identity_free=False,
-                        nat_port_map=False,
-                        auto_nat=False,
-                        use_relay=False,
-                        use_auto_relay=False,
-                        startup_timeout=self._startup_timeout_seconds,
-                    ),
-                    self._startup_timeout_seconds + CONTROL_DEADLINE_SECONDS,
-                    "starting the network daemon",
-                )
-            except BaseException:
-                for one in made:  # hivemind leaves alone what it started
-                    await self._end_daemon(one)
-                raise
-        if self._p2p.peer_id.to_base58() != self.peer_id:
-            raise TransportLost("the network daemon came up under another identity")
-        if self._listen:
-            visible = await self._call(
-                self._p2p.get_visible_maddrs(), CONTROL_DEADLINE_SECONDS, "asking for addresses"
-            )
-            self.addresses = tuple(str(address) for address in visible)
-        self._watcher = asyncio.create_task(self._watch(self._p2p, self._gone))
-
     async def _knock(self) -> None:
         """Raise what bootstrap peers say if none lets this peer in: the DHT's calls don't tell."""
         refusals = await asyncio.gather(*map(self._refusal_of, self.bootstraps))
@@ -255,7 +206,9 @@ class HivemindTransport:
                 stream.reset()
 
         try:
-            await self._call(ask(), CONTROL_DEADLINE_SECONDS, f"knocking at {bootstrap.peer_id}")
+            await self._daemon.call(
+                ask(), CONTROL_DEADLINE_SECONDS, f"knocking at {bootstrap.peer_id}"
+            )
         except StreamBusy:
             return None  # it says nothing of this peer
         except SwarmError as error:
@@ -266,9 +219,9 @@ class HivemindTransport:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.routing import DHTID
 
-        self._node = await self._call(
+        self._node = await self._daemon.call(
             DHTNode.create(
-                p2p=self._p2p,
+                p2p=self._daemon.p2p,
                 # From the key: a peer that comes back takes its own place in others' tables.
                 node_id=DHTID.generate(self.peer_id.encode()),
                 initial_peers=[one.addresses[0] for one in self.bootstraps],
@@ -288,38 +241,12 @@ class HivemindTransport:
         )
         hardening.harden_node(self._node)
 
-    async def _watch(self, p2p: Any, gone: asyncio.Future[None]) -> None:
-        """Notices that the daemon is lost, whoever waits for what.
-
-        It is too when it lives, and hivemind has stopped to read or write its control connection.
-        """
-        died = asyncio.create_task(p2p._child.wait())
-        control = p2p._client.control
-        try:
-            ended, _ = await asyncio.wait(
-                {died, control._read_task, control._write_task},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            died.cancel()
-        failures = [one.exception() for one in ended if not one.cancelled()]
-        logger.warning(
-            "daemon_lost peer=%s code=%s errors=%r",
-            self.peer_id,
-            p2p._child.returncode,
-            [error for error in failures if error is not None],
-        )
-        self.lost.set()
-        if not gone.done():
-            gone.set_result(None)
-        self._reset_streams()
-
     async def open_stream(
         self, peer: PeerAddress, protocol: str, deadline_seconds: float
     ) -> Stream:
         """See Transport."""
         self._check_alive()
-        return await self._call(
+        return await self._daemon.call(
             self._open_stream(peer, protocol),
             deadline_seconds,
             f"opening a {protocol} stream to {peer.peer_id}",
@@ -330,23 +257,24 @@ class HivemindTransport:
 
         for address in peer.addresses:
             check_address(address)
-        connected = self._connected.get(peer.peer_id) == peer.addresses
         try:
+            p2p = self._daemon.p2p
+            connected = bool(peer.addresses) and await daemon_control.is_connected(
+                p2p, peer.peer_id
+            )
             if peer.addresses and not connected:
                 await self._connect(peer)
             try:
                 # Without a connection the daemon searches its own routing for the peer, for long
                 # if one of those that it asks is frozen.
                 async with asyncio.timeout(REOPEN_SECONDS if connected else None):
-                    reader, writer = await daemon_control.open_stream(
-                        self._p2p, peer.peer_id, protocol
-                    )
+                    reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
             except (P2PDaemonError, TimeoutError):
-                if not peer.addresses or not connected:
+                if not connected:
                     raise
-                # The connection that we remember may have ended since: make it again, once.
+                # The connection may have ended just now: make it again, once.
                 await self._connect(peer)
-                reader, writer = await daemon_control.open_stream(self._p2p, peer.peer_id, protocol)
+                reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
             raise PeerUnreachable(
                 f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(str(error))}"
@@ -357,14 +285,8 @@ class HivemindTransport:
         return stream
 
     async def _connect(self, peer: PeerAddress) -> None:
-        self._connected.pop(peer.peer_id, None)
-        await daemon_control.connect(self._p2p, peer.peer_id, peer.addresses)
-        self._remember_connected(peer)
-
-    def _remember_connected(self, peer: PeerAddress) -> None:
-        if len(self._connected) >= 4096:
-            self._connected.clear()  # costs one connect call each
-        self._connected[peer.peer_id] = peer.addresses
+        await check_listening(peer.addresses)
+        await daemon_control.connect(self._daemon.p2p, peer.peer_id, peer.addresses)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """See Transport."""
@@ -383,8 +305,8 @@ class HivemindTransport:
             if task is not None:
                 await asyncio.wait({task})
 
-        await self._call(
-            self._p2p.add_binary_stream_handler(protocol, accept),
+        await self._daemon.call(
+            self._daemon.p2p.add_binary_stream_handler(protocol, accept),
             CONTROL_DEADLINE_SECONDS,
             f"serving {protocol}",
         )
@@ -403,7 +325,7 @@ class HivemindTransport:
         for key in keys:
             self._records.admit(key_id(key), subkey, value, expires_at_seconds, self.now())
         await self._rejoin(node)
-        stored = await self._call(
+        stored = await self._daemon.call(
             node.store_many(
                 [key.encode() for key in keys],
                 [value] * len(keys),
@@ -428,13 +350,13 @@ class HivemindTransport:
         tries = [asyncio.ensure_future(self._meet(node, one)) for one in lost]
         await asyncio.wait(tries, timeout=REJOIN_DEADLINE_SECONDS)
         for one in tries:
-            self._abandon(one)
+            self._daemon.abandon(one)
 
     async def _meet(self, node: Any, bootstrap: PeerAddress) -> None:
         from hivemind.p2p import PeerID
 
         peer_id = PeerID.from_base58(bootstrap.peer_id)
-        await daemon_control.connect(self._p2p, bootstrap.peer_id, bootstrap.addresses)
+        await self._connect(bootstrap)
         dht_id = await node.protocol.call_ping(peer_id)
         if dht_id is not None:
             await node.protocol.update_routing_table(dht_id, peer_id, responded=True)
@@ -442,7 +364,7 @@ class HivemindTransport:
     async def fetch(self, keys: Sequence[str]) -> dict[str, dict[PeerId, bytes]]:
         """See Transport."""
         node = self._dht_node()
-        found = await self._call(
+        found = await self._daemon.call(
             # get_many has no `latest`: an expiry that nothing reaches asks every replica.
             node.get_many([key.encode() for key in keys], sufficient_expiration_time=math.inf),
             DHT_DEADLINE_SECONDS,
@@ -474,11 +396,11 @@ class HivemindTransport:
 
     async def rebuild(self) -> None:
         """See Transport."""
-        if self._closed:
+        if self._daemon.closed:
             raise TransportClosed("the transport was closed; make a new one")
         await self._tasks.cancel_all()
         await self._stop()
-        self.lost = asyncio.Event()
+        self._daemon.lost = asyncio.Event()
         self._listen = tuple(one.rpartition("/p2p/")[0] for one in self.addresses) or self._listen
         try:
             await self._start()
@@ -488,9 +410,9 @@ class HivemindTransport:
 
     async def close(self) -> None:
         """See Transport."""
-        if self._closed:
+        if self._daemon.closed:
             return
-        self._closed = True
+        self._daemon.closed = True
         self._forget_gate()
         await self._tasks.close()
         await self._stop()
@@ -498,73 +420,16 @@ class HivemindTransport:
     async def _stop(self) -> None:
         """Ends the node and the daemon, dead or alive; never raises."""
         self._reset_streams()
-        node, p2p, watcher = self._node, self._p2p, self._watcher
-        self._node = self._p2p = self._watcher = None
-        self._connected.clear()
-        if watcher is not None:
-            watcher.cancel()  # what ends now is no loss
+        p2p = self._daemon.release()
+        node, self._node = self._node, None
         if node is not None:
             node.is_alive = False
             if not self.lost.is_set():
-                await self._quietly(node.shutdown())
-        if p2p is not None:
-            await self._end_daemon(p2p)
-        if self._gone is not None and not self._gone.done():
-            self._gone.cancel()
-
-    async def _end_daemon(self, p2p: Any) -> None:
-        await self._quietly(p2p.shutdown())
-        if p2p._child is not None and p2p._child.returncode is None:
-            p2p._child.kill()  # it is frozen: the polite signal waits with it
-            await self._quietly(p2p._child.wait())
-        # hivemind only asks them to end; a loop that closes now would complain of them.
-        if tasks := daemon_control.tasks_of(p2p):
-            for task in tasks:
-                self._abandon(task)
-            await asyncio.wait(tasks, timeout=SHUTDOWN_DEADLINE_SECONDS)
-
-    async def _quietly(self, awaitable: Awaitable[Any]) -> None:
-        """Awaits it for a while; what it says no longer matters."""
-        task = asyncio.ensure_future(awaitable)
-        await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_SECONDS)
-        self._abandon(task)
-
-    async def _call(self, awaitable: Awaitable[T], deadline_seconds: float, what: str) -> T:
-        """The awaitable's result, or DeadlineExceeded, or TransportLost as soon as we know."""
-        task = asyncio.ensure_future(awaitable)
-        gone = self._gone
-        try:
-            waiting: set[asyncio.Future[Any]] = {task} if gone is None else {task, gone}
-            await asyncio.wait(
-                waiting, timeout=deadline_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            ended = self._end_error()
-            if ended is not None:
-                raise ended
-            if not task.done():
-                raise DeadlineExceeded(
-                    f"{what} took longer than {deadline_seconds:g} s; try again, or allow more time"
-                )
-            return task.result()
-        finally:
-            self._abandon(task)
-
-    def _abandon(self, task: asyncio.Future[Any]) -> None:
-        """Cancels what still runs, and sees to it that nobody is told how it ended."""
-
-        def ended(future: asyncio.Future[Any]) -> None:
-            self._leftovers.discard(future)
-            forget_outcome(future)
-
-        if task.done():
-            ended(task)
-            return
-        task.cancel()
-        self._leftovers.add(task)
-        task.add_done_callback(ended)
+                await self._daemon.quietly(node.shutdown())
+        await self._daemon.end(p2p)
 
     def _adopt(self, reader: ByteReader, writer: ByteWriter, peer_id: PeerId) -> Stream:
-        stream = Stream(reader, writer, peer_id, self._frame_limits, self._end_error)
+        stream = Stream(reader, writer, peer_id, self._frame_limits, self._daemon.end_error)
         self._streams = {one for one in self._streams if not one.closed}
         self._streams.add(stream)
         return stream
@@ -574,21 +439,11 @@ class HivemindTransport:
             stream.reset()
         self._streams.clear()
 
-    def _end_error(self) -> TransportError | None:
-        if self._closed:
-            return TransportClosed("the transport was closed; make a new one")
-        if self.lost.is_set():
-            return TransportLost(
-                "the network daemon of this process is lost and every stream with it; "
-                "rebuild the transport and announce again"
-            )
-        return None
-
     def _check_alive(self) -> None:
-        error = self._end_error()
+        error = self._daemon.end_error()
         if error is not None:
             raise error
-        if self._p2p is None:
+        if self._daemon.p2p is None:
             raise TransportLost("the network daemon is being started again; try again in a moment")
 
     def _dht_node(self) -> Any:

@@ -25,7 +25,7 @@ import hashlib
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from glasshive.dht.errors import BadAddress, RecordRefused
@@ -40,6 +40,7 @@ from glasshive.security.errors import BadPeerId, MalformedData, SecurityError
 from glasshive.security.keys import Identity, PeerId, public_key_of
 from glasshive.security.manifest import ModelId
 from glasshive.security.plain import decode_plain, encode_plain
+from glasshive.security.requests import MAX_RECORD_BYTES
 
 __all__ = [
     "MAX_LIFETIME_SECONDS",
@@ -55,7 +56,6 @@ __all__ = [
 ]
 
 MAX_LIFETIME_SECONDS: Final = 60.0
-MAX_RECORD_BYTES: Final = 1536
 MAX_ADDRESSES: Final = 4
 MAX_BLOCKS: Final = 1024
 
@@ -90,7 +90,8 @@ class PeerRecord:
     """What one peer says of itself: it serves blocks `[start, end)` of a model, this way.
 
     `throughput_tokens_per_second` is its estimate for its whole span, `load` is 0 (idle) to 1.
-    Making one with a field out of range raises RecordRefused.
+    `signed` are the bytes that it was read from, to be shown to others; empty in one that was made
+    here. Making one with a field out of range raises RecordRefused.
     """
 
     model: ModelId
@@ -110,6 +111,7 @@ class PeerRecord:
     expires_at_seconds: float
     quantisation: str = "none"
     withdrawn: bool = False
+    signed: bytes = field(default=b"", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -182,7 +184,7 @@ class PeerRecord:
             )
         except (SecurityError, MalformedData) as error:
             raise RecordRefused(f"record refused: {error}") from None
-        return _from_fields(fields, envelope.sender, envelope.expires_at_seconds)
+        return _from_fields(fields, envelope.sender, envelope.expires_at_seconds, data)
 
     def renewed(self, expires_at_seconds: float, *, withdrawn: bool = False) -> PeerRecord:
         """The same with another expiry, in whole milliseconds as it is signed."""
@@ -190,6 +192,7 @@ class PeerRecord:
             self,
             expires_at_seconds=round(expires_at_seconds * 1000) / 1000,
             withdrawn=withdrawn,
+            signed=b"",
         )
 
 
@@ -251,7 +254,9 @@ class RecordGate:
         return checked
 
 
-def _from_fields(fields: object, sender: PeerId, expires_at_seconds: float) -> PeerRecord:
+def _from_fields(
+    fields: object, sender: PeerId, expires_at_seconds: float, data: bytes
+) -> PeerRecord:
     if not isinstance(fields, list) or len(fields) != _FIELDS:
         raise RecordRefused(f"record refused: wanted an array of {_FIELDS} fields")
     version, manifest, name, start, end, n_blocks, dtype, quantisation = fields[:8]
@@ -280,6 +285,7 @@ def _from_fields(fields: object, sender: PeerId, expires_at_seconds: float) -> P
         peer_id=sender,
         expires_at_seconds=expires_at_seconds,
         withdrawn=withdrawn,
+        signed=data,
     )
 
 

@@ -83,6 +83,11 @@ class Part:
     stages: tuple[Stage, ...]
     specs: Mapping[NodeId, TensorSpec]
 
+    @property
+    def receivers(self) -> frozenset[int]:
+        """The parts to which values of this one go."""
+        return frozenset(to for stage in self.stages for _, to in stage.exports)
+
 
 @dataclass(frozen=True, slots=True)
 class Edge:

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.tensor_frames import receive_tensor
-from glasshive.dht.transport import PeerAddress, Transport, check_address
+from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.budget import Bill
 from glasshive.graph.codec import encode_graph
 from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError, OverBudget
@@ -71,8 +71,9 @@ from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import PassInputs
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
-from glasshive.peer.hosted_trace import HostedTrace, check_peers
+from glasshive.peer.hosted_trace import HostedTrace
 from glasshive.peer.memory_book import MemoryBook, lent_bytes
+from glasshive.peer.planned_peers import check_peers, find_peers
 from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
@@ -100,6 +101,10 @@ def _constant(
     tensor = tensor_from_bytes(spec, data)
     # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
     return tensor if tensor.dim() == 0 else tensor.to(device)
+
+
+_Checked: TypeAlias = tuple[Part, Passes, Bill, tuple[PeerAddress, ...]]
+"""A part that may run, in which passes, what it takes, and where its plan's peers are."""
 
 
 class Host:
@@ -294,16 +299,16 @@ class Host:
         ours = from_torch_dtype(self._model.dtype).value
         if request.dtype != ours:
             raise WrongInput(f"dtype {request.dtype[:16]!r} is not served here; {ours} is")
-        peers = _peers(request)
         ends_at = self._clock() + min(request.deadline_seconds, limits.trace_seconds)
-        admission, checked = await self._checked(request, peers, body)
-        part, _, bill = checked
+        shown_at = self._transport.now()
+        admission, checked = await self._checked(request, shown_at, body)
+        part, _, bill, _ = checked
         self._memory.promise(client, client.peer_id, bill.peak_bytes, ends_at)
         account.admit(part, bill, model_id=request.model_id, dtype=ours, sha256=request.part_sha256)
         consts = await self._take_consts(client, part, ends_at)
         if admission is not self._admission:  # a policy came meanwhile
-            admission, checked = await self._checked(request, peers, body)
-        part, passes, bill = checked
+            admission, checked = await self._checked(request, shown_at, body)
+        part, passes, bill, peers = checked
         trace = HostedTrace(
             request=request,
             request_sha256=request_sha256,
@@ -331,17 +336,17 @@ class Host:
         return trace, bill
 
     async def _checked(
-        self, request: TraceRequest, peers: tuple[PeerAddress, ...], body: bytearray
-    ) -> tuple[Admission, tuple[Part, Passes, Bill]]:
+        self, request: TraceRequest, shown_at: float, body: bytearray
+    ) -> tuple[Admission, _Checked]:
         """What the part is and takes, by the admission that is in force when this returns."""
         while True:
             admission = self._admission
             policy = admission.policy
             policy.check_client(request.client)
             policy.check_model(ModelId(self._manifest.model_id), self._manifest.name)
-            for peer in peers:
+            for peer in request.peers:
                 policy.check_peer(peer.peer_id)
-            work = partial(self._admitted, admission, request, peers, body)
+            work = partial(self._admitted, admission, request, shown_at, body)
             checked = await self._checks.run(request.client, work)
             if admission is self._admission:
                 return admission, checked
@@ -350,10 +355,10 @@ class Host:
         self,
         admission: Admission,
         request: TraceRequest,
-        peers: tuple[PeerAddress, ...],
+        shown_at: float,
         body: bytearray,
         go_on: Callable[[], None],
-    ) -> tuple[Part, Passes, Bill]:
+    ) -> _Checked:
         model = self._model
         limits = self._own_limits.under(admission.policy)  # of one policy, if another comes now
         request.check_part(body)
@@ -373,12 +378,13 @@ class Host:
                     f"{limits.batch_rows} rows{limits.by('batch_rows')} of "
                     f"{limits.context_tokens} tokens{limits.by('context_tokens')}"
                 )
-        check_peers(part, peers)
+        check_peers(part, request.peers)
         check_part(part, passes, self._outline)
         go_on()
         slots(part.graph, self._outline, passes)
         go_on()
-        return part, passes, admission.admit(part, passes, body, go_on)
+        peers = find_peers(part, request, shown_at, go_on)
+        return part, passes, admission.admit(part, passes, body, go_on), peers
 
     async def _take_consts(
         self, client: ClientStream, part: Part, ends_at: float
@@ -537,10 +543,3 @@ def _check_graph_bytes(part: Part, most_bytes: int, limits: HostLimits) -> None:
             f"a graph of {graph_bytes} bytes, but {allowed} are allowed"
             f"{limits.by('graph_bytes')}; split the work over several traces"
         )
-
-
-def _peers(request: TraceRequest) -> tuple[PeerAddress, ...]:
-    for peer in request.peers:
-        for address in peer.addresses:
-            check_address(address)
-    return tuple(PeerAddress(peer.peer_id, peer.addresses) for peer in request.peers)

@@ -32,7 +32,7 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.graph.errors import BadGraph, GraphError
+from glasshive.graph.errors import GraphError
 from glasshive.graph.graph import NodeId
 from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
@@ -115,7 +115,7 @@ class HostedTrace:
         }
         self._digest = SavesDigest()  # the torch thread's alone until the last stage has run
         self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
-        receivers = {to for stage in self.part.stages for _, to in stage.exports}
+        receivers = self.part.receivers
         self._outgoing: dict[int, asyncio.Queue[_Outgoing | None]] = {
             to: asyncio.Queue() for to in sorted(receivers)
         }
@@ -347,10 +347,3 @@ class HostedTrace:
             traffic.hidden_bytes += len(item.data)
         else:
             traffic.carried_bytes += len(item.data)
-
-
-def check_peers(part: Part, peers: tuple[PeerAddress, ...]) -> None:
-    """Raise BadGraph unless the plan names a peer for every part that this one deals with."""
-    others = {i for stage in part.stages for _, i in (*stage.imports, *stage.exports)}
-    if not all(i < len(peers) for i in (*others, part.index)):
-        raise BadGraph(f"the plan names {len(peers)} peers; part {max(others)} is asked for")

@@ -11,7 +11,7 @@ Rules:
 
 The body, msgpack without extension types::
 
-    [1, model id, dtype, [[peer id, [address, ...]], ...], part index, deadline in seconds,
+    [1, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
      sha256 of the part's bytes]
 
 Nothing here does IO: whether a request was seen before is the host's to remember.
@@ -33,22 +33,25 @@ __all__ = ["PlannedPeer", "TraceRequest"]
 REQUEST_SECONDS: Final = 60.0
 TRACE_ID_BYTES: Final = 16
 MAX_PEERS: Final = 256
-MAX_ADDRESSES: Final = 16
-MAX_ADDRESS_CHARACTERS: Final = 200
+MAX_RECORD_BYTES: Final = 1536
 MAX_TEXT: Final = 128
 MAX_DEADLINE_SECONDS: Final = 1e6
 MAX_REQUEST_BYTES: Final = 1 << 19
 
 _REQUEST: Final = "trace"
 _VERSION: Final = 1
-_MAX_ELEMENTS: Final = MAX_PEERS * (3 + MAX_ADDRESSES) + 16
+_MAX_ELEMENTS: Final = MAX_PEERS * 3 + 16
 
 
 class PlannedPeer(NamedTuple):
-    """A peer of a plan, and the multiaddrs under which it may be found."""
+    """A peer of a plan, and where it is by its own word.
+
+    `record` is what it signed and announced (dht/records.py), not verified here; empty where the
+    receiver of the request has nothing to send to it.
+    """
 
     peer_id: PeerId
-    addresses: tuple[str, ...] = ()
+    record: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +190,9 @@ class TraceRequest:
 
 def _peer(row: object) -> PlannedPeer:
     match row:
-        case [str(peer_id), list(addresses)]:
-            return PlannedPeer(PeerId(peer_id), tuple(addresses))
-    raise BadEnvelope("a peer of the plan is not an array of id and addresses")
+        case [str(peer_id), bytes(record)]:
+            return PlannedPeer(PeerId(peer_id), record)
+    raise BadEnvelope("a peer of the plan is not an array of id and record")
 
 
 def _check_peer(peer: PlannedPeer) -> None:
@@ -197,10 +200,7 @@ def _check_peer(peer: PlannedPeer) -> None:
         public_key_of(peer.peer_id)
     except BadPeerId as error:
         raise BadEnvelope(f"a peer of the plan: {error}") from None
-    if len(peer.addresses) > MAX_ADDRESSES or not all(
-        type(one) is str and len(one) <= MAX_ADDRESS_CHARACTERS for one in peer.addresses
-    ):
+    if type(peer.record) is not bytes or len(peer.record) > MAX_RECORD_BYTES:
         raise BadEnvelope(
-            f"{peer.peer_id} of the plan has more than {MAX_ADDRESSES} addresses, or one that is "
-            f"not text of at most {MAX_ADDRESS_CHARACTERS} characters"
+            f"the record of {peer.peer_id} in the plan is not bytes, at most {MAX_RECORD_BYTES}"
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from glasshive.dht.messages import Done, Prepare
+from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
 from glasshive.security.envelope import PUBLIC_SWARM, payload_digest
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.requests import PlannedPeer, TraceRequest
@@ -14,6 +16,28 @@ from glasshive.security.results import SavesDigest, TraceResult, Traffic
 
 Sent = tuple[str, str, Sequence[int], bytes]
 """A save as it was sent: name, dtype, shape, bytes."""
+
+
+def record_of(identity: Identity, addresses: Sequence[str], **changes: Any) -> bytes:
+    """What a peer with this key announces of itself, signed."""
+    fields: dict[str, Any] = {
+        "model": ModelId("ab" * 32),
+        "model_name": "tiny",
+        "start": 0,
+        "end": 2,
+        "n_blocks": 2,
+        "dtype": "float32",
+        "backend": "cpu",
+        "attention": "sdpa",
+        "throughput_tokens_per_second": 1.0,
+        "addresses": tuple(addresses),
+        "whitelist_version": 0,
+        "load": 0.0,
+        "software_version": "0",
+        "peer_id": identity.peer_id,
+        "expires_at_seconds": time.time() + MAX_LIFETIME_SECONDS,
+    }
+    return PeerRecord(**(fields | changes)).sign(identity)
 
 
 def request_of(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from askers import prepare_of, request_of
+from askers import prepare_of, record_of, request_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.dht.framing import Stream
@@ -29,6 +29,7 @@ from glasshive.dht.messages import (
     encode,
     is_a,
 )
+from glasshive.dht.records import ModelId
 from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.dtypes import DType
@@ -104,7 +105,16 @@ class OneHost:
     def request(self, part: Part) -> tuple[TraceRequest, bytes]:
         """What the client asks for in a new trace of this part, and the part's bytes."""
         self.traces += 1
-        before = [self.home, self.other] if part.index == 0 else [self.other, self.home]
+        first = [HOME, OTHER] if part.index == 0 else [OTHER, HOME]
+        where = {one.peer_id: one.addresses for one in (self.home, self.other, self.third)}
+        model = ModelId(self.served.manifest.model_id)
+        peers = [
+            PlannedPeer(
+                one.peer_id,
+                record_of(one, where[one.peer_id], model=model) if i in part.receivers else b"",
+            )
+            for i, one in enumerate((*first, THIRD))
+        ]
         data = encode_part(part, PASSES)
         request = request_of(
             CLIENT.peer_id,
@@ -113,7 +123,7 @@ class OneHost:
             model_id=self.served.manifest.model_id,
             trace_id=self.trace_id,
             index=part.index,
-            peers=[PlannedPeer(one.peer_id, one.addresses) for one in (*before, self.third)],
+            peers=peers,
             deadline_seconds=60.0,
         )
         return request, data

@@ -423,7 +423,7 @@ def trace_of(number: int = 1, client: Identity = ALICE) -> TraceRequest:
         model_id="ab" * 32,
         dtype="float32",
         peers=(
-            PlannedPeer(HOST.peer_id, ("/ip4/192.0.2.7/tcp/31330",)),
+            PlannedPeer(HOST.peer_id, b"a record"),
             PlannedPeer(OTHER_HOST.peer_id),
         ),
         part_index=0,

@@ -1,11 +1,13 @@
 """T15: a peer of the plan, or one that isn't, pushes values where the client didn't sign an edge.
 
-One real host runs part 1 of a plan of three; the tests are its client and the other two. Each
-attack is refused and named; the trace goes on, or ends with the name of who broke the protocol.
+Or a client has a host dial somebody who never said to be a peer. One real host runs part 1 of a
+plan of three, or part 0; the tests are its client and the other two. Each attack is refused and
+named; the trace goes on, or ends with the name of who broke the protocol.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import itertools
@@ -14,7 +16,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from askers import prepare_of
+from askers import prepare_of, record_of
 from one_host import (
     CARRIED,
     CLIENT,
@@ -30,8 +32,10 @@ from one_host import (
 )
 
 from glasshive.dht.errors import StreamRefused
+from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryTransport
 from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
     Cancel,
     Done,
     Failed,
@@ -44,7 +48,9 @@ from glasshive.dht.messages import (
     encode,
     is_a,
 )
+from glasshive.dht.records import ModelId
 from glasshive.dht.tensor_frames import send_tensor
+from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Ref, Save, Site
 from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
@@ -52,6 +58,7 @@ from glasshive.graph.plan_codec import encode_part
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.envelope import seal
 from glasshive.security.plain import encode_plain
+from glasshive.security.requests import PlannedPeer, TraceRequest
 
 FIRST, LAST = NodeId(0), NodeId(2)
 GIVEN = bytes(16)
@@ -224,7 +231,7 @@ async def test_nothing_comes_back_within_a_pass(swarm: OneHost) -> None:
 async def test_a_host_that_is_not_on_the_plan_runs_nothing(swarm: OneHost) -> None:
     request, data = swarm.request(waiting())
     peers = [list(one) for one in request.peers]
-    peers[1] = [THIRD.peer_id, []]  # which HOME is to run is another's
+    peers[1] = [THIRD.peer_id, b""]  # which HOME is to run is another's
     body = [1, request.model_id, "float32", peers, 1, 60.0, request.part_sha256]
     signed = seal(
         CLIENT,
@@ -276,3 +283,103 @@ def test_values_of_a_plan_go_in_no_circle(served: ServedModel) -> None:
     itself = Stage(0, (NodeId(0),), exports=((NodeId(0), 1),))
     with pytest.raises(BadGraph, match="a part that exports to itself"):
         check_part(Part(1, span, Graph({NodeId(0): made}), (itself,), {}), PASSES, served.outline)
+
+
+# Whom a host dials ------------------------------------------------------------------------------
+
+VICTIM = "/ip4/192.0.2.7/tcp/22"
+
+
+def pushing() -> Part:
+    """Part 0 makes a value for part 1, of OTHER."""
+    made = Op("full", ((4,), 7.0, CARRIED.dtype))
+    stage = Stage(BEFORE_PASSES, (NodeId(0),), exports=((NodeId(0), 1),))
+    return Part(0, Span(0, 2), Graph({NodeId(0): made}), (stage,), {})
+
+
+def dialled(swarm: OneHost, monkeypatch: pytest.MonkeyPatch) -> list[PeerAddress]:
+    """Whom the host dials from now on, and where."""
+    found: list[PeerAddress] = []
+    open_stream = swarm.home.open_stream
+
+    async def opened(peer: PeerAddress, protocol: str, deadline_seconds: float) -> Stream:
+        found.append(peer)
+        return await open_stream(peer, protocol, deadline_seconds)
+
+    monkeypatch.setattr(swarm.home, "open_stream", opened)
+    return found
+
+
+def with_peer(request: TraceRequest, peer: PlannedPeer) -> TraceRequest:
+    """The same plan with this in place of part 1."""
+    peers = list(request.peers)
+    peers[1] = peer
+    return dataclasses.replace(request, peers=tuple(peers))
+
+
+@pytest.mark.asyncio
+async def test_a_peer_is_dialled_where_its_own_record_says(
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dialled(swarm, monkeypatch)
+    arrived = asyncio.Event()
+
+    async def take(stream: Stream) -> None:
+        await stream.receive(5)
+        arrived.set()
+
+    await swarm.other.serve(EDGE_PROTOCOL, take)
+    await swarm.running(pushing())
+    async with asyncio.timeout(5):
+        await arrived.wait()
+    assert found == [PeerAddress(OTHER.peer_id, swarm.other.addresses)]
+
+
+@pytest.mark.asyncio
+async def test_nobody_is_dialled_where_somebody_else_says(
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dialled(swarm, monkeypatch)
+    model = ModelId(swarm.served.manifest.model_id)
+    who = f"the record of {OTHER.peer_id} in the plan"
+    for record, text in (
+        (b"", f"this peer is to send to {OTHER.peer_id}, whose record is not in the request"),
+        (b"nothing", "record refused: not an envelope"),
+        # The client's own record, under the name of another; and what it signs in that name.
+        (record_of(CLIENT, [VICTIM], model=model), f"{who} is of {CLIENT.peer_id}"),
+        (forged(record_of(OTHER, [VICTIM], model=model)), "record refused: the signature is not"),
+        (record_of(OTHER, [VICTIM], model=model, expires_at_seconds=time.time() - 20), "expired"),
+        (record_of(OTHER, [VICTIM], model=model, expires_at_seconds=time.time() + 99), "is valid"),
+        (record_of(OTHER, [VICTIM]), f"{who} is of another model"),
+        (record_of(OTHER, [], model=model), f"{who} names no address"),
+    ):
+        request, data = swarm.request(pushing())
+        asked = with_peer(request, PlannedPeer(OTHER.peer_id, record))
+        stream = await swarm.send(prepare_of(CLIENT, asked), data)
+        failed = decode((await news(stream)).header, Failed)
+        assert (failed.code, failed.node) == ("RecordRefused", -1)
+        assert text in failed.text
+    assert found == []
+
+
+def forged(record: bytes) -> bytes:
+    return record[:-1] + bytes([record[-1] ^ 1])
+
+
+@pytest.mark.asyncio
+async def test_an_address_in_a_plan_is_no_request(swarm: OneHost) -> None:
+    request, data = swarm.request(pushing())
+    peers = [[HOME.peer_id, b""], [OTHER.peer_id, [VICTIM]], [THIRD.peer_id, b""]]
+    signed = seal(
+        CLIENT,
+        kind="trace",
+        swarm=request.swarm,
+        receiver=HOME.peer_id,
+        request_id=request.trace_id,
+        expires_at_seconds=time.time() + 30,
+        body=encode_plain([1, request.model_id, "float32", peers, 0, 60.0, request.part_sha256]),
+    )
+    failed = decode((await news(await swarm.send(Prepare(signed), data))).header, Failed)
+    assert failed == Failed(
+        "BadEnvelope", -1, "a peer of the plan is not an array of id and record"
+    )

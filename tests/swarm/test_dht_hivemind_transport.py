@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from glasshive.dht import hivemind_transport
+from glasshive.dht import network_daemon
 from glasshive.dht.announcer import Announcer, announce, withdraw
 from glasshive.dht.directory import ask_directory, find_records, serve_directory
 from glasshive.dht.errors import (
@@ -37,6 +37,7 @@ from glasshive.dht.errors import (
 )
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.loop_thread import LoopThread
+from glasshive.dht.network_daemon import NetworkDaemon
 from glasshive.dht.records import MODELS_KEY, ModelId, PeerRecord, block_key
 from glasshive.dht.serving import StreamLimits
 from glasshive.dht.transport import PeerAddress, Stream, Transport
@@ -241,7 +242,7 @@ async def test_the_death_of_the_own_daemon_is_noticed_and_repaired() -> None:
         await host.serve("echo/1", echo)
         addresses = host.addresses
         stream = await host.open_stream(address_of(boot), "echo/1", 10)
-        host._p2p._child.send_signal(signal.SIGKILL)
+        host._daemon.p2p._child.send_signal(signal.SIGKILL)
         async with asyncio.timeout(5):
             await host.lost.wait()
             with pytest.raises(TransportLost):
@@ -273,16 +274,16 @@ async def test_a_transport_that_cannot_be_rebuilt_is_lost_still(
     identity = Identity.generate()
     async with transports({}, {"identity": identity}) as (boot, host):
         addresses = host.addresses
-        host._p2p._child.send_signal(signal.SIGKILL)
+        host._daemon.p2p._child.send_signal(signal.SIGKILL)
         async with asyncio.timeout(30):
             await host.lost.wait()
 
-            async def fail(self: HivemindTransport) -> None:
+            async def fail(*args: object, **how: object) -> None:
                 raise PeerUnreachable("no bootstrap answers")
 
-            for step in ("_start_daemon", "_start_node"):
+            for owner, step in ((NetworkDaemon, "start"), (HivemindTransport, "_start_node")):
                 with monkeypatch.context() as patched:
-                    patched.setattr(HivemindTransport, step, fail)
+                    patched.setattr(owner, step, fail)
                     with pytest.raises(PeerUnreachable):
                         await host.rebuild()
                 assert host.lost.is_set()
@@ -302,8 +303,8 @@ async def test_a_transport_that_cannot_be_rebuilt_is_lost_still(
 async def test_the_end_of_the_control_connection_is_the_loss_of_the_daemon(task: str) -> None:
     identity = Identity.generate()
     async with transports({}, {"identity": identity}) as (boot, host):
-        child, addresses = host._p2p._child, host.addresses
-        getattr(host._p2p._client.control, task).cancel()
+        child, addresses = host._daemon.p2p._child, host.addresses
+        getattr(host._daemon.p2p._client.control, task).cancel()
         async with asyncio.timeout(15):
             await host.lost.wait()
             with pytest.raises(TransportLost, match="is lost"):
@@ -328,12 +329,12 @@ async def test_a_call_under_way_fails_when_the_own_daemon_dies() -> None:
     identity = Identity.generate()
     async with transports({}, {"identity": identity}) as (_, host):
         record = record_of(identity, host)
-        await freeze(host._p2p._child)
+        await freeze(host._daemon.p2p._child)
         call = asyncio.create_task(announce(host, identity, record))
         with pytest.raises(DeadlineExceeded):
             await host.open_stream(PeerAddress.parse(DEAD), "echo/1", 0.2)
         assert not call.done()
-        host._p2p._child.send_signal(signal.SIGKILL)
+        host._daemon.p2p._child.send_signal(signal.SIGKILL)
         async with asyncio.timeout(5):
             with pytest.raises(TransportLost):
                 await call
@@ -344,9 +345,9 @@ async def test_a_call_under_way_fails_when_the_own_daemon_dies() -> None:
 
 @pytest.mark.asyncio
 async def test_a_frozen_daemon_is_ended_by_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hivemind_transport, "SHUTDOWN_DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(network_daemon, "SHUTDOWN_DEADLINE_SECONDS", 0.2)
     async with transports({}) as (host,):
-        child = host._p2p._child
+        child = host._daemon.p2p._child
         await freeze(child)
         async with asyncio.timeout(5):
             await host.close()

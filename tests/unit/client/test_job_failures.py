@@ -119,6 +119,7 @@ def job_of(
         identity=CLIENT,
         plan=Plan(Passes(()), parts),
         peers=peers,
+        records=[b""] * len(peers),
         model_id="ab",
         dtype="float32",
         inputs=(),

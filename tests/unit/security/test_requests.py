@@ -26,8 +26,8 @@ from glasshive.security.errors import (
 from glasshive.security.keys import Identity
 from glasshive.security.plain import decode_plain, encode_plain
 from glasshive.security.requests import (
-    MAX_ADDRESSES,
     MAX_PEERS,
+    MAX_RECORD_BYTES,
     REQUEST_SECONDS,
     PlannedPeer,
     TraceRequest,
@@ -37,7 +37,6 @@ from glasshive.security.results import RESULT_SECONDS, SavesDigest, TraceResult,
 CLIENT, HOST, OTHER = (Identity(bytes([number]) * 32) for number in range(1, 4))
 NOW = 1_700_000_000.0
 PART = b"the bytes of a part"
-ADDRESS = "/ip4/192.0.2.7/tcp/31330"
 FIELDS: dict[str, Any] = {
     "client": CLIENT.peer_id,
     "host": HOST.peer_id,
@@ -45,7 +44,7 @@ FIELDS: dict[str, Any] = {
     "trace_id": b"t" * 16,
     "model_id": "ab" * 32,
     "dtype": "float32",
-    "peers": (PlannedPeer(OTHER.peer_id), PlannedPeer(HOST.peer_id, (ADDRESS,))),
+    "peers": (PlannedPeer(OTHER.peer_id), PlannedPeer(HOST.peer_id, b"a record")),
     "part_index": 1,
     "deadline_seconds": 300.0,
     "part_sha256": hashlib.sha256(PART).digest(),
@@ -134,10 +133,10 @@ def test_only_the_client_signs_its_request_and_only_the_host_its_result() -> Non
         ("peers", (), "a plan of 0 peers, wanted 1 to 256"),
         ("peers", (PlannedPeer(HOST.peer_id),) * (MAX_PEERS + 1), "a plan of 257 peers"),
         ("peers", (PlannedPeer("p"), PlannedPeer(HOST.peer_id)), "a peer of the plan: p is not"),  # type: ignore[arg-type]
-        ("peers", (PlannedPeer(OTHER.peer_id, (ADDRESS,) * (MAX_ADDRESSES + 1)),
-                   PlannedPeer(HOST.peer_id)), "more than 16 addresses"),
-        ("peers", (PlannedPeer(OTHER.peer_id, ("a" * 201,)), PlannedPeer(HOST.peer_id)),
-         "text of at most 200 characters"),
+        ("peers", (PlannedPeer(OTHER.peer_id, bytes(MAX_RECORD_BYTES + 1)),
+                   PlannedPeer(HOST.peer_id)), "in the plan is not bytes, at most 1536"),
+        ("peers", (PlannedPeer(OTHER.peer_id, "text"), PlannedPeer(HOST.peer_id)),  # type: ignore[arg-type]
+         "in the plan is not bytes|is not an array of id and record"),
         ("part_index", 2, "a plan of 2 peers has no part 2"),
         ("part_index", -1, "a plan of 2 peers has no part -1"),
         ("part_index", True, "a plan of 2 peers has no part True"),
@@ -153,7 +152,7 @@ def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
     changed = FIELDS | {field: value}
     with pytest.raises(BadEnvelope, match=text):
         TraceRequest(**changed)
-    peers = [[one.peer_id, list(one.addresses)] for one in changed["peers"]]
+    peers = [[one.peer_id, one.record] for one in changed["peers"]]
     body = [1, changed["model_id"], changed["dtype"], peers]
     body += [changed[name] for name in ("part_index", "deadline_seconds", "part_sha256")]
     if field == "trace_id" and type(value) is str:
@@ -195,7 +194,7 @@ def test_another_body_is_refused(kind: str, body: object) -> None:
 
 def test_the_largest_plan_fits() -> None:
     keys = [Identity(number.to_bytes(32, "big")).peer_id for number in range(1, MAX_PEERS)]
-    far = tuple(PlannedPeer(key, (ADDRESS + "/p2p/" + "a" * 60,) * 4) for key in keys)
+    far = tuple(PlannedPeer(key, bytes(MAX_RECORD_BYTES)) for key in keys)
     request = dataclasses.replace(REQUEST, peers=(*far, PlannedPeer(HOST.peer_id)), part_index=255)
     assert read(request.sign(CLIENT, NOW)) == request
 

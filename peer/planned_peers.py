@@ -1,0 +1,62 @@
+"""The other peers of a plan, as one host deals with them.
+
+A host dials a peer of the plan only where that peer itself says that it is: at the addresses of its
+own signed record, which comes with the client's request. The client names keys, not addresses, and
+the transport then asks for proof of the key. So a client can send a host only to where the owner of
+some key says that it listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from glasshive.dht.errors import RecordRefused
+from glasshive.dht.records import PeerRecord
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.errors import BadGraph
+from glasshive.graph.plan import Part
+from glasshive.security.requests import PlannedPeer, TraceRequest
+
+__all__ = ["check_peers", "find_peers"]
+
+
+def check_peers(part: Part, peers: Sequence[PlannedPeer]) -> None:
+    """Raise BadGraph unless the plan names a peer for every part that this one deals with."""
+    others = {i for stage in part.stages for _, i in (*stage.imports, *stage.exports)}
+    if not all(i < len(peers) for i in (*others, part.index)):
+        raise BadGraph(f"the plan names {len(peers)} peers; part {max(others)} is asked for")
+
+
+def find_peers(
+    part: Part, request: TraceRequest, now: float, go_on: Callable[[], None]
+) -> tuple[PeerAddress, ...]:
+    """The plan's peers, those that `part` sends to with the addresses of their own records.
+
+    Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
+    model, expired or without an address. `go_on` is called between two of them.
+    """
+    receivers = part.receivers
+    found = []
+    for index, peer in enumerate(request.peers):
+        addresses: tuple[str, ...] = ()
+        if index in receivers:
+            addresses = _own_addresses(peer, request, now)
+            go_on()
+        found.append(PeerAddress(peer.peer_id, addresses))
+    return tuple(found)
+
+
+def _own_addresses(peer: PlannedPeer, request: TraceRequest, now: float) -> tuple[str, ...]:
+    if not peer.record:
+        raise RecordRefused(
+            f"this peer is to send to {peer.peer_id}, whose record is not in the request; peers "
+            "are dialled only where their own records say"
+        )
+    record = PeerRecord.verify(peer.record, now, swarm=request.swarm)
+    if record.peer_id != peer.peer_id:
+        raise RecordRefused(f"the record of {peer.peer_id} in the plan is of {record.peer_id}")
+    if record.model != request.model_id:
+        raise RecordRefused(f"the record of {peer.peer_id} in the plan is of another model")
+    if not record.addresses:
+        raise RecordRefused(f"the record of {peer.peer_id} in the plan names no address")
+    return record.addresses

@@ -1,0 +1,83 @@
+"""A peer that was away is reached as soon as it is back: no call waits for libp2p's 5 s of backoff.
+
+No time is asserted: with the backoff the first call after the return fails.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from glasshive.dht.errors import PeerUnreachable
+from glasshive.dht.framing import Stream
+from glasshive.dht.hivemind_transport import HivemindTransport
+from glasshive.dht.transport import PeerAddress
+from glasshive.security.keys import Identity
+
+# hivemind 1.1 itself: at import, and at the start of its daemon.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+async def echo(stream: Stream) -> None:
+    frame = await stream.receive(10)
+    await stream.send(frame.header)
+    await stream.receive(10)
+
+
+@pytest.mark.asyncio
+async def test_who_comes_back_is_reached_by_the_next_call() -> None:
+    identity, listen = Identity.generate(), f"/ip4/127.0.0.1/tcp/{free_port()}"
+    there = PeerAddress(identity.peer_id, (f"{listen}/p2p/{identity.peer_id}",))
+    client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
+
+    async def asked() -> object:
+        stream = await client.open_stream(there, "echo/1", 10)
+        await stream.send(7)
+        answer = (await stream.receive(10)).header
+        await stream.close()
+        return answer
+
+    try:
+        for _ in range(2):  # a second time with a connection that has ended
+            with pytest.raises(
+                PeerUnreachable, match="connection refused"
+            ):
+                await asked()
+            host = await HivemindTransport.create(identity, listen=[listen], dht="none")
+            try:
+                await host.serve("echo/1", echo)
+                assert await asked() == 7
+            finally:
+                await host.close()
+    finally:
+        await client.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("/ip4/127.0.0.1/tcp/9", "connection refused"),
+        ("/ip6/::1/tcp/9", "connection refused|no way to that address"),
+        ("/dns4/nowhere.invalid/tcp/9", r"its address leads nowhere"),
+    ],
+)
+async def test_why_nothing_answers_is_said(address: str, why: str) -> None:
+    client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
+    try:
+        with pytest.raises(PeerUnreachable, match=why):
+            await client.open_stream(
+                PeerAddress(Identity.generate().peer_id, (address,)), "echo/1", 20
+            )
+    finally:
+        await client.close()
