@@ -15,7 +15,6 @@ from glasshive.dht.directory import (
     serve_directory,
 )
 from glasshive.dht.errors import (
-    AmbiguousModel,
     DeadlineExceeded,
     DirectoryUnavailable,
     NoDht,
@@ -100,20 +99,6 @@ async def test_an_empty_swarm_is_listed_as_such() -> None:
     swarm = Swarm()
     await serve_directory(swarm.bob)
     assert await ask(swarm, None) == []
-
-
-@pytest.mark.asyncio
-async def test_one_name_for_two_manifests_is_an_error_that_lists_both() -> None:
-    swarm = Swarm()
-    await serve_directory(swarm.bob)
-    await announce(swarm.alice, ALICE, swarm.record())
-    await announce(swarm.bob, BOB, swarm.record(BOB, model=OTHER))
-    with pytest.raises(AmbiguousModel) as caught:
-        await ask(swarm)
-    assert MODEL in str(caught.value)
-    assert OTHER in str(caught.value)
-    assert [one.peer_id for one in await ask(swarm, OTHER)] == [BOB.peer_id]
-    assert len(await ask(swarm, None)) == 2
 
 
 @pytest.mark.asyncio

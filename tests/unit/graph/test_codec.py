@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -17,7 +16,6 @@ from soak import count
 
 from glasshive.graph.codec import (
     DEFAULT_LIMITS,
-    GraphLimits,
     decode_graph,
     encode_args_key,
     encode_graph,
@@ -308,52 +306,6 @@ def test_a_pick_of_an_imported_value_is_refused() -> None:
 def test_later_kinds_are_named(kind: int, name: str) -> None:
     with pytest.raises(NotYet, match=f"node 0: {name} nodes are not run by this release"):
         decode_graph(msgpack.packb([1, [], [[0, kind, 1]]]))
-
-
-LIMITS = GraphLimits(
-    graph_bytes=4000, nodes=5, imports=2, node_args=6, list_items=4, nesting=3, text_chars=10,
-    leaf_parts=2, invokes=3, steps=4, saves=2, const_bytes=100,
-)  # fmt: skip
-
-
-def at_limit(limits: GraphLimits, over: int) -> dict[str, Graph]:
-    """A graph for each limit that reaches it, or goes `over` it."""
-    deep: Arg = 1
-    for _ in range(limits.nesting + over):
-        deep = (deep,)
-    return {
-        "nodes": graph_of(*[READ10] * (limits.nodes + over)),
-        "imports": graph_of(READ10, imports=tuple(range(limits.imports + over)), start=9),
-        "node_args": graph_of(Call("m", (1,) * (limits.node_args + over))),
-        "list_items": graph_of(Call("m", ((1,) * (limits.list_items + over),))),
-        "nesting": graph_of(Call("m", (deep,))),
-        "text_chars": graph_of(Param("m" * (limits.text_chars + over), "w")),
-        "leaf_parts": graph_of(Read(Site("m", "input", (0,) * (limits.leaf_parts + over)), 0)),
-        "invokes": graph_of(Read(Site("m", "input"), limits.invokes - 1 + over)),
-        "steps": graph_of(Read(Site("m", "input", (), limits.steps - 1 + over), 0)),
-        "saves": graph_of(
-            READ10, *(Save(ref(0), f"{i}") for i in range(limits.saves + over))
-        ),
-        "const_bytes": graph_of(Const(bytes(32), DType.INT8, (limits.const_bytes + over,))),
-    }  # fmt: skip
-
-
-READ10 = Read(Site("m", "output"), 0)
-
-
-@pytest.mark.parametrize("name", list(at_limit(LIMITS, 0)))
-def test_caps_hold_exactly(name: str) -> None:
-    decode_graph(encode_graph(at_limit(LIMITS, 0)[name]), LIMITS)
-    refused(at_limit(LIMITS, 1)[name], "", limits=LIMITS)
-
-
-def test_a_long_message_is_refused_unread() -> None:
-    data = encode_graph(EVERY_KIND)
-    decode_graph(data, replace(DEFAULT_LIMITS, graph_bytes=len(data)))
-    with pytest.raises(BadGraph, match=f"{len(data)} bytes, but {len(data) - 1} are allowed"):
-        decode_graph(data, replace(DEFAULT_LIMITS, graph_bytes=len(data) - 1))
-    with pytest.raises(BadGraph, match="are allowed"):
-        decode_graph(b"\xc1" * (DEFAULT_LIMITS.graph_bytes + 1))
 
 
 @pytest.mark.parametrize(

@@ -128,15 +128,6 @@ def test_a_shard_of_rubbish_is_an_error(save_tiny_llama: SaveTinyLlama) -> None:
         Checkpoint(folder).load_span(0, 2)
 
 
-def test_weights_of_another_shape_are_an_error(save_tiny_llama: SaveTinyLlama) -> None:
-    folder = save_tiny_llama()
-    edit_config(folder, intermediate_size=48)
-    with pytest.raises(
-        WrongWeights, match=r"up_proj\.weight has shape \[64, 32\], wanted \[48, 32\]"
-    ):
-        Checkpoint(folder).load_span(0, 2)
-
-
 @pytest.mark.parametrize("span", [(4, 40), (0, 7), (-1, 2), (3, 3), (4, 2), (6, 7)])
 def test_a_span_that_the_model_lacks_is_an_error(
     save_tiny_llama: SaveTinyLlama, span: tuple[int, int]
@@ -223,17 +214,6 @@ def test_folders_without_a_model_are_errors(save_tiny_llama: SaveTinyLlama, tmp_
     folder = save_tiny_llama()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BadCheckpoint, match="only safetensors"):
-        Checkpoint(folder).load_span(0, 2)
-
-
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "model.bin"])
-def test_an_index_that_points_elsewhere_is_an_error(
-    save_tiny_llama: SaveTinyLlama, name: str
-) -> None:
-    folder = save_tiny_llama(shard_size="40KB")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(BadCheckpoint, match="in the folder"):
         Checkpoint(folder).load_span(0, 2)
 
 

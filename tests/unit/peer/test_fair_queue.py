@@ -145,28 +145,3 @@ async def test_a_trace_that_is_cancelled_while_it_waits_leaves_the_queue() -> No
             await asyncio.sleep(0)
     assert ran == []
     torch.close()
-
-
-@pytest.mark.asyncio
-async def test_each_step_has_its_time_anew() -> None:
-    now = 0.0
-    torch = TorchThread(2, lambda: now)
-    stepped, go = threading.Event(), threading.Event()
-
-    def work() -> None:
-        nonlocal now
-        now = 9.0
-        assert torch.overdue_seconds == -1.0
-        torch.step()
-        assert torch.overdue_seconds == -10.0
-        now = 25.0
-        stepped.set()
-        assert go.wait(30)
-
-    running = asyncio.create_task(torch.run(ALICE, b"one", work, 10.0))
-    assert await asyncio.to_thread(stepped.wait, 30)
-    assert torch.overdue_seconds == 6.0
-    go.set()
-    await asyncio.wait_for(running, 30)
-    assert torch.overdue_seconds == 0.0
-    torch.close()

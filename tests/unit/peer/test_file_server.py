@@ -122,17 +122,6 @@ async def test_a_file_is_hashed_beside_the_loop(
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("changed", [b"[]", LARGE])
-async def test_a_file_that_has_changed_is_refused(
-    tmp_path: Path, manifest: Manifest, changed: bytes
-) -> None:
-    (tmp_path / "config.json").write_bytes(changed)
-    async with Peers(tmp_path, manifest) as peers:
-        with pytest.raises(StreamRefused, match="no such file"):
-            await taken(await peers.asked("config.json"))
-
-
-@pytest.mark.asyncio
 async def test_a_file_that_is_gone_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "config.json").unlink()
     async with Peers(tmp_path, manifest) as peers:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-import torch
 from askers import prepare_of, request_of
 
 from glasshive.dht.errors import DeadlineExceeded
@@ -21,17 +19,12 @@ from glasshive.dht.messages import (
     Alive,
     Cancel,
     Failed,
-    Input,
     Need,
-    Run,
-    Saved,
     decode,
     encode,
 )
-from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress, Stream
 from glasshive.graph.graph import Graph, NodeId, Read, Ref, Save, Site
-from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
@@ -286,55 +279,3 @@ async def test_the_checks_of_one_client_stand_before_no_other_s(
     host.close()
     for transport in (alice, bob, home):
         await transport.close()
-
-
-@pytest.mark.asyncio
-async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
-    served: ServedModel,
-) -> None:
-    network = MemoryNetwork()
-    home = network.transport(HOST)
-    client = network.transport(ALICE, dht=False)
-    slow = Clock()
-    host = Host(home, HOST, served, clock=slow)
-    await host.start()
-    address = PeerAddress(home.peer_id, home.addresses)
-
-    async def run(number: int) -> Any:
-        stream = await client.open_stream(address, TRACE_PROTOCOL, 5)
-        await stream.send(*prepare(served, number))
-        decode((await stream.receive(5)).header, Need)
-        decode((await stream.receive(5)).header, Accepted)
-        ids = torch.zeros((1, 3), dtype=torch.int64)
-        await send_tensor(stream, Input(0, "input_ids", "int64", [1, 3]), tensor_to_bytes(ids), 5)
-        await stream.send(encode(Run()))
-        frame = await stream.receive(30)
-        return decode(frame.header, Saved, Failed)
-
-    slow.step_seconds = 12.0  # at the stage's begin, block 0, and then the graph's first node
-    failed = await run(1)
-    assert (failed.code, failed.node) == ("OverBudget", 0)
-    seconds = host._limits.stage_seconds(0.0)  # and what the pace of a busy moment adds
-    assert re.fullmatch(
-        rf"the part was ended before this was done: it has taken {seconds:.3g}(\.\d)? s, far more "
-        "than this peer had reckoned with; split the work over several traces",
-        failed.text,
-    )
-    slow.step_seconds = 0.0
-    assert (await run(2)).name == "s"
-    host.close()
-    for transport in (client, home):
-        await transport.close()
-
-
-class Clock:
-    """Leaps by `step_seconds` at each look that the torch thread takes at it."""
-
-    def __init__(self) -> None:
-        self.step_seconds = 0.0
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        if threading.current_thread().name.startswith("torch"):
-            self._now += self.step_seconds
-        return self._now
