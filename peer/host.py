@@ -140,7 +140,10 @@ class Host:
         self._torch = TorchThread(self._limits.traces_per_client)
         self._checks = Checks(self._limits.prepare_seconds)
         self._files = FileServer(
-            served.folder, served.manifest, patience_seconds=self._limits.prepare_seconds
+            served.folder,
+            served.manifest,
+            check_client=lambda client: self._admission.policy.check_client(client),
+            patience_seconds=self._limits.prepare_seconds,
         )
         self._consts = ConstCache(self._limits.const_cache_bytes, clock)
         self._sweeping: asyncio.Task[None] | None = None

@@ -43,6 +43,7 @@ from glasshive.terminal import LogFormat, byte_bar, console, print_error
 from glasshive.trust_keeper import TrustKeeper
 
 if TYPE_CHECKING:
+    from glasshive.dht.records import PeerRecord
     from glasshive.peer.accounts import Accounts
     from glasshive.peer.served_model import ServedModel
     from glasshive.peer.serving import Serving
@@ -387,12 +388,28 @@ def _load(options: ServeOptions, show: bool, policy: Policy) -> ServedModel:
 
 def _apply(process: _Process, serving: Serving, policy: Policy) -> None:
     """Have the host keep to a policy that came while it runs, and say so."""
+    was_withdrawn = serving.record.withdrawn
     serving.apply(policy)
     _say_policy(process, serving.host.policy)
-    if not policy.allows_model(serving.record.model):
-        log.warning(
-            "model_not_allowed", model=serving.record.model_name, model_id=serving.record.model
+    if serving.record.withdrawn != was_withdrawn:
+        _say_withdrawn(process, serving.record, policy)
+
+
+def _say_withdrawn(process: _Process, record: PeerRecord, policy: Policy) -> None:
+    """That the model may not be served any more, or again, and what this host does about it."""
+    if process.life.log_format == "json":
+        event = "model_not_allowed" if record.withdrawn else "model_allowed_again"
+        log.warning(event, model=record.model_name, model_id=record.model, policy=policy.who)
+        return
+    if record.withdrawn:
+        text = (
+            f"{record.model_name} ({record.model}) may not be served any more by {policy.source}: "
+            "the record is withdrawn and no trace is taken; it is announced again as soon as a "
+            "whitelist has the model. Ctrl-C stops"
         )
+    else:
+        text = f"{record.model_name} may be served again by {policy.source}: it is announced again"
+    console.print(text, markup=False)
 
 
 def _say_policy(process: _Process, policy: Policy) -> None:
