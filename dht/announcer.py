@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, final
 
@@ -39,7 +40,7 @@ async def withdraw(
 
     It expires a second later than what it replaces: the DHT keeps whichever expires last.
     """
-    gone = record.renewed(record.expires_at_seconds + 1, withdrawn=True)
+    gone = replace(record, withdrawn=True).renewed(record.expires_at_seconds + 1)
     return await announce(transport, identity, gone)
 
 
@@ -74,7 +75,7 @@ class Announcer:
         self._task = asyncio.create_task(self._go_on())
 
     def update(self, record: PeerRecord) -> None:
-        """Announces this from now on, the first time at once.
+        """Announces this from now on, the first time at once; a withdrawn one, too.
 
         For another span or model close this announcer and start a new one: the keys that the new
         record doesn't share would keep the old one until it expires.

@@ -186,12 +186,11 @@ class PeerRecord:
             raise RecordRefused(f"record refused: {error}") from None
         return _from_fields(fields, envelope.sender, envelope.expires_at_seconds, data)
 
-    def renewed(self, expires_at_seconds: float, *, withdrawn: bool = False) -> PeerRecord:
+    def renewed(self, expires_at_seconds: float) -> PeerRecord:
         """The same with another expiry, in whole milliseconds as it is signed."""
         return replace(
             self,
             expires_at_seconds=round(expires_at_seconds * 1000) / 1000,
-            withdrawn=withdrawn,
             signed=b"",
         )
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, final
 
@@ -19,6 +19,8 @@ from glasshive.dht.errors import StreamClosed
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import SLICE_BYTES, AskFile, File, More, decode, encode
 from glasshive.peer.errors import Busy
+from glasshive.security.errors import NotAllowed
+from glasshive.security.keys import PeerId
 from glasshive.security.manifest import CLIENT_FILES, MANIFEST, Manifest
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ ANSWER_SECONDS: Final = 300.0
 class FileServer:
     """Answers `AskFile` for the files of one model in `folder`.
 
+    `check_client` raises NotAllowed for whom nothing is given, as its text says to them.
     `patience_seconds` bound the wait for a question, and that of a question for its turn.
     """
 
@@ -39,11 +42,13 @@ class FileServer:
         folder: Path,
         manifest: Manifest,
         *,
+        check_client: Callable[[PeerId], None],
         patience_seconds: float,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         self._folder = folder
         self._manifest = manifest
+        self._check_client = check_client
         self._patience_seconds = patience_seconds
         self._answer_seconds = answer_seconds
         self._turns = asyncio.Semaphore(MAX_ANSWERS)
@@ -57,11 +62,12 @@ class FileServer:
                 return
             ask = decode(frame.header, AskFile)
             try:
+                self._check_client(stream.peer_id)
                 async with self._turn():
                     sent = await within(
                         self._answer_seconds, self._send(stream, ask), "sending a file"
                     )
-            except Busy as error:
+            except (Busy, NotAllowed) as error:
                 await stream.refuse(str(error))
                 return
             if not sent:

@@ -55,7 +55,10 @@ class Serving:
         await self._announcer.start()
 
     def apply(self, policy: Policy) -> None:
-        """Keep to `policy` from the next admission on, and announce its version."""
+        """Keep to `policy` from the next admission on, and announce its version.
+
+        What is announced is withdrawn for as long as the policy doesn't allow the model.
+        """
         self.host.apply(policy)
         self.refresh()
 
@@ -66,6 +69,7 @@ class Serving:
             addresses=self._transport.addresses[:4],
             load=round(self.host.load, 2),
             whitelist_version=self.host.policy.version,
+            withdrawn=not self.host.policy.allows_model(self.record.model),
         )
         if again or record != self.record:
             self.record = record

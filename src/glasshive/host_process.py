@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
+from pydantic import ByteSize
 
 from glasshive.dht import hivemind_setup
 from glasshive.dht.directory import serve_directory
@@ -43,6 +44,7 @@ from glasshive.terminal import LogFormat, byte_bar, console, print_error
 from glasshive.trust_keeper import TrustKeeper
 
 if TYPE_CHECKING:
+    from glasshive.dht.records import PeerRecord
     from glasshive.peer.accounts import Accounts
     from glasshive.peer.served_model import ServedModel
     from glasshive.peer.serving import Serving
@@ -319,17 +321,25 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         served = await asyncio.get_running_loop().run_in_executor(
             pool, _load, options, process.life.log_format == "pretty", policy
         )
+        from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
 
         seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
         if keeper is not None:
             policy = keeper.policy  # there may be a newer one since
-        serving = Serving(transport, identity, served, policy=policy, seen=seen, accounts=accounts)
+        serving = Serving(
+            *(transport, identity, served),
+            limits=HostLimits(memory_bytes=settings.memory),
+            policy=policy,
+            seen=seen,
+            accounts=accounts,
+        )
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
         _say_policy(process, serving.host.policy)
         _say_audit_log(process, accounts)
+        _say_memory(process, serving.host.memory_bytes)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
             await serving.start()
@@ -387,12 +397,28 @@ def _load(options: ServeOptions, show: bool, policy: Policy) -> ServedModel:
 
 def _apply(process: _Process, serving: Serving, policy: Policy) -> None:
     """Have the host keep to a policy that came while it runs, and say so."""
+    was_withdrawn = serving.record.withdrawn
     serving.apply(policy)
     _say_policy(process, serving.host.policy)
-    if not policy.allows_model(serving.record.model):
-        log.warning(
-            "model_not_allowed", model=serving.record.model_name, model_id=serving.record.model
+    if serving.record.withdrawn != was_withdrawn:
+        _say_withdrawn(process, serving.record, policy)
+
+
+def _say_withdrawn(process: _Process, record: PeerRecord, policy: Policy) -> None:
+    """That the model may not be served any more, or again, and what this host does about it."""
+    if process.life.log_format == "json":
+        event = "model_not_allowed" if record.withdrawn else "model_allowed_again"
+        log.warning(event, model=record.model_name, model_id=record.model, policy=policy.who)
+        return
+    if record.withdrawn:
+        text = (
+            f"{record.model_name} ({record.model}) may not be served any more by {policy.source}: "
+            "the record is withdrawn and no trace is taken; it is announced again as soon as a "
+            "whitelist has the model. Ctrl-C stops"
         )
+    else:
+        text = f"{record.model_name} may be served again by {policy.source}: it is announced again"
+    console.print(text, markup=False)
 
 
 def _say_policy(process: _Process, policy: Policy) -> None:
@@ -408,6 +434,19 @@ def _say_policy(process: _Process, policy: Policy) -> None:
         return
     for line in policy.describe():
         console.print(line, markup=False, highlight=False)
+
+
+def _say_memory(process: _Process, memory_bytes: int) -> None:
+    """How much memory traces may take, and whether that is less than was wanted."""
+    wanted = process.life.settings.memory
+    is_less = wanted is not None and memory_bytes < wanted
+    if process.life.log_format == "json":
+        log.info("memory", memory_bytes=memory_bytes, wanted_bytes=wanted)
+        return
+    console.print(
+        f"traces take at most {ByteSize(memory_bytes).human_readable()} of memory, all together"
+        + (", since no more is free" if is_less else "")
+    )
 
 
 def _say_audit_log(process: _Process, accounts: Accounts) -> None:

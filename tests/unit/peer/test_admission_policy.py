@@ -13,12 +13,16 @@ import torch
 from askers import prepare_of, request_of
 from signers import DAY, LIMITS, NOW, WHITELIST
 
+from glasshive.dht.errors import StreamRefused
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
+    FILES_PROTOCOL,
     TRACE_PROTOCOL,
     Accepted,
+    AskFile,
     Constant,
     Failed,
+    File,
     Need,
     decode,
     encode,
@@ -88,6 +92,14 @@ class Client:
         self.identity = Identity.generate()
         self._transport: MemoryTransport = network.transport(self.identity, dht=False)
         self._number = 0
+
+    async def ask_file(self, name: str) -> int:
+        """The bytes of a file of the model."""
+        stream = await self._transport.open_stream(self._home, FILES_PROTOCOL, 5)
+        await stream.send(encode(AskFile(self._served.manifest.model_id, name)))
+        size_bytes = decode((await stream.receive(5)).header, File).size_bytes
+        await stream.close()
+        return size_bytes
 
     async def ask(
         self,
@@ -216,6 +228,7 @@ async def test_a_model_outside_is_refused(served: ServedModel) -> None:
 async def test_revoked_keys_are_refused(served: ServedModel) -> None:
     async with client_of(served, policy()) as client:
         me = client.identity.peer_id
+        assert await client.ask_file("config.json") > 2
         client.host.apply(policy(revoked_clients=frozenset([me])))
         assert await client.ask(READ) == Failed(
             "NotAllowed",
@@ -223,6 +236,8 @@ async def test_revoked_keys_are_refused(served: ServedModel) -> None:
             f"the client {me} may not use this host by {WHO}; ask whoever signs that, or use "
             "another key",
         )
+        with pytest.raises(StreamRefused, match="may not use this host by whitelist 7"):
+            await client.ask_file("config.json")
         client.host.apply(policy(revoked_peers=frozenset([me])))  # as a host, and it is none
         assert isinstance(await client.ask(READ), Accepted)
         assert await client.ask(READ, peers=(me,)) == Failed(

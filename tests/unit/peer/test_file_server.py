@@ -18,7 +18,8 @@ from glasshive.dht.tensor_frames import receive_bytes
 from glasshive.dht.transport import PeerAddress
 from glasshive.peer.file_server import MAX_ANSWERS, FileServer
 from glasshive.peer.served_model import make_manifest
-from glasshive.security.keys import Identity
+from glasshive.security.errors import NotAllowed
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import Manifest
 
 LARGE = bytes(range(256)) * (3 * SLICE_BYTES // 256) + b"end"
@@ -40,7 +41,13 @@ class Peers:
         self.home: MemoryTransport = network.transport(Identity.generate())
         self.client: MemoryTransport = network.transport(Identity.generate(), dht=False)
         self.manifest = manifest
-        self.server = FileServer(folder, manifest, **{"patience_seconds": 5.0, **options})
+        self.revoked: set[PeerId] = set()
+        options = {"patience_seconds": 5.0, **options}
+        self.server = FileServer(folder, manifest, check_client=self.check, **options)
+
+    def check(self, client: PeerId) -> None:
+        if client in self.revoked:
+            raise NotAllowed(f"the client {client} may not use this host by whitelist 2")
 
     async def __aenter__(self) -> Peers:
         await self.home.serve(FILES_PROTOCOL, self.server.answer)
@@ -126,4 +133,17 @@ async def test_a_file_that_is_gone_is_refused(tmp_path: Path, manifest: Manifest
     (tmp_path / "config.json").unlink()
     async with Peers(tmp_path, manifest) as peers:
         with pytest.raises(StreamRefused, match="no such file of this model"):
+            await taken(await peers.asked("config.json"))
+
+
+@pytest.mark.asyncio
+async def test_who_is_revoked_gets_no_file(tmp_path: Path, manifest: Manifest) -> None:
+    async with Peers(tmp_path, manifest) as peers:
+        stream = await peers.asked("config.json")
+        assert await taken(stream) == b"{}"
+        peers.revoked.add(peers.client.peer_id)
+        await stream.send(encode(AskFile(manifest.model_id, "config.json")))  # on the stream it has
+        with pytest.raises(StreamRefused, match=r"may not use this host by whitelist 2"):
+            await taken(stream)
+        with pytest.raises(StreamRefused, match=r"may not use this host by whitelist 2"):
             await taken(await peers.asked("config.json"))

@@ -6,21 +6,26 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from signers import NOW, WHITELIST
 from trust_documents import root_now, whitelist_now
 
 from glasshive import host_process
 from glasshive.dht.directory import find_records
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.graph.ops import OPS
-from glasshive.host_process import Life, ServeOptions, _bootstrap, _host, _Process
+from glasshive.host_process import Life, ServeOptions, _apply, _bootstrap, _host, _Process
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
+from glasshive.peer.serving import Serving
 from glasshive.security.keys import Identity
+from glasshive.security.manifest import ModelId
+from glasshive.security.policy import Policy
 from glasshive.settings import Settings
 from glasshive.swarm_trust import open_store
 
@@ -68,8 +73,10 @@ def process(
     bootstraps: tuple[str, ...] = (),
     *,
     key_in_use: str | None = None,
+    memory: str | None = None,
 ) -> _Process:
-    settings, listen = Settings(bootstraps=bootstraps), "/ip4/127.0.0.1/tcp/0"
+    settings = Settings.model_validate({"bootstraps": bootstraps, "memory": memory})
+    listen = "/ip4/127.0.0.1/tcp/0"
     return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use))
 
 
@@ -155,6 +162,32 @@ async def test_a_host_without_a_root_says_what_others_can_run(
     assert "Policy: this release (no root is configured), signed by nobody.\n" in said
     assert f"Others can run all {len(OPS)} ops of this release, and no other code.\n" in said
     assert said.index("Others can write every module.") < said.index("ready;")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("memory", "says"),
+    [
+        ("1MiB", "traces take at most 1.0MiB of memory, all together\n"),
+        ("1PiB", "traces take at most 3.0MiB of memory, all together, since no more is free\n"),
+        (None, "traces take at most 2.2MiB of memory, all together\n"),
+    ],
+)
+async def test_a_host_lends_the_memory_that_its_owner_says(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    memory: str | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("glasshive.peer.memory_book.free_bytes", lambda: 3 << 20)
+    one = process(tmp_path / "host.key", descriptor, memory=memory)
+    one.stop.set()
+    await _host(one, options(served))
+    assert says in capfd.readouterr().err
 
 
 @pytest.mark.asyncio
@@ -257,3 +290,41 @@ async def test_which_key_was_taken_is_said(
     await _host(one, options(served))
     said = capfd.readouterr().err
     assert said.startswith(f"busy.key is in use; this process is the peer of {key}\n")
+
+
+@pytest.mark.asyncio
+async def test_a_host_whose_model_is_allowed_no_more_withdraws_until_it_is_again(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Failed: it warned once and announced on, and clients came to be refused."""
+
+    def policy(version: int, model_id: str) -> Policy:
+        allowed = replace(WHITELIST, version=version, models={ModelId(model_id): "a model"})
+        return Policy.effective(allowed, NOW)
+
+    async def announced(times: int) -> None:
+        async with asyncio.timeout(20):
+            while len(await find_records(home.other, None)) != times:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    own = served.manifest.model_id
+    one = process(tmp_path / "host.key", descriptor)
+    identity = Identity.load_or_create(one.life.key)
+    async with Serving(home.transport, identity, served, policy=policy(1, own)) as serving:
+        await announced(1)
+        _apply(one, serving, policy(2, "ab" * 32))
+        await announced(0)
+        said = capfd.readouterr().err.replace("\n", " ")
+        assert f"tiny ({own}) may not be served any more by whitelist 2 of swarm 'public'" in said
+        assert "the record is withdrawn and no trace is taken; it is announced again as" in said
+        _apply(one, serving, policy(3, "ab" * 32))
+        serving.refresh(again=True)  # as when the network daemon was started again
+        await announced(0)
+        assert "may not be served" not in capfd.readouterr().err
+        _apply(one, serving, policy(4, own))
+        await announced(1)
+        assert "tiny may be served again by whitelist 4 of" in capfd.readouterr().err
