@@ -8,11 +8,14 @@
     issuers = ["12D3KooW..."]                            # who makes members: the swarm is private
     policy = "policy.toml"                               # what a host lends less of than that
     audit = true                                         # a host keeps an audit log
+    listen = "/ip4/0.0.0.0/tcp/31331"                    # where a host listens; needs a root
+    announce = ["/ip4/203.0.113.7/tcp/31331"]            # where others find it, behind a router
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
-GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT).
+GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_LISTEN,
+GLASSHIVE_ANNOUNCE). A bootstrap peer takes the last two from its flags only.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ _WANTED = {
     "issuers": 'a list of peer ids, such as ["12D3KooW..."]',
     "policy": 'a path in quotes, such as "policy.toml"',
     "audit": "true or false, without quotes",
+    "listen": 'an address of this machine in quotes, such as "/ip4/0.0.0.0/tcp/31331"',
+    "announce": 'a list of addresses, such as ["/ip4/203.0.113.7/tcp/31331"]',
 }
 
 
@@ -72,8 +77,10 @@ class Settings(BaseSettings):
     issuers: Annotated[tuple[PeerId, ...], NoDecode] = ()
     policy: Path | None = None
     audit: bool | None = None
+    listen: str | None = None
+    announce: Annotated[tuple[str, ...], NoDecode] = ()
 
-    @field_validator("bootstraps", "issuers", mode="before")
+    @field_validator("bootstraps", "issuers", "announce", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):

@@ -83,7 +83,8 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
         (
             'bootstrap = ["/a"]\n',
             r"no setting 'bootstrap' \(it is in .*hive\.toml\); the settings are swarm, "
-            r"bootstraps, key, host_key, root, issuers, policy, audit; did you mean bootstraps\?",
+            r"bootstraps, key, host_key, root, issuers, policy, audit, listen, announce; "
+            r"did you mean bootstraps\?",
         ),
         (
             "bootstraps = [1]\n",

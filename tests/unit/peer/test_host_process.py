@@ -70,7 +70,7 @@ def process(
     key_in_use: str | None = None,
 ) -> _Process:
     settings, listen = Settings(bootstraps=bootstraps), "/ip4/127.0.0.1/tcp/0"
-    return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use))
+    return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use=key_in_use))
 
 
 @pytest.mark.asyncio
