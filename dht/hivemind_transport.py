@@ -3,7 +3,8 @@
 Rules:
 
 1. The bounded serializer and the hardened storage are in place before any listener exists.
-2. This release listens on loopback only. With a gate only members get in, by streams and calls.
+2. Where it listens is the rule of `addresses`. With a gate only members get in, by streams and
+   calls.
 3. One Ed25519 key serves the DHT, the streams and every signature.
 4. Whatever is asked of hivemind goes through the daemon's `call`, with a deadline.
 5. Before each store, bootstrap peers that dropped out of the routing table are met again.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, final
 
 from glasshive.dht import daemon_control, hardening, hivemind_setup, member_calls
+from glasshive.dht.addresses import announced, check_places, listening_at
 from glasshive.dht.errors import (
     DaemonFailed,
     ListenRefused,
@@ -41,7 +43,7 @@ from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
-from glasshive.dht.transport import PeerAddress, StreamHandler, check_address, check_loopback
+from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
@@ -65,6 +67,7 @@ class HivemindTransport:
         identity: Identity,
         *,
         listen: tuple[str, ...],
+        announce: tuple[str, ...],
         bootstraps: tuple[PeerAddress, ...],
         dht: DhtMode,
         swarm: str,
@@ -79,7 +82,9 @@ class HivemindTransport:
         self.dht = dht
         self.bootstraps = bootstraps
         self.addresses: tuple[str, ...] = ()
+        self.listening: tuple[str, ...] = ()  # where it listens, with the ports that were taken
         self._listen = listen
+        self._announce = announce
         self._startup_timeout_seconds = startup_timeout_seconds
         self._frame_limits = frame_limits
         self._records = RecordGate(swarm)
@@ -102,6 +107,8 @@ class HivemindTransport:
         dht: DhtMode = "server",
         startup_timeout_seconds: float = 60.0,
         *,
+        announce: Sequence[str] = (),
+        whitelisted: bool = False,
         swarm: str = PUBLIC_SWARM,
         gate: MemberGate | None = None,
         frame_limits: FrameLimits | None = None,
@@ -110,18 +117,20 @@ class HivemindTransport:
         """A running transport.
 
         `dht` is "server" for a host or bootstrap peer, "client" to read and store without holding
-        others' records, "none" for streams only. An empty `listen` listens nowhere. Bootstraps are
+        others' records, "none" for streams only. An empty `listen` listens nowhere; what isn't
+        loopback takes `whitelisted` (see `addresses.check_places`). `announce` are the addresses
+        under which others find it, where they aren't this machine's own. Bootstraps are
         multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
         doesn't contact them. With a `gate` the swarm is private: who is no member of it opens no
         stream here and gets no answer of the DHT. Raises ListenRefused, BadAddress, DaemonFailed,
         PeerUnreachable, TransportLost, DeadlineExceeded, and StreamRefused or NotLetIn if the
         bootstrap peers answer and none lets this peer in.
         """
-        for address in listen:
-            check_loopback(address)
+        check_places(listen, announce, whitelisted=whitelisted)
         self = cls(
             identity,
             listen=tuple(listen),
+            announce=tuple(announce),
             bootstraps=tuple(PeerAddress.parse(address) for address in bootstraps),
             dht=dht,
             swarm=swarm,
@@ -149,11 +158,17 @@ class HivemindTransport:
         try:
             # With dht="none" the addresses that matter come with each stream.
             peers = self.bootstraps if self.dht != "none" else ()
-            self.addresses = await self._daemon.start(
+            visible = await self._daemon.start(
                 self._listen,
                 [address for one in peers for address in one.addresses],
+                announce=self._announce,
                 routes_for_others=self.dht == "server",
             )
+            if self._announce:
+                self.addresses, self.listening = visible, self._listen
+            else:
+                self.addresses = announced(visible)
+                self.listening = listening_at(self._listen, visible)
             if self.dht != "none":
                 if self._members is not None:
                     await self._knock()
@@ -401,7 +416,7 @@ class HivemindTransport:
         await self._tasks.cancel_all()
         await self._stop()
         self._daemon.lost = asyncio.Event()
-        self._listen = tuple(one.rpartition("/p2p/")[0] for one in self.addresses) or self._listen
+        self._listen = self.listening or self._listen
         try:
             await self._start()
         except BaseException:

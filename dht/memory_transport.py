@@ -139,6 +139,7 @@ class MemoryTransport:
         """Use `MemoryNetwork.transport`."""
         self.peer_id = identity.peer_id
         self.addresses = (address,)
+        self.listening = (address.rpartition("/p2p/")[0],)
         self.swarm = network.swarm
         self.lost = asyncio.Event()
         self._network = network

@@ -60,11 +60,17 @@ class NetworkDaemon:
         self._leftovers: set[asyncio.Future[Any]] = set()
 
     async def start(
-        self, listen: Sequence[str], bootstraps: Sequence[str], *, routes_for_others: bool
+        self,
+        listen: Sequence[str],
+        bootstraps: Sequence[str],
+        *,
+        announce: Sequence[str] = (),
+        routes_for_others: bool,
     ) -> tuple[str, ...]:
-        """Starts it; the addresses that it can be reached at, none if it listens nowhere.
+        """Starts it; the addresses that it tells others, none if it listens nowhere.
 
-        It connects to `bootstraps`, one of which must answer. Raises what hivemind raises,
+        They are those to `announce`, else this machine's own ones that it listens at. It connects
+        to `bootstraps`, one of which must answer. Raises what hivemind raises,
         TransportLost and DeadlineExceeded.
         """
         made: list[Any] = []
@@ -80,6 +86,7 @@ class NetworkDaemon:
                         initial_peers=list(bootstraps) or None,
                         host_maddrs=list(listen) or None,
                         no_listen=not listen,
+                        announce_maddrs=list(announce) or None,
                         dht_mode="server" if routes_for_others else "client",
                         identity_path=str(key_file),
                         check_if_identity_free=False,

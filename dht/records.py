@@ -28,8 +28,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from glasshive.dht.addresses import MAX_ADDRESSES, check_announced
 from glasshive.dht.errors import BadAddress, RecordRefused
-from glasshive.dht.transport import check_address
 from glasshive.security.envelope import (
     CLOCK_SKEW_SECONDS,
     PUBLIC_SWARM,
@@ -56,7 +56,6 @@ __all__ = [
 ]
 
 MAX_LIFETIME_SECONDS: Final = 60.0
-MAX_ADDRESSES: Final = 4
 MAX_BLOCKS: Final = 1024
 
 _KIND: Final = "peer-record"
@@ -340,7 +339,7 @@ def _check_addresses(record: PeerRecord) -> None:
         for address in record.addresses:
             if type(address) is not str:
                 raise RecordRefused("the addresses of a record are text")
-            check_address(address)
+            check_announced(address)
             _, mark, owner = address.rpartition("/p2p/")
             if mark and owner != record.peer_id:
                 raise RecordRefused(f"an address in a record of {record.peer_id} is of {owner}")

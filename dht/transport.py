@@ -8,13 +8,12 @@ loop; from other threads use `glasshive.dht.loop_thread`.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from glasshive.dht.errors import BadAddress, ListenRefused
+from glasshive.dht.errors import BadAddress
 from glasshive.dht.framing import Frame, FrameLimits, Stream
 from glasshive.security.errors import BadPeerId
 from glasshive.security.keys import PeerId, public_key_of
@@ -27,7 +26,6 @@ __all__ = [
     "StreamHandler",
     "Transport",
     "check_address",
-    "check_loopback",
 ]
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
@@ -74,22 +72,6 @@ def check_address(address: str) -> None:
         )
 
 
-def check_loopback(address: str) -> None:
-    """Returns for an address that only this machine reaches; raises ListenRefused or BadAddress."""
-    check_address(address)
-    _, kind, host, *_ = address.split("/")
-    try:
-        loopback = kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ListenRefused(
-            f"can't listen at {address}: a host can't keep strangers from taking all of its time "
-            'yet ("Trust" in docs/roadmap.md), so it listens to this machine only; use '
-            "/ip4/127.0.0.1/tcp/0, and let other machines in by `ssh -L PORT:127.0.0.1:PORT`"
-        )
-
-
 def _meant(address: str) -> str:
     """The multiaddr of what may be a host's name with a port."""
     found = _HOST.fullmatch(address)
@@ -110,6 +92,10 @@ class Transport(Protocol):
     @property
     def addresses(self) -> tuple[str, ...]:
         """Multiaddrs, each with ``/p2p/ID``, under which others can reach it; maybe none."""
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Multiaddrs of this machine at which it listens; others may reach it under other ones."""
 
     @property
     def swarm(self) -> str:

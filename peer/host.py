@@ -385,7 +385,7 @@ class Host:
         go_on()
         slots(part.graph, self._outline, passes)
         go_on()
-        peers = find_peers(part, request, shown_at, go_on)
+        peers = find_peers(part, request, shown_at, self._transport.addresses, go_on)
         return part, passes, admission.admit(part, passes, body, go_on), peers
 
     async def _take_consts(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from glasshive.dht.addresses import dialable
 from glasshive.dht.errors import RecordRefused
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress
@@ -28,25 +29,32 @@ def check_peers(part: Part, peers: Sequence[PlannedPeer]) -> None:
 
 
 def find_peers(
-    part: Part, request: TraceRequest, now: float, go_on: Callable[[], None]
+    part: Part,
+    request: TraceRequest,
+    now: float,
+    own_addresses: Sequence[str],
+    go_on: Callable[[], None],
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
     Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
-    model, expired or without an address. `go_on` is called between two of them.
+    model, expired or without an address that a host with these `own_addresses` dials
+    (dht/addresses.py). `go_on` is called between two of them.
     """
     receivers = part.receivers
     found = []
     for index, peer in enumerate(request.peers):
         addresses: tuple[str, ...] = ()
         if index in receivers:
-            addresses = _own_addresses(peer, request, now)
+            addresses = _where(peer, request, now, own_addresses)
             go_on()
         found.append(PeerAddress(peer.peer_id, addresses))
     return tuple(found)
 
 
-def _own_addresses(peer: PlannedPeer, request: TraceRequest, now: float) -> tuple[str, ...]:
+def _where(
+    peer: PlannedPeer, request: TraceRequest, now: float, own_addresses: Sequence[str]
+) -> tuple[str, ...]:
     if not peer.record:
         raise RecordRefused(
             f"this peer is to send to {peer.peer_id}, whose record is not in the request; peers "
@@ -57,6 +65,10 @@ def _own_addresses(peer: PlannedPeer, request: TraceRequest, now: float) -> tupl
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of {record.peer_id}")
     if record.model != request.model_id:
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of another model")
-    if not record.addresses:
-        raise RecordRefused(f"the record of {peer.peer_id} in the plan names no address")
-    return record.addresses
+    addresses = dialable(record.addresses, own_addresses)
+    if not addresses:
+        raise RecordRefused(
+            f"the record of {peer.peer_id} in the plan names no address that this peer dials: "
+            "loopback and private ones only where it is at such an address itself"
+        )
+    return addresses

@@ -66,7 +66,7 @@ class Serving:
         """Announce what has changed of the record; all of it with `again`."""
         record = replace(
             self.record,
-            addresses=self._transport.addresses[:4],
+            addresses=self._transport.addresses,
             load=round(self.host.load, 2),
             whitelist_version=self.host.policy.version,
             withdrawn=not self.host.policy.allows_model(self.record.model),
@@ -103,7 +103,7 @@ def record_of(
         backend=backend_class(model.device),
         attention=served.attention,
         throughput_tokens_per_second=served.pace.tokens_per_second,
-        addresses=transport.addresses[:4],
+        addresses=transport.addresses,
         whitelist_version=whitelist_version,
         load=0.0,
         software_version=importlib.metadata.version("glasshive"),

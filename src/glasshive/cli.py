@@ -11,6 +11,7 @@ import itertools
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -45,6 +46,7 @@ app.add_typer(member_commands.app)
 app.add_typer(audit_commands.app)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+ANYWHERE = "/ip4/0.0.0.0/tcp/31331"
 BOOTSTRAP_LISTEN = swarm_commands.BOOTSTRAP_LISTEN
 
 ConfigOption = Annotated[
@@ -60,6 +62,14 @@ ServeBootstrapOption = Annotated[
         "--bootstrap",
         help="Address of a bootstrap peer of the swarm to join; may be given several times. "
         "Without one here or in the config this host begins a swarm of its own.",
+    ),
+]
+AnnounceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce",
+        help="Multiaddr under which others reach it, if that is not the machine's own: that of a "
+        "router which forwards the port. May be given several times.",
     ),
 ]
 KeyOption = Annotated[
@@ -138,7 +148,11 @@ def serve(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Announce the model under this name.")] = None,
-    listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = LOOPBACK,
+    listen: Annotated[
+        str | None,
+        typer.Option(help=f"Multiaddr to listen at, such as {ANYWHERE}; else {LOOPBACK}."),
+    ] = None,
+    announce: AnnounceOption = None,
     bootstrap: ServeBootstrapOption = None,
     config: ConfigOption = None,
     key: HostKeyOption = None,
@@ -153,16 +167,29 @@ def serve(
     set_up_logging(log_format)
     span = _blocks(blocks, model)
     _check_name(name)
-    settings = load_settings(config, bootstraps=bootstrap, host_key=key, memory=memory)
+    settings = load_settings(
+        config,
+        bootstraps=bootstrap,
+        host_key=key,
+        memory=memory,
+        listen=listen,
+        announce=announce,
+    )
+    listen = settings.listen or LOOPBACK
     if report_descriptor is None:
         default = data_dir() / "host.key"
-        _supervise(settings.host_key, default, listen, settings, until_stdin_ends, spare=spare)
+        _check_places(listen, settings.announce, settings)
+        _supervise(settings.host_key, default, settings, until_stdin_ends, spare=spare)
     from glasshive.host_process import Life, ServeOptions, run_host, wait_ready
 
     if stand_by:
         listen = wait_ready()
     run_host(
-        Life(settings, settings.host_key_path, listen, log_format, report_descriptor, key_in_use),
+        Life(
+            *(settings, settings.host_key_path, listen, log_format, report_descriptor),
+            announce=settings.announce,
+            key_in_use=key_in_use,
+        ),
         ServeOptions(model, span, dtype, device, attention, name),
     )
 
@@ -170,6 +197,7 @@ def serve(
 @app.command()
 def bootstrap(
     listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = BOOTSTRAP_LISTEN,
+    announce: AnnounceOption = None,
     others: BootstrapOption = None,
     config: ConfigOption = None,
     key: HostKeyOption = None,
@@ -183,10 +211,17 @@ def bootstrap(
     settings = load_settings(config, bootstraps=others)
     default = data_dir() / "bootstrap.key"
     if report_descriptor is None:
-        _supervise(key, default, listen, settings, until_stdin_ends)
+        _check_places(listen, announce or (), settings)
+        _supervise(key, default, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
-    run_bootstrap(Life(settings, key or default, listen, log_format, report_descriptor, key_in_use))
+    run_bootstrap(
+        Life(
+            *(settings, key or default, listen, log_format, report_descriptor),
+            announce=tuple(announce or ()),
+            key_in_use=key_in_use,
+        )
+    )
 
 
 @app.command()
@@ -320,7 +355,6 @@ def _check_name(name: str | None) -> None:
 def _supervise(
     key: Path | None,
     default: Path,
-    listen: str,
     settings: Settings,
     until_stdin_ends: bool,
     *,
@@ -335,7 +369,6 @@ def _supervise(
     from glasshive.peer.supervisor import Supervisor
     from glasshive.security.keys import Identity
 
-    _check_listen(listen)
     for address in settings.bootstraps:
         PeerAddress.parse(address)
     in_use: list[str] = []
@@ -368,19 +401,19 @@ def _supervise(
     sys.exit(code)
 
 
-def _check_listen(listen: str) -> None:
-    """Raises BadAddress or ListenRefused for an address that can't be listened at.
+def _check_places(listen: str, announce: Sequence[str], settings: Settings) -> None:
+    """Raises BadAddress or ListenRefused for where a peer can't listen or be announced.
 
     The network daemon would share a port that is in use, and each peer get half of the calls.
     """
+    from glasshive.dht.addresses import check_places
     from glasshive.dht.errors import BadAddress, ListenRefused
-    from glasshive.dht.transport import check_loopback
 
     if not listen.startswith("/"):
         raise BadAddress(
             f"got --listen {listen!r}, wanted a multiaddr such as /ip4/127.0.0.1/tcp/31331"
         )
-    check_loopback(listen)
+    check_places([listen], announce, whitelisted=settings.root is not None)
     _, kind, host, protocol, port, *_ = listen.split("/")
     if protocol != "tcp":
         return

@@ -19,6 +19,7 @@ import structlog
 from pydantic import ByteSize
 
 from glasshive.dht import hivemind_setup
+from glasshive.dht.addresses import is_beyond
 from glasshive.dht.directory import serve_directory
 from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, SwarmError
 from glasshive.dht.hivemind_transport import HivemindTransport
@@ -64,6 +65,7 @@ class Life:
     listen: str
     log_format: LogFormat
     report_descriptor: int
+    announce: tuple[str, ...] = ()  # where others find it, if not at its own addresses
     key_in_use: str | None = None  # another process's, in whose place `key` was taken
 
 
@@ -137,6 +139,8 @@ class _Process:
             return HivemindTransport.create(
                 identity,
                 listen=[life.listen],
+                announce=life.announce,
+                whitelisted=life.settings.root is not None,
                 bootstraps=bootstraps,
                 swarm=life.settings.swarm,
                 gate=gate,
@@ -190,8 +194,7 @@ class _Process:
         self, transport: HivemindTransport, refresh: Callable[[bool], None] = lambda lost: None
     ) -> None:
         """Until told to stop, with a new network daemon whenever the old one has died."""
-        address = transport.addresses[0]
-        self.reporter.ready(address.rpartition("/p2p/")[0])
+        self.reporter.ready(transport.listening[0])
         while True:
             events = [asyncio.create_task(event.wait()) for event in (self.stop, transport.lost)]
             try:
@@ -273,6 +276,7 @@ async def _bootstrap(process: _Process) -> None:
         if store is not None:
             await ends.enter_async_context(process.keeper(transport, store))
             _say_whitelist(process, store)
+        _say_reach(process, transport)
         address = transport.addresses[0]
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
@@ -342,6 +346,7 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         _say_memory(process, serving.host.memory_bytes)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
+            _say_reach(process, transport)
             await serving.start()
             _say_ready(process, serving)
             await process.serve(transport, lambda lost: serving.refresh(again=lost))
@@ -477,6 +482,25 @@ def _say_whitelist(process: _Process, store: TrustStore) -> None:
             "  glasshive whitelist publish --folder FOLDER",
             markup=False,
         )
+
+
+def _say_reach(process: _Process, transport: HivemindTransport) -> None:
+    """Who can come from other machines, and where: before this peer is announced."""
+    addresses = [one for one in transport.addresses if is_beyond(one)]
+    if not addresses:
+        return
+    members = bool(process.life.settings.issuers)
+    if process.life.log_format == "json":
+        log.warning("reachable", addresses=addresses, members_only=members)
+        return
+    who = "members of this swarm" if members else "strangers"
+    console.print(
+        f"other machines reach this one: {who} may ask it for what is allowed, under\n  "
+        + "\n  ".join(addresses),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say_alone(process: _Process) -> None:

@@ -55,6 +55,7 @@ class NewSwarm:
     new_keys: Mapping[str, NewKey]  # by the holder's name
     keys: Sequence[SigningKey] = ()  # others that are at hand to sign
     public: bool = False
+    announce: Sequence[str] = ()  # where others find it, if not at `listen`
 
 
 def make_swarm(place: Path, new: NewSwarm, clock: Callable[[], float]) -> TrustFolder:
@@ -113,11 +114,12 @@ def _hive_text(new: NewSwarm, bootstrap: PeerId) -> str:
         "# Who makes members of this private swarm: the bootstrap peer.\n"
         f"issuers = [{json.dumps(bootstrap)}]\n"
     )
+    places = new.announce or [new.listen]
     return (
         "# Hosts, bootstrap peers and clients read this file: --config, GLASSHIVE_CONFIG, or\n"
         "# glasshive.connect. It holds no secret; paths are relative to it.\n"
         f"swarm = {json.dumps(new.whitelist.swarm)}\n"
-        f"bootstraps = [{json.dumps(f'{new.listen}/p2p/{bootstrap}')}]\n"
+        f"bootstraps = {json.dumps([f'{one}/p2p/{bootstrap}' for one in places])}\n"
         f"{'' if new.public else issuers}"
         "# Who may sign the whitelist that hosts keep to.\n"
         'root = "trust/1.root.json"\n'

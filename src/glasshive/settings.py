@@ -9,11 +9,14 @@
     policy = "policy.toml"                               # what a host lends less of than that
     audit = true                                         # a host keeps an audit log
     memory = "8GiB"                                      # the most that traces take on a host
+    listen = "/ip4/0.0.0.0/tcp/31331"                    # where a host listens; needs a root
+    announce = ["/ip4/203.0.113.7/tcp/31331"]            # where others find it, behind a router
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
-GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_MEMORY).
+GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_MEMORY,
+GLASSHIVE_LISTEN, GLASSHIVE_ANNOUNCE). A bootstrap peer takes the last two from its flags only.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ _WANTED = {
     "policy": 'a path in quotes, such as "policy.toml"',
     "audit": "true or false, without quotes",
     "memory": 'a size above 0 in quotes, such as "8GiB", or a number of bytes',
+    "listen": 'an address of this machine in quotes, such as "/ip4/0.0.0.0/tcp/31331"',
+    "announce": 'a list of addresses, such as ["/ip4/203.0.113.7/tcp/31331"]',
 }
 
 
@@ -75,8 +80,10 @@ class Settings(BaseSettings):
     policy: Path | None = None
     audit: bool | None = None
     memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    listen: str | None = None
+    announce: Annotated[tuple[str, ...], NoDecode] = ()
 
-    @field_validator("bootstraps", "issuers", mode="before")
+    @field_validator("bootstraps", "issuers", "announce", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):

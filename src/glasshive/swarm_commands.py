@@ -85,6 +85,10 @@ def init(
     listen: Annotated[
         str, typer.Option(help="Where the bootstrap peer will listen.")
     ] = BOOTSTRAP_LISTEN,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(help="Where others find it, if not at its own address. May be repeated."),
+    ] = None,
     key: SigningKeysOption = None,
     passphrase_file: PassphraseOption = None,
 ) -> None:
@@ -97,7 +101,7 @@ def init(
     check_new(place)
     swarm = place.resolve().name if name is None else name
     _check_swarm(swarm, public)
-    _check_listen(listen)
+    _check_places(listen, announce or ())
     both = holder or []
     if not (public or both or root_holder or whitelist_holder):
         both = ["owner"]
@@ -127,6 +131,7 @@ def init(
         new_keys,
         keys,
         public,
+        tuple(announce or ()),
     )
     say_made(make_swarm(place, new, time.time), new)
 
@@ -327,18 +332,29 @@ def _check_swarm(name: str, public: bool) -> None:
         )
 
 
-def _check_listen(listen: str) -> None:
+def _check_places(listen: str, announce: Sequence[str]) -> None:
     """Raises BadAddress or ListenRefused for an address that no bootstrap peer could have."""
-    from glasshive.dht.transport import PeerAddress, check_loopback
+    from glasshive.dht.addresses import check_announced, check_places
+    from glasshive.dht.errors import BadAddress
+    from glasshive.dht.transport import PeerAddress
     from glasshive.security.keys import Identity
 
     PeerAddress.parse(f"{listen}/p2p/{Identity.generate().peer_id}")
-    check_loopback(listen)
     if listen.endswith("/tcp/0"):
         raise typer.BadParameter(
             f"others have to know the bootstrap peer's port; name one, such as {BOOTSTRAP_LISTEN}",
             param_hint="--listen",
         )
+    check_places([listen], announce, whitelisted=True)
+    if not announce:
+        try:
+            check_announced(listen)
+        except BadAddress:
+            raise typer.BadParameter(
+                f"others can't find the bootstrap peer by {listen}; say with --announce which "
+                "address of its machine, or of its router, leads there",
+                param_hint="--listen",
+            ) from None
 
 
 def _threshold(role: str, given: int | None, usual: int, holders: int) -> int:

@@ -18,6 +18,7 @@ from typing import Final, final
 
 import structlog
 
+from glasshive.dht.addresses import dialable
 from glasshive.dht.errors import RecordRefused, SwarmError
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
@@ -208,8 +209,10 @@ class TrustKeeper:
                 continue
             if record.withdrawn or record.peer_id in known:
                 continue
-            kind = newer if record.whitelist_version > ours else others
-            kind.append(PeerAddress(record.peer_id, record.addresses))
+            addresses = dialable(record.addresses, self._transport.addresses)
+            if addresses:  # anybody can announce any
+                kind = newer if record.whitelist_version > ours else others
+                kind.append(PeerAddress(record.peer_id, addresses))
         for kind in (newer, others):
             self._rng.shuffle(kind)
         half = MAX_ASKED // 2  # whoever claims a high version must not be all who is asked

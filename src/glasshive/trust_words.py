@@ -152,20 +152,24 @@ def say_made(folder: TrustFolder, new: NewSwarm) -> None:
     say(f"  {folder.hive}\n  {place / 'trust'}")
     say("\nnext:")
     if not say_waiting(folder):
-        say_start(folder, new.listen, public=new.public)
-    say("\nHosts of this release listen on this machine only.")
+        say_start(folder, new)
+    say(
+        "\nHosts listen on this machine only, unless `serve` and `bootstrap` are told otherwise "
+        "with --listen."
+    )
 
 
-def say_start(folder: TrustFolder, listen: str, *, public: bool) -> None:
+def say_start(folder: TrustFolder, new: NewSwarm) -> None:
     """The commands that start a swarm whose first whitelist is complete."""
     place, config = _quoted(folder.place), _quoted(folder.hive)
     own = _quoted(folder.keys / "bootstrap.key")
     say(f"  glasshive whitelist show --folder {place}")
-    say(f"  glasshive bootstrap --config {config} --key {own} --listen {listen}")
+    found = "".join(f" --announce {one}" for one in new.announce)
+    say(f"  glasshive bootstrap --config {config} --key {own} --listen {new.listen}{found}")
     # In a private swarm bootstrap peers take it from members only; who makes it is none yet.
-    here = "" if public else " --only-here"
+    here = "" if new.public else " --only-here"
     say(f"  glasshive whitelist publish --folder {place}{here}    # and after every new whitelist")
-    if public:
+    if new.public:
         say(f"  glasshive serve MODEL --config {config}")
         say(f"  glasshive status --config {config}")
     else:

@@ -287,7 +287,8 @@ def test_values_of_a_plan_go_in_no_circle(served: ServedModel) -> None:
 
 # Whom a host dials ------------------------------------------------------------------------------
 
-VICTIM = "/ip4/192.0.2.7/tcp/22"
+VICTIM = "/ip4/203.0.113.7/tcp/22"
+LAN = "/ip4/192.168.1.1/tcp/80"
 
 
 def pushing() -> Part:
@@ -351,7 +352,9 @@ async def test_nobody_is_dialled_where_somebody_else_says(
         (record_of(OTHER, [VICTIM], model=model, expires_at_seconds=time.time() - 20), "expired"),
         (record_of(OTHER, [VICTIM], model=model, expires_at_seconds=time.time() + 99), "is valid"),
         (record_of(OTHER, [VICTIM]), f"{who} is of another model"),
-        (record_of(OTHER, [], model=model), f"{who} names no address"),
+        # Its own record, and an address at which this host, on loopback, has nothing to look for.
+        (record_of(OTHER, [], model=model), f"{who} names no address that this peer dials"),
+        (record_of(OTHER, [LAN], model=model), f"{who} names no address that this peer dials"),
     ):
         request, data = swarm.request(pushing())
         asked = with_peer(request, PlannedPeer(OTHER.peer_id, record))

@@ -49,9 +49,7 @@ async def test_who_comes_back_is_reached_by_the_next_call() -> None:
 
     try:
         for _ in range(2):  # a second time with a connection that has ended
-            with pytest.raises(
-                PeerUnreachable, match="connection refused"
-            ):
+            with pytest.raises(PeerUnreachable, match="connection refused"):
                 await asked()
             host = await HivemindTransport.create(identity, listen=[listen], dht="none")
             try:

@@ -43,7 +43,7 @@ def record_of(identity: Identity = ALICE, **changes: Any) -> PeerRecord:
         "backend": "cpu torch-2.13",
         "attention": "sdpa",
         "throughput_tokens_per_second": 123.5,
-        "addresses": (f"/ip4/127.0.0.1/tcp/4001/p2p/{identity.peer_id}", "/dns4/a.org/tcp/1"),
+        "addresses": (f"/ip4/127.0.0.1/tcp/4001/p2p/{identity.peer_id}", "/ip4/203.0.113.7/tcp/1"),
         "whitelist_version": 7,
         "load": 0.25,
         "software_version": "0.1.0",
@@ -77,7 +77,7 @@ def test_its_body_is_the_documented_array() -> None:
         "cpu torch-2.13",
         "sdpa",
         123.5,
-        [f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}", "/dns4/a.org/tcp/1"],
+        [f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}", "/ip4/203.0.113.7/tcp/1"],
         7,
         0.25,
         "0.1.0",
@@ -187,14 +187,15 @@ def test_a_record_is_signed_by_its_own_peer_only() -> None:
 
 
 def test_a_record_beyond_the_size_is_not_signed() -> None:
-    address = "/dns4/" + "a" * 100 + "/tcp/1" + "/x" * 5
+    place = "/ip4/203.0.113.7/tcp/1"
+    address = f"{place}/{'a' * 64}/{'a' * 34}"
     long = record_of(
         model_name="m" * 128, backend="b" * 128, attention="c" * 128, addresses=(address,) * 4
     )
     assert len(long.sign(ALICE)) < 1536
     longer = dataclasses.replace(
         long,
-        addresses=("/dns4/" + "a" * 100 + "/tcp/1" + "/yyyyyyyyy" * 8,) * 4,
+        addresses=(f"{place}/{'a' * 64}/{'a' * 64}/{'a' * 39}",) * 4,
         software_version="s" * 128,
         quantisation="q" * 128,
     )

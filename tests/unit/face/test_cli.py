@@ -138,14 +138,16 @@ def test_wrong_usage_exits_with_2(
         ),
         (
             ("serve", "m", "--blocks", "0:1", "--listen", "/ip4/0.0.0.0/tcp/0"),
-            "error: can't listen at /ip4/0.0.0.0/tcp/0: a host can't keep strangers from taking "
-            'all of its time yet ("Trust" in docs/roadmap.md), so it listens to this '
-            "machine only; use /ip4/127.0.0.1/tcp/0, and let other machines in by "
-            "`ssh -L PORT:127.0.0.1:PORT`",
+            "error: can't listen at /ip4/0.0.0.0/tcp/0: other machines could reach this one, and "
+            "no signed whitelist says what they may run here; name the swarm's hive.toml with ",
         ),
         (
             ("bootstrap", "--listen", "/ip4/192.0.2.7/tcp/1"),
-            "so it listens to this machine only",
+            "error: can't listen at /ip4/192.0.2.7/tcp/1: other machines could reach this one, and",
+        ),
+        (
+            ("serve", "m", "--listen", "/ip4/127.0.0.1/tcp/0", "--announce", "/ip4/8.8.4.4/tcp/1"),
+            "error: can't announce /ip4/8.8.4.4/tcp/1: other machines could reach this one, and",
         ),
         (
             ("bootstrap", "--listen", "nonsense"),

@@ -387,9 +387,8 @@ STREAMS = serving.StreamLimits()
         f"At most {manifest.MAX_FILES:,} files and {manifest.MAX_MANIFEST_BYTES // MIB} MiB",
         f"has 1 to {manifest.MAX_NAME_CHARS} characters",
         f"a str of at most {messages.MAX_TEXT_CHARS:,} characters",
-        f"an array of 1 to {requests.MAX_PEERS} pairs `[peer id, [address, ...]]` "
-        f"(at most {requests.MAX_ADDRESSES} addresses of {requests.MAX_ADDRESS_CHARACTERS} "
-        "characters)",
+        f"an array of 1 to {requests.MAX_PEERS} pairs `[peer id, record]`",
+        f"of the others an empty bin; at most {requests.MAX_RECORD_BYTES:,} bytes",
         f"a bin of 1 byte to {requests.MAX_REQUEST_BYTES // KIB} KiB",
         f"valid for at most {requests.REQUEST_SECONDS:.0f} s",
         f"texts of 1 to {requests.MAX_TEXT} characters",

@@ -94,7 +94,7 @@ def test_memory_is_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         (
             'bootstrap = ["/a"]\n',
             r"no setting 'bootstrap' \(it is in .*hive\.toml\); the settings are swarm, "
-            r"bootstraps, key, host_key, root, issuers, policy, audit, memory; "
+            r"bootstraps, key, host_key, root, issuers, policy, audit, memory, listen, announce; "
             r"did you mean bootstraps\?",
         ),
         (

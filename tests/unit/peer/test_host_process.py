@@ -77,7 +77,7 @@ def process(
 ) -> _Process:
     settings = Settings.model_validate({"bootstraps": bootstraps, "memory": memory})
     listen = "/ip4/127.0.0.1/tcp/0"
-    return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use))
+    return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use=key_in_use))
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,110 @@
+"""What is said, asked and configured of where others reach a peer."""
+
+from __future__ import annotations
+
+import os
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from askers import record_of
+
+from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
+from glasshive.dht.records import MODELS_KEY, PeerRecord
+from glasshive.host_process import Life, _Process, _say_reach
+from glasshive.security.keys import Identity
+from glasshive.settings import Settings, load_settings
+from glasshive.swarm_commands import _check_places
+from glasshive.trust_keeper import TrustKeeper
+
+WAN = "/ip4/203.0.113.7/tcp/31331"
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    reading, writing = os.pipe()
+    yield writing
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_who_can_come_and_where_is_said(
+    members: bool, descriptor: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    identity = Identity.generate()
+    transport = MemoryNetwork().transport(identity)
+    settings = Settings(issuers=(identity.peer_id,) if members else ())
+    process = _Process(Life(settings, tmp_path / "key", WAN, "pretty", descriptor))
+    _say_reach(process, transport)
+    assert capfd.readouterr().err == ""  # loopback: nobody comes
+    transport.addresses = (f"{WAN}/p2p/{identity.peer_id}", *transport.addresses)
+    _say_reach(process, transport)
+    assert capfd.readouterr().err == (
+        f"other machines reach this one: {'members of this swarm' if members else 'strangers'} may "
+        f"ask it for what is allowed, under\n  {WAN}/p2p/{identity.peer_id}\n"
+    )
+
+
+def test_a_host_s_places_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hive.toml"
+    file.write_text(f'listen = "/ip4/0.0.0.0/tcp/31331"\nannounce = ["{WAN}"]\n')
+    assert load_settings(file).listen == "/ip4/0.0.0.0/tcp/31331"
+    assert load_settings(file).announce == (WAN,)
+    assert load_settings(file, announce=["/ip4/8.8.4.4/tcp/1"]).announce == ("/ip4/8.8.4.4/tcp/1",)
+    monkeypatch.setenv("GLASSHIVE_ANNOUNCE", f"{WAN}, /ip6/2600::3/tcp/1")
+    assert load_settings(file).announce == (WAN, "/ip6/2600::3/tcp/1")
+
+
+def test_others_must_find_the_bootstrap_peer_of_a_new_swarm() -> None:
+    from typer import BadParameter
+
+    with pytest.raises(BadParameter, match=r"can't find the bootstrap peer by /ip4/0.0.0.0/tcp/1;"):
+        _check_places("/ip4/0.0.0.0/tcp/1", [])
+    with pytest.raises(BadParameter, match="others have to know the bootstrap peer's port"):
+        _check_places("/ip4/0.0.0.0/tcp/0", [WAN])
+    _check_places("/ip4/0.0.0.0/tcp/1", [WAN])
+    _check_places("/ip4/10.1.2.3/tcp/1", [])
+
+
+@pytest.mark.asyncio
+async def test_a_keeper_goes_where_a_host_would() -> None:
+    """Not to private addresses that a stranger's record names, from a machine with a public one."""
+    network = MemoryNetwork()
+    me, lan, wan = (Identity.generate() for _ in range(3))
+    here: MemoryTransport = network.transport(me)
+    here.addresses = ("/ip4/8.8.4.4/tcp/4001",)
+    for identity, address in ((lan, "/ip4/10.0.0.1/tcp/80"), (wan, "/ip4/8.8.8.8/tcp/4001")):
+        record = record_of(identity, [address], expires_at_seconds=round(time.time()) + 50.0)
+        expiry = PeerRecord.verify(record, None).expires_at_seconds
+        at = network.transport(identity)
+        assert await at.store(MODELS_KEY, identity.peer_id, record, expiry)
+    keeper = TrustKeeper(here, _Store(), [])  # type: ignore[arg-type]
+    (found,) = await keeper._hosts()
+    assert found.peer_id == wan.peer_id
+
+
+class _Store:
+    """A store without anything."""
+
+    root = type("Root", (), {"version": 1})
+    highest_version = 0
+    whitelist = None
+    kept = None
+
+
+def test_the_hive_toml_of_a_new_swarm_says_where_the_bootstrap_is_found() -> None:
+    from glasshive.new_swarm import NewSwarm, _hive_text
+
+    whitelist = type("Whitelist", (), {"swarm": "lab"})
+    peer = Identity.generate().peer_id
+    for announce, place in (((), "/ip4/10.1.2.3/tcp/1"), ((WAN,), WAN)):
+        new = NewSwarm(
+            whitelist,  # type: ignore[arg-type]
+            "/ip4/10.1.2.3/tcp/1",
+            *((), 1, (), 1, {}),  # type: ignore[arg-type]
+            announce=announce,
+        )
+        assert tomllib.loads(_hive_text(new, peer))["bootstraps"] == [f"{place}/p2p/{peer}"]
