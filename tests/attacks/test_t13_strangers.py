@@ -3,9 +3,8 @@
 The second half is no defence: it says what an attacker with many keys gets today, so that whoever
 builds one sees it here, and the threat model is not read as more than it is. Over real daemons the
 first half stands in tests/swarm/test_private_swarm.py. Seen failing, each alone: with `admit` of
-`dht/member_gate.py` left empty, the strangers; with MAX_AT_THE_DOOR_PER_PEER made endless, those
-who wait at the door; with the comparison of receiver and member taken out of
-`security/membership.py`, the borrowed certificate.
+`dht/member_gate.py` left empty, the strangers; with the bound for each key at the door taken out
+there, and with those who were seen before not let past it, the last of them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from soak import SEED
 
 from glasshive.client.route import choose_route
 from glasshive.dht import messages
-from glasshive.dht.errors import NotLetIn, StreamRefused
+from glasshive.dht.errors import NotLetIn, StreamClosed, StreamRefused
 from glasshive.dht.member_gate import MAX_AT_THE_DOOR, MAX_AT_THE_DOOR_PER_PEER
 from glasshive.dht.messages import JOIN_PROTOCOL, TRACE_PROTOCOL, Hello, encode, is_a
 from glasshive.dht.records import PeerRecord
@@ -43,6 +42,7 @@ SHOWN = {
     "another's": BORROWED,
     "one that ended": certificate_of(EVE, Role.ADMIN, -11.0),
     "one of another swarm": certificate_of(EVE, Role.ADMIN, swarm="other"),
+    "a client's": certificate_of(EVE, Role.CLIENT),
     "one of another issuer": Certificate(
         issuer=EVE.peer_id,
         member=EVE.peer_id,
@@ -52,6 +52,18 @@ SHOWN = {
         invite=b"i" * 16,
         expires_at_seconds=NOW + 86_400.0,
     ).sign(EVE),
+}
+
+
+OWN = "is no certificate of its own"
+SAID = {
+    b"": "answered, but may not serve here: .* showed no certificate",
+    b"junk": OWN,
+    BORROWED: OWN,
+    SHOWN["one that ended"]: "expired 11 s ago",
+    SHOWN["one of another swarm"]: "got a message for swarm 'other'",
+    SHOWN["one of another issuer"]: "no issuer of swarm 'lab'",
+    SHOWN["a client's"]: "is a client of swarm 'lab' and may not serve",
 }
 
 
@@ -77,7 +89,9 @@ async def test_a_stranger_is_served_nothing(protocol: str) -> None:
 
     await bob.serve(protocol, serve)
     eve = lab.stranger(EVE)
-    for shown in SHOWN.values():
+    for kind, shown in SHOWN.items():
+        if kind == "a client's":
+            continue  # which opens some
         stream = await eve.open_stream(address_of(bob), protocol, 5)
         await stream.send(encode(Hello(shown)))
         with pytest.raises(StreamRefused, match="not let in: "):
@@ -86,6 +100,11 @@ async def test_a_stranger_is_served_nothing(protocol: str) -> None:
     await stream.send("anything else")
     with pytest.raises(StreamRefused, match="this swarm is private; join it"):
         await stream.receive(5)
+    for header, body in ((encode(Hello(b"")), b"body"), ("x" * 600, b"")):
+        stream = await eve.open_stream(address_of(bob), protocol, 5)
+        await stream.send(header, body)
+        with pytest.raises(StreamClosed):
+            await stream.receive(5)
     assert not served
 
 
@@ -104,7 +123,7 @@ async def test_nothing_is_said_to_a_stranger_that_answers(shown: bytes) -> None:
         heard.append((await stream.receive(5)).header)
 
     await eve.serve(TRACE_PROTOCOL, answer)
-    with pytest.raises(NotLetIn):
+    with pytest.raises(NotLetIn, match=SAID[shown]):
         await alice.open_stream(address_of(eve), TRACE_PROTOCOL, 5)
     await eventually(lambda: not len(eve._tasks))
     assert len(heard) == 1
