@@ -115,28 +115,32 @@ def run_all(model: glasshive.Model, hive: LocalSwarm) -> torch.Tensor:
     assert float(known[0, 0, 0]) == pytest.approx(VALUE)
     results = torch.cat([saved.flatten(), steered.flatten()])
 
-    def fails(kind: str, **options: float) -> None:
-        with pytest.raises(GlasshiveError):
+    def fails(kind: str, **options: float) -> str:
+        """What the client is told."""
+        with pytest.raises(GlasshiveError) as caught:
             with model.trace(PROMPT, **options):
                 hidden = model.model.layers[1].output + constant
-                if kind == "while it runs":
-                    torch.index_select(hidden, 1, torch.tensor([INDEX])).save()
+                if kind == "while it runs":  # by numbers that only the host has
+                    wrong = (hidden[0, :1, 0] * 0).long() + INDEX
+                    torch.index_select(hidden, 1, wrong).save()
                 elif kind == "by the host's rule":
                     torch.sinh(hidden).save()
                 elif kind == "by the budget":
                     hidden.repeat(1 << 20, 1 << 20, 1).save()
                 elif kind == "in time":
-                    for _ in range(300):
+                    for _ in range(40):
                         hidden = torch.linalg.svd(hidden.repeat(1, 64, 64)[0]).S + constant[0]
                     hidden.save()
                 else:
-                    raise AssertionError(kind)
+                    hidden.save()
+        return f"{type(caught.value).__name__}: {caught.value}"
 
-    for kind in ("while it runs", "by the host's rule", "by the budget"):
-        fails(kind)
-    fails("in time", deadline=1.0)
+    assert "PeerFailed: " in (said := fails("while it runs")), said
+    assert "'sinh' is not allowed here" in (said := fails("by the host's rule")), said
+    assert "PeerFailed: " in (said := fails("by the budget")), said
+    assert "deadline" in (said := fails("in time", deadline=1.0)).lower(), said
     hive.hosts[1].kill()
-    fails("while it runs", deadline=3.0)
+    assert "PeerLost: " in (said := fails("by a lost host", deadline=3.0)), said
     return results
 
 
