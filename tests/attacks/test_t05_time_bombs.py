@@ -86,10 +86,7 @@ BOMBS: dict[str, tuple[list[Node], float]] = {
         2 * (2**16 - 2**12) * 2**12,
     ),
     "sorting": (after(SQUARE, op=("sort", A, 1, False, False)), N * N * LOG),
-    "a transform": (
-        [*after(SQUARE, op=("complex", A, A)), Op("fft_c2c", (B, (1,), "none", True))],
-        N * N * LOG,
-    ),
+    "a transform": (after(SQUARE, op=("fft_r2c", A, (1,), "none", False)), N * N * LOG),
     "all pairs": (after((4 * N,), op=("isin", A, A, False)), 4 * N * math.log2(4 * N)),
     "many moves": (after(SQUARE, op=("roll", A, (1,) * 32, (0,) * 32)), 32 * N * N),
     "random numbers": (after(SQUARE, op=("randn_like", A, None, 0)), N * N),

@@ -1,9 +1,10 @@
 """T8: tensors whose headers lie: no number format, no sizes, or not the bytes that they say.
 
-Seen failing, each alone: with the look at each size, at the rank, at the product and at the number
-format taken out of `check_spec`, and the comparison with the shortest writing out of
-`decode_header`; with `check_elements` left empty; with the comparison of what was announced taken
-out of `Host._take_consts` and of `Host._take_inputs`, and that of the hash out of `_constant`.
+Seen failing, each alone: with the look at each size and at the product taken out of `check_spec`,
+and the comparison with the shortest writing out of `decode_header`; with the comparison of lengths
+taken out of `check_elements` and of `receive_bytes`; with that of what was announced taken out of
+`Host._take_consts` and `Host._take_inputs`, that of the vocabulary out of the latter, and that of
+the hash out of `_constant`. The rank is bounded twice: it failed with both bounds taken out.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """T11: weights and configurations that are not what their model's id says.
 
-Seen failing, each alone: with the weights left out of `manifest_paths`, the flipped bits; with
-`check_file` left empty and the comparison of ids taken out of `decode_manifest`, the client's
-files; with the look at `len(manifests)` taken out of `resolve`, the two manifests; with
-`check_model` left empty, the host whose weights changed; with `_same` of hash and length taken out
-of `FileServer._read`, the file that changed; with the comparison of shapes taken out of the loader
-and the closed list of files out of `_file_of_tensor`, the configurations.
+Seen failing, each alone: with the weights left out of `manifest_paths`, the flipped bits; with the
+comparison of hashes taken out of `Manifest.check_file` and of ids out of `decode_manifest`, the
+client's files; with the look at `len(manifests)` taken out of `resolve`, the two manifests; with
+`Policy.allows_model` that is always true, the host whose weights changed; with the comparison of
+hashes taken out of `FileServer._read`, the file that changed; with that of shapes taken out of the
+loader, and that of names out of `_file_of_tensor`, the configurations and the index.
 """
 
 from __future__ import annotations

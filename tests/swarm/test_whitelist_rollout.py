@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from signers import CAT, DAN, EVE
+from soak import count
 from transformers import LlamaConfig, LlamaForCausalLM
 from trust_documents import root_now, whitelist_now
 
@@ -36,13 +37,16 @@ pytestmark = [
 
 SWARM = "rollout"
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
+# Two hosts, ten in `make soak`: copies of the two halves of the model.
+REPLICAS = count(1, 5)
+ROLLOUT_SECONDS = 60
 FIRST = root_now()
 ROOT = first_root(FIRST)
 
 
 @pytest.fixture(scope="module")
 def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    """Two hosts of two blocks each, under whitelist 1."""
+    """Hosts of two blocks each, under whitelist 1."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -64,7 +68,14 @@ def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("GLASSHIVE_DATA", str(tmp_path_factory.mktemp("data")))
-        with LocalSwarm(folder, [(0, 2), (2, 4)], trust=trust, threads=1) as running:
+        with LocalSwarm(
+            folder,
+            [(0, 2), (2, 4)],
+            trust=trust,
+            threads=1,
+            replicas=REPLICAS,
+            start_seconds=120.0 * REPLICAS,
+        ) as running:
             yield running
 
 
@@ -174,7 +185,14 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
             def announced() -> set[int]:
                 return {one.whitelist_version for one in swarm.records(hive.model_name)}
 
-            wait_for(lambda: announced() == {2}, 20, "every host announces whitelist 2")
+            def applied() -> list[int]:
+                return [policies(host)[-1]["whitelist_version"] for host in hive.hosts]
+
+            begun_at = time.monotonic()
+            wait_for(lambda: set(applied()) == {2}, ROLLOUT_SECONDS, "every host is on whitelist 2")
+            print(f"{len(hive.hosts)} hosts on it after {time.monotonic() - begun_at:.1f} s")
+            wait_for(lambda: announced() == {2}, ROLLOUT_SECONDS, "every host announces it")
+            assert len(swarm.records(hive.model_name)) == len(hive.hosts)
         assert len(traces) > 1
         assert set(traces) == {"as before"}
         with pytest.raises(PeerFailed) as caught:
@@ -214,12 +232,14 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
         store.accept_whitelist(*signed)
         assert asyncio.run(publish(hive, store)) == TrustVersions(2, version)
 
-    # The second host's key has been stolen: no client goes there any more.
+    # The keys of the second half's hosts have been stolen: no client goes there any more.
     hosts = [one.peer_id for one in hive.hosts]
-    next_whitelist(3, revoked_peers=frozenset(hosts[1:]))
+    many = "1 peer is" if REPLICAS == 1 else f"{REPLICAS} peers are"
+    left_out = f"{many} left out, as lost, busy, revoked or named in"
+    next_whitelist(3, revoked_peers=frozenset(hosts[1::2]))
     with glasshive.connect(hive.config) as swarm:
         model = swarm.model(hive.model_name)
-        with pytest.raises(NoRoute, match="1 peer is left out, as lost, busy, revoked or named in"):
+        with pytest.raises(NoRoute, match=left_out):
             run(model, relu=False)
         with model.trace(PROMPT):
             first = model.model.layers[1].output.save()
