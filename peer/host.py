@@ -130,10 +130,9 @@ class Host:
         self._outline = served.outline
         self._manifest = served.manifest
         own = limits or HostLimits()
-        memory_bytes = own.memory_bytes
-        if memory_bytes is None:
-            memory_bytes = lent_bytes(served.model.device)
-        self._own_limits = own.within(memory_bytes)
+        self.memory_bytes: Final = lent_bytes(served.model.device, own.memory_bytes)
+        """What all traces and the constants kept take at most at a time."""
+        self._own_limits = own.within(self.memory_bytes)
         self._limits = self._own_limits  # under the policy
         self._accounts = accounts or Accounts()
         self._clock = clock
@@ -148,7 +147,7 @@ class Host:
         self._consts = ConstCache(self._limits.const_cache_bytes, clock)
         self._sweeping: asyncio.Task[None] | None = None
         # What the constants kept leave of it.
-        self._memory = MemoryBook(memory_bytes - self._limits.const_cache_bytes, clock)
+        self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)

@@ -24,8 +24,8 @@ class HostLimits:
     batch_rows: int = 256
     context_tokens: int = 8192
     memory_bytes: int | None = None
-    """The most that all traces and the constants kept take at a time; None: what is free at the
-    start, less a reserve (peer/memory_book.py)."""
+    """The most that all traces and the constants kept take at a time, as far as it is free at the
+    start; None: what is free then, less a reserve (peer/memory_book.py)."""
     const_cache_bytes: int = 1 << 30
     budget: Budget = field(
         default_factory=lambda: Budget(

@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final, final
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from glasshive.peer.errors import Busy
+from glasshive.peer.free_memory import free_bytes
 from glasshive.security.keys import PeerId
 
 LENT_SHARE: Final = 0.75
@@ -89,14 +89,15 @@ class MemoryBook:
         return max(ends_at - self._clock(), 0.0)
 
 
-def lent_bytes(device: torch.device) -> int:
+def lent_bytes(device: torch.device, wanted_bytes: int | None = None) -> int:
     """How much a host on `device` may promise, its weights being loaded.
 
+    What its owner wants it to lend, as far as that is free; without a wish most of what is free.
     Values are on the device, and wait in the machine's own memory to be sent: whichever has less.
     """
-    free_bytes = psutil.virtual_memory().available
+    free = free_bytes()
     if device.type == "cuda":
         on_device_bytes, _ = torch.cuda.mem_get_info(device)
         kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free_bytes = min(free_bytes, on_device_bytes + kept_bytes)
-    return int(LENT_SHARE * free_bytes)
+        free = min(free, on_device_bytes + kept_bytes)
+    return int(LENT_SHARE * free) if wanted_bytes is None else min(wanted_bytes, free)

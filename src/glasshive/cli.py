@@ -130,6 +130,13 @@ def serve(
     ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
     attention: Annotated[Literal["sdpa", "eager", "flash"], typer.Option()] = "sdpa",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="The most memory that all traces take at a time, such as 8GiB, besides the model; "
+            "without it three quarters of what is free at the start."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Announce the model under this name.")] = None,
     listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = LOOPBACK,
     bootstrap: ServeBootstrapOption = None,
@@ -146,7 +153,7 @@ def serve(
     set_up_logging(log_format)
     span = _blocks(blocks, model)
     _check_name(name)
-    settings = load_settings(config, bootstraps=bootstrap, host_key=key)
+    settings = load_settings(config, bootstraps=bootstrap, host_key=key, memory=memory)
     if report_descriptor is None:
         default = data_dir() / "host.key"
         _supervise(settings.host_key, default, listen, settings, until_stdin_ends, spare=spare)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
+from pydantic import ByteSize
 
 from glasshive.dht import hivemind_setup
 from glasshive.dht.directory import serve_directory
@@ -320,17 +321,25 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         served = await asyncio.get_running_loop().run_in_executor(
             pool, _load, options, process.life.log_format == "pretty", policy
         )
+        from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
 
         seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
         if keeper is not None:
             policy = keeper.policy  # there may be a newer one since
-        serving = Serving(transport, identity, served, policy=policy, seen=seen, accounts=accounts)
+        serving = Serving(
+            *(transport, identity, served),
+            limits=HostLimits(memory_bytes=settings.memory),
+            policy=policy,
+            seen=seen,
+            accounts=accounts,
+        )
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
         _say_policy(process, serving.host.policy)
         _say_audit_log(process, accounts)
+        _say_memory(process, serving.host.memory_bytes)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
             await serving.start()
@@ -425,6 +434,19 @@ def _say_policy(process: _Process, policy: Policy) -> None:
         return
     for line in policy.describe():
         console.print(line, markup=False, highlight=False)
+
+
+def _say_memory(process: _Process, memory_bytes: int) -> None:
+    """How much memory traces may take, and whether that is less than was wanted."""
+    wanted = process.life.settings.memory
+    is_less = wanted is not None and memory_bytes < wanted
+    if process.life.log_format == "json":
+        log.info("memory", memory_bytes=memory_bytes, wanted_bytes=wanted)
+        return
+    console.print(
+        f"traces take at most {ByteSize(memory_bytes).human_readable()} of memory, all together"
+        + (", since no more is free" if is_less else "")
+    )
 
 
 def _say_audit_log(process: _Process, accounts: Accounts) -> None:

@@ -8,11 +8,12 @@
     issuers = ["12D3KooW..."]                            # who makes members: the swarm is private
     policy = "policy.toml"                               # what a host lends less of than that
     audit = true                                         # a host keeps an audit log
+    memory = "8GiB"                                      # the most that traces take on a host
 
 The file is the one that is given, else the one that GLASSHIVE_CONFIG names, else `hive.toml` in the
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
-GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT).
+GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_MEMORY).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import platformdirs
-from pydantic import ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -52,6 +53,7 @@ _WANTED = {
     "issuers": 'a list of peer ids, such as ["12D3KooW..."]',
     "policy": 'a path in quotes, such as "policy.toml"',
     "audit": "true or false, without quotes",
+    "memory": 'a size above 0 in quotes, such as "8GiB", or a number of bytes',
 }
 
 
@@ -72,6 +74,7 @@ class Settings(BaseSettings):
     issuers: Annotated[tuple[PeerId, ...], NoDecode] = ()
     policy: Path | None = None
     audit: bool | None = None
+    memory: Annotated[ByteSize, Field(gt=0)] | None = None
 
     @field_validator("bootstraps", "issuers", mode="before")
     @classmethod

@@ -72,6 +72,17 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
         load_settings(tmp_path / "none.toml")
 
 
+def test_memory_is_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_settings().memory is None
+    file = write(tmp_path / "hive.toml", 'memory = "8GiB"\n')
+    assert load_settings(file).memory == 8 << 30
+    monkeypatch.setenv("GLASSHIVE_MEMORY", "500MB")
+    assert load_settings(file).memory == 500_000_000
+    assert load_settings(file, memory="1000").memory == 1000
+    with pytest.raises(ConfigError, match="memory of GLASSHIVE_MEMORY or a flag: wanted a size"):
+        load_settings(memory="-1")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -83,12 +94,15 @@ def test_a_named_file_that_is_not_there_says_what_to_write(tmp_path: Path) -> No
         (
             'bootstrap = ["/a"]\n',
             r"no setting 'bootstrap' \(it is in .*hive\.toml\); the settings are swarm, "
-            r"bootstraps, key, host_key, root, issuers, policy, audit; did you mean bootstraps\?",
+            r"bootstraps, key, host_key, root, issuers, policy, audit, memory; "
+            r"did you mean bootstraps\?",
         ),
         (
             "bootstraps = [1]\n",
             r"setting bootstraps in .*: wanted a list of addresses.* got \[1\]$",
         ),
+        ('memory = "much"\n', r"setting memory in .*: wanted a size above 0 .*8GiB.* got 'much'$"),
+        ("memory = 0\n", r"setting memory in .*: wanted a size above 0 .*8GiB.* got 0$"),
         ("key = 3\n", "setting key in .*: wanted a path in quotes"),
         ('swarm = "\udcff"', "can't be read: 'utf-8' codec can't decode"),
         (f"swarm = {'9' * 5000}", "can't be read: a number has too many digits"),

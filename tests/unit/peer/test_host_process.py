@@ -73,8 +73,10 @@ def process(
     bootstraps: tuple[str, ...] = (),
     *,
     key_in_use: str | None = None,
+    memory: str | None = None,
 ) -> _Process:
-    settings, listen = Settings(bootstraps=bootstraps), "/ip4/127.0.0.1/tcp/0"
+    settings = Settings.model_validate({"bootstraps": bootstraps, "memory": memory})
+    listen = "/ip4/127.0.0.1/tcp/0"
     return _Process(Life(settings, key, listen, "pretty", descriptor, key_in_use))
 
 
@@ -160,6 +162,32 @@ async def test_a_host_without_a_root_says_what_others_can_run(
     assert "Policy: this release (no root is configured), signed by nobody.\n" in said
     assert f"Others can run all {len(OPS)} ops of this release, and no other code.\n" in said
     assert said.index("Others can write every module.") < said.index("ready;")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("memory", "says"),
+    [
+        ("1MiB", "traces take at most 1.0MiB of memory, all together\n"),
+        ("1PiB", "traces take at most 3.0MiB of memory, all together, since no more is free\n"),
+        (None, "traces take at most 2.2MiB of memory, all together\n"),
+    ],
+)
+async def test_a_host_lends_the_memory_that_its_owner_says(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    memory: str | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("glasshive.peer.memory_book.free_bytes", lambda: 3 << 20)
+    one = process(tmp_path / "host.key", descriptor, memory=memory)
+    one.stop.set()
+    await _host(one, options(served))
+    assert says in capfd.readouterr().err
 
 
 @pytest.mark.asyncio

@@ -81,6 +81,8 @@ def test_a_host_lends_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("psutil.virtual_memory", Free)
     assert lent_bytes(torch.device("cpu")) == 1000 * LENT_SHARE
+    assert lent_bytes(torch.device("cpu"), 900) == 900  # its owner knows better
+    assert lent_bytes(torch.device("cpu"), 2000) == 1000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 8000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
