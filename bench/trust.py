@@ -212,14 +212,14 @@ def cost_of_bombs() -> tuple[dict[str, float], float]:
     """Milliseconds to refuse each bomb of the tests, warm, and the megabytes that all added."""
     bombs = attack("test_t04_size_bombs")
 
-    def refuse(graph: Any) -> None:
+    def refuse(data: bytes) -> None:
         try:
-            bombs.admit(decode_graph(encode_graph(graph)), bombs.MODEL, bombs.BUDGET)
+            bombs.admit(decode_graph(data), bombs.MODEL, bombs.BUDGET)
         except GraphError:
             return
         sys.exit("a bomb was admitted")
 
-    graphs = {name: make() for name, make in bombs.BOMBS.items()}
+    graphs = {name: encode_graph(make()) for name, make in bombs.BOMBS.items()}
     for graph in graphs.values():
         refuse(graph)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -227,9 +227,9 @@ def cost_of_bombs() -> tuple[dict[str, float], float]:
     for name, graph in graphs.items():
         times = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.thread_time()
             refuse(graph)
-            times.append(time.perf_counter() - began)
+            times.append(time.thread_time() - began)
         took[name] = 1e3 * min(times)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     return took, grown_kib / 1024

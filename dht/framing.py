@@ -159,6 +159,8 @@ class Stream:
         """`why_lost` tells a dead transport from a stream that only ended."""
         self.peer_id = peer_id
         self.limits = limits
+        self.told_busy = False
+        """Set by a handler that had to say that this peer is busy."""
         self._reader = reader
         self._writer = writer
         self._why_lost = why_lost

@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 REFUSALS_PER_REMOTE: Final = 8
 """Each lingers for up to two seconds, so that it arrives."""
 
+BUSY_TOKENS: Final = 20
+"""What a stream on which this peer said that it is busy takes of its remote's new ones: whoever
+asks again and again costs the most, and gets nothing by it."""
+
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
@@ -97,7 +101,8 @@ class HandlerTasks:
             return "closing"
         if (wait_seconds := self._new.take(remote)) > 0:
             return (
-                f"busy: more than {limits.new_per_second:g} new streams a second of yours; "
+                f"busy: more than {limits.new_per_second:g} new streams a second of yours, of "
+                f"which one told busy counts as {BUSY_TOKENS}; "
                 f"try again in {max(wait_seconds, 0.001):.3f} s"
             )
         if self._open[remote] >= limits.per_remote:
@@ -132,6 +137,8 @@ class HandlerTasks:
                 return
             stream.expect_soon(self._limits.first_frame_seconds)
             await handler(stream)
+            if stream.told_busy:
+                self._new.charge(stream.peer_id, BUSY_TOKENS - 1)
             await stream.finish()
             finished = True
         except SwarmError as error:

@@ -40,8 +40,17 @@ class TokenBuckets:
         missing_seconds = full_at - now - self._burst / self._per_second
         if missing_seconds > 1e-9:
             return missing_seconds
+        self._remember(peer, full_at, now)
+        return 0.0
+
+    def charge(self, peer: PeerId, tokens: int) -> None:
+        """Take so many tokens, there or not: at most a burst of them is owed."""
+        now = self._clock()
+        full_at = max(self._full_at.get(peer, now), now) + tokens / self._per_second
+        self._remember(peer, min(full_at, now + 2 * self._burst / self._per_second), now)
+
+    def _remember(self, peer: PeerId, full_at: float, now: float) -> None:
         self._full_at[peer] = full_at
         self._full_at.move_to_end(peer)
         while len(self._full_at) > MAX_REMEMBERED or next(iter(self._full_at.values())) <= now:
             self._full_at.popitem(last=False)
-        return 0.0

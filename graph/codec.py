@@ -41,9 +41,7 @@ from glasshive.graph.graph import (
     Site,
     Skip,
     Write,
-    is_effect,
 )
-from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.ops import INT_MAX, INT_MIN, OPS, OpSpec, check_args, find_op
 from glasshive.graph.tensors import MAX_RANK, check_spec
 
@@ -57,9 +55,9 @@ _LATER: Final[Mapping[object, str]] = {
     12: "set_grad",
     13: "log",
 }
+_EFFECTS: Final = (_WRITE, _SKIP, _SAVE)
 _REF, _LIST, _DTYPE = range(3)
 _NODE_FIELDS: Final = 9  # of a write, which has the most
-_FRAME_DEPTH: Final = 5  # the message, its nodes, a node, its arguments, a ref in the last list
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +160,19 @@ def decode_graph(data: bytes, limits: GraphLimits = DEFAULT_LIMITS) -> Graph:
     version, imports, nodes = _parts(message, 3, "a graph is a version, imports and nodes")
     if type(version) is not int or version != VERSION:
         raise BadGraph(f"a graph of version {_short(version)}, but {VERSION} is wanted")
-    graph = _Decoder(limits).graph(imports, nodes)
-    if encode_graph(graph) != data:
+    # The decoder takes each field as it is or refuses it, so this is what the graph encodes to.
+    if _pack(message) != data:
         raise BadGraph("a graph's bytes are not its shortest encoding")
-    return graph
+    return _Decoder(limits).graph(imports, nodes)
 
 
 def _unpack(data: bytes, limits: GraphLimits) -> object:
     try:
-        scan(data, limits.nesting + _FRAME_DEPTH, len(data))
+        # Whether all of it is there, before anything is made for what it claims to hold: as `scan`
+        # tells, but in C. How deep it may be nested each field says below.
+        whole = msgpack.Unpacker(max_buffer_size=max(len(data), 1))  # 0 would be the largest
+        whole.feed(data)
+        whole.skip()
         return msgpack.unpackb(
             data,
             use_list=False,  # an empty tuple costs no memory, an empty list 56 bytes
@@ -182,7 +184,7 @@ def _unpack(data: bytes, limits: GraphLimits) -> object:
             max_map_len=0,
             max_ext_len=0,
         )
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise BadGraph(f"bytes that are no graph: {type(error).__name__}") from None
 
 
@@ -227,7 +229,7 @@ class _Decoder:
         self._limits = limits
         self._nodes: dict[NodeId, Node] = {}
         self._current = -1
-        self._known: set[int] = set()  # ids that a ref may name, if they are less than the current
+        self._known: dict[int, Ref] = {}  # what may be named, by ids less than the current
         self._groups: dict[int, OpSpec] = {}  # nodes of several outputs, which only `pick` may name
         self._imports: frozenset[NodeId] = frozenset()
         self._saves: set[str] = set()
@@ -235,7 +237,7 @@ class _Decoder:
 
     def graph(self, imports: object, nodes: object) -> Graph:
         self._imports = frozenset(map(NodeId, self._ids(imports)))
-        self._known.update(self._imports)
+        self._known.update((node_id, Ref(node_id)) for node_id in self._imports)
         if type(nodes) is not tuple:
             raise BadGraph("a graph's nodes are a list")
         if len(nodes) > self._limits.nodes:
@@ -278,10 +280,10 @@ class _Decoder:
         except (BadGraph, UnknownOp, NotYet) as error:
             raise type(error)(f"node {number}: {error}", node=number) from None
         self._nodes[NodeId(number)] = node
-        if not is_effect(node):
-            self._known.add(number)
-        if isinstance(node, Op) and OPS[node.name].outputs > 1:
-            self._groups[number] = OPS[node.name]
+        if kind not in _EFFECTS:
+            self._known[number] = Ref(NodeId(number))
+        if kind == _OP and (spec := OPS[fields[2]]).outputs > 1:
+            self._groups[number] = spec
         return number
 
     # One method for each kind, with the fields as parameters
@@ -388,32 +390,37 @@ class _Decoder:
     def _step(self, value: object) -> int:
         return self._number(value, self._limits.steps, "a step")
 
-    def _ref(self, value: object, *, allow_groups: bool = False) -> Ref:
-        if type(value) is not int or value not in self._known or value >= self._current:
+    def _ref(self, value: object, allow_groups: bool = False) -> Ref:
+        found = self._known.get(value) if type(value) is int else None
+        if found is None or found.node >= self._current:
             raise BadGraph(f"a ref to {_short(value)}, which is no value of an earlier node")
         if value in self._groups and not allow_groups:
             raise BadGraph(
                 f"a ref to node {value}, which has several outputs; pick takes one of them"
             )
-        return Ref(NodeId(value))
+        return found
 
     def _args(self, args: object, *, allow_groups: bool = False) -> tuple[Arg, ...]:
         if type(args) is not tuple or len(args) > self._limits.node_args:
             raise BadGraph(f"arguments are a list of at most {self._limits.node_args}")
-        return tuple(self._arg(arg, 1, allow_groups) for arg in args)
+        return self._each(args, 1, allow_groups)
 
-    def _arg(self, arg: object, depth: int, allow_groups: bool) -> Arg:
-        if type(arg) is int:
-            if not INT_MIN <= arg <= INT_MAX:
-                raise BadGraph("an int beyond 64 bits")
-            return arg
-        if arg is None or type(arg) is float or type(arg) is bool:
-            return arg
-        if type(arg) is str:
-            return self._text(arg, "a word")
-        if type(arg) is not tuple:
-            raise BadGraph(f"an argument is {_short(arg)}")
-        return self._tagged(arg, depth, allow_groups)
+    def _each(self, args: tuple[object, ...], depth: int, allow_groups: bool) -> tuple[Arg, ...]:
+        found: list[Arg] = []
+        for arg in args:
+            if type(arg) is tuple:
+                found.append(self._tagged(arg, depth, allow_groups))
+            elif type(arg) is int:
+                if not INT_MIN <= arg <= INT_MAX:
+                    raise BadGraph("an int beyond 64 bits")
+                found.append(arg)
+            elif arg is None or type(arg) is float or type(arg) is bool:
+                found.append(arg)
+            elif type(arg) is str:
+                found.append(self._text(arg, "a word"))
+            else:
+                raise BadGraph(f"an argument is {_short(arg)}")
+        return tuple(found)
 
     def _tagged(self, items: tuple[object, ...], depth: int, allow_groups: bool) -> Arg:
         if depth > self._limits.nesting or not items:
@@ -424,10 +431,11 @@ class _Decoder:
         if tag == _LIST:
             if len(items) > self._limits.list_items + 1:
                 raise BadGraph(f"a list has more than the {self._limits.list_items} items allowed")
-            return tuple(self._arg(item, depth + 1, allow_groups) for item in items[1:])
-        _parts(items, 2, "a ref or a dtype has one part")
+            return self._each(items[1:], depth + 1, allow_groups)
+        if len(items) != 2:
+            raise BadGraph("a ref or a dtype has one part")
         if tag == _REF:
-            return self._ref(items[1], allow_groups=allow_groups)
+            return self._ref(items[1], allow_groups)
         return DType.from_name(items[1])
 
     def _check_pick(self, args: tuple[Arg, ...]) -> None:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NewType, TypeAlias
 
@@ -139,20 +139,22 @@ class Graph:
         return len(self.nodes)
 
 
-def refs(node: Node) -> Iterator[NodeId]:
+def refs(node: Node) -> list[NodeId]:
     """The ids of the values that `node` takes, in order, with repeats."""
+    found: list[NodeId] = []
     if isinstance(node, Op | Call):
-        yield from _refs_of_args(node.args)
+        _add_refs(node.args, found)
     elif isinstance(node, Write | Skip | Save):
-        yield node.value.node
+        found.append(node.value.node)
+    return found
 
 
-def _refs_of_args(args: tuple[Arg, ...]) -> Iterator[NodeId]:
+def _add_refs(args: tuple[Arg, ...], found: list[NodeId]) -> None:
     for arg in args:
         if isinstance(arg, Ref):
-            yield arg.node
+            found.append(arg.node)
         elif isinstance(arg, tuple):
-            yield from _refs_of_args(arg)
+            _add_refs(arg, found)
 
 
 def is_effect(node: Node) -> bool:

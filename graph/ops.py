@@ -217,16 +217,12 @@ def check_args(spec: OpSpec, args: tuple[Arg, ...]) -> None:
         raise UnknownOp(
             f"{spec.signature} got {len(args)} arguments, but {len(spec.params)} are wanted"
         )
-    has_operand = False
-    has_value = False
     for param, arg in zip(spec.params, args, strict=True):
         if not param.accepts(arg):
             raise UnknownOp(
                 f"{spec.signature} got {_in_words(arg)} for {param.name}; {param.wanted} is wanted"
             )
-        has_operand |= param.kind == "operand"
-        has_value |= type(arg) is Ref
-    if has_operand and not has_value:
+    if Ref not in map(type, args) and any(param.kind == "operand" for param in spec.params):
         raise UnknownOp(f"{spec.signature} got numbers only; one value of the graph is wanted")
 
 

@@ -240,6 +240,7 @@ class Host:
         except StreamClosed as error:
             log.info("client_left", extra={"client": client.peer_id, "why": str(error)})
         except GlasshiveError as error:
+            stream.told_busy = isinstance(error, Busy)
             await self._fail(client, error)
         except Exception:
             # A bug of ours or of the model's code: the client is told that, and nothing more.

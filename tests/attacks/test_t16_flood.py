@@ -16,7 +16,8 @@ from glasshive.dht.errors import StreamBusy, StreamClosed
 from glasshive.dht.framing import FrameLimits, Stream
 from glasshive.dht.memory_transport import MemoryTransport
 from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Need, decode
-from glasshive.dht.serving import REFUSALS_PER_REMOTE, StreamLimits
+from glasshive.dht.serving import BUSY_TOKENS, REFUSALS_PER_REMOTE, StreamLimits
+from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.plain import encode_plain
 
@@ -70,12 +71,45 @@ async def test_a_flood_is_refused_and_an_honest_client_served(served: ServedMode
         await tenants.until(lambda: tenants.host._memory.promised_bytes == 0)
 
     (text,) = told
-    assert text.endswith("refused the stream: busy: more than 10 new streams a second of yours")
+    assert text.endswith(
+        "refused the stream: busy: more than 10 new streams a second of yours, "
+        f"of which one told busy counts as {BUSY_TOKENS}"
+    )
     assert answers.total() == SECONDS * FLOOD
-    # Its bucket is all that it got, and it was told so; beyond a few refusals not even that.
-    assert answers["served"] == BURST + (SECONDS - 1) * PER_SECOND
+    # Its bucket is all that it got, less where the host said that it was busy, and it was told so;
+    # beyond a few refusals not even that.
+    assert BURST <= answers["served"] <= BURST + (SECONDS - 1) * PER_SECOND
     assert answers["busy"] >= SECONDS
     assert answers["reset"] > answers["busy"]
+
+
+@pytest.mark.asyncio
+async def test_who_asks_on_when_told_busy_is_soon_refused_before_it_is_read(
+    served: ServedModel,
+) -> None:
+    """Failed without the charge: each of them was read, verified, answered and logged."""
+    clock = Clock()
+    limits = HostLimits(traces_per_client=1)
+    streams = StreamLimits(new_per_second=1.0, burst=2 * BUSY_TOKENS + 2)
+    async with Tenants(served, limits, clock=clock, stream_limits=streams) as tenants:
+        attacker, honest = tenants.client(), tenants.client()
+        first, _ = await tenants.ask(attacker)  # has the one place of its own
+        read = 0
+        with pytest.raises(StreamBusy, match=f"one told busy counts as {BUSY_TOKENS}; try again"):
+            for _ in range(100):
+                stream, answer = await tenants.ask(attacker)
+                assert isinstance(answer, Failed)
+                assert answer.code == "Busy"
+                read += 1
+                await stream.close()
+                await tenants.until(lambda: len(tenants.home._tasks) == 1)
+        assert read == 3  # its tokens were 1 for the first, 20 twice, and the one that was left
+        assert isinstance(await tenants.run(honest), dict)
+        # What it owes is bounded.
+        clock.now += 2 * streams.burst
+        _, answer = await tenants.ask(attacker)
+        assert isinstance(answer, Failed)
+        first.reset()
 
 
 @pytest.mark.asyncio

@@ -25,6 +25,18 @@ def test_a_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
     assert buckets.take(ALICE) > 0
 
 
+def test_what_is_owed_is_bounded() -> None:
+    now = 100.0
+    buckets = TokenBuckets(2.0, 6, lambda: now)
+    buckets.charge(ALICE, 4)
+    assert [buckets.take(ALICE) for _ in range(2)] == [0.0, 0.0]
+    assert buckets.take(ALICE) == pytest.approx(0.5)
+    for _ in range(100):
+        buckets.charge(ALICE, 4)
+    assert buckets.take(ALICE) == pytest.approx(3.5)
+    assert buckets.take(BOB) == 0.0
+
+
 def test_full_buckets_are_forgotten_and_others_bounded() -> None:
     now = 0.0
     buckets = TokenBuckets(1.0, 5, lambda: now)
