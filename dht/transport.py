@@ -90,6 +90,27 @@ def check_loopback(address: str) -> None:
         )
 
 
+def origin_of(address: str) -> str:
+    """Where a peer at this multiaddr comes from, as far as addresses cost something.
+
+    That is its IPv4 address, or the /64 of its IPv6 address, of which a household or machine has
+    one. Empty for this machine itself, where everybody comes from who uses a tunnel, and for what
+    has no IP address.
+    """
+    _, kind, host, *_ = [*address.split("/"), "", "", ""]
+    try:
+        ip = ipaddress.ip_address(host) if kind in ("ip4", "ip6") else None
+    except ValueError:
+        return ""
+    if ip is None or ip.is_loopback:
+        return ""
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return origin_of(f"/ip4/{ip.ipv4_mapped}")
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return host
+
+
 def _meant(address: str) -> str:
     """The multiaddr of what may be a host's name with a port."""
     found = _HOST.fullmatch(address)
