@@ -160,7 +160,7 @@ class Stream:
         self.peer_id = peer_id
         self.limits = limits
         self.origin = ""
-        """Where the other side comes from (`dht.transport.origin_of`), set by who accepted it."""
+        """Where the other side comes from (`dht.transport.origin_of`), where it was accepted."""
         self.told_busy = False
         """Set by a handler that had to say that this peer is busy."""
         self._reader = reader

@@ -48,13 +48,7 @@ from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
-from glasshive.dht.transport import (
-    PeerAddress,
-    StreamHandler,
-    check_address,
-    check_loopback,
-    origin_of,
-)
+from glasshive.dht.transport import PeerAddress, StreamHandler, check_address, check_loopback
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
@@ -384,9 +378,8 @@ class HivemindTransport:
         async def accept(info: Any, reader: Any, writer: Any) -> None:
             remote = PeerId(info.peer_id.to_base58())
             stream = self._adopt(reader, daemon_control.SocketWriter(writer), remote)
-            stream.origin = origin_of(str(info.addr))
             current = self._handlers.get(protocol, handler)
-            task = self._tasks.start(stream, current, protocol)
+            task = self._tasks.start(stream, current, protocol, str(info.addr))
             if task is not None:
                 await asyncio.wait({task})
 

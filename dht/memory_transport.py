@@ -28,7 +28,7 @@ from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serializer import MAX_DICTIONARY_ENTRIES
 from glasshive.dht.serving import HandlerTasks, StreamLimits
-from glasshive.dht.transport import PeerAddress, StreamHandler, origin_of
+from glasshive.dht.transport import PeerAddress, StreamHandler
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
@@ -167,8 +167,7 @@ class MemoryTransport:
         here, there = _Pipe(), _Pipe()
         mine = self._adopt(_End(here, there), peer.peer_id)
         theirs = target._adopt(_End(there, here), self.peer_id)
-        theirs.origin = origin_of(self.addresses[0])
-        target._tasks.start(theirs, handler, protocol)
+        target._tasks.start(theirs, handler, protocol, self.addresses[0])
         if self._gate is not None:
             what = f"opening a {protocol} stream to {peer.peer_id}"
             await within(deadline_seconds, self._gate.enter(mine, protocol), what)

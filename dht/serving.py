@@ -22,7 +22,7 @@ from glasshive.dht.errors import SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.token_buckets import TokenBuckets
-from glasshive.dht.transport import StreamHandler
+from glasshive.dht.transport import StreamHandler, origin_of
 from glasshive.security.keys import PeerId
 
 __all__ = ["HandlerTasks", "StreamLimits"]
@@ -79,12 +79,14 @@ class HandlerTasks:
         return len(self._tasks)
 
     def start(
-        self, stream: Stream, handler: StreamHandler, protocol: str
+        self, stream: Stream, handler: StreamHandler, protocol: str, address: str
     ) -> asyncio.Task[None] | None:
         """The task that owns `stream` from now on; a stream beyond the limits is only refused.
 
+        `address` is the multiaddr that its remote called from.
         None if there are too many even for a refusal.
         """
+        stream.origin = origin_of(address)
         refusal = self._refusal(stream)
         if refusal is None:
             task = asyncio.create_task(self._run(stream, handler, protocol))

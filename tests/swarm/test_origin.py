@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from glasshive.dht import hivemind_transport
+from glasshive.dht import serving
 from glasshive.dht.framing import Stream
 from glasshive.dht.hivemind_transport import HivemindTransport
 from glasshive.dht.transport import PeerAddress
@@ -23,7 +23,7 @@ async def test_a_stream_has_the_address_that_its_peer_called_from(
         told.append(address)
         return "from there"  # all of this runs on loopback, which is no origin
 
-    monkeypatch.setattr(hivemind_transport, "origin_of", origin_of)
+    monkeypatch.setattr(serving, "origin_of", origin_of)
     came: asyncio.Queue[str] = asyncio.Queue()
 
     async def note(stream: Stream) -> None:
