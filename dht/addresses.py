@@ -30,6 +30,7 @@ __all__ = [
     "dialable",
     "is_beyond",
     "listening_at",
+    "origin_of",
 ]
 
 MAX_ADDRESSES: Final = 4
@@ -121,10 +122,25 @@ def is_beyond(address: str) -> bool:
     return _kind(address) != "loopback"
 
 
+def origin_of(address: str) -> str:
+    """Where a peer at this multiaddr comes from, as far as addresses cost something.
+
+    That is its IPv4 address, or the /64 of its IPv6 address, of which a household or machine has
+    one. Empty for this machine itself, where everybody comes from who uses a tunnel, and for what
+    has no IP address.
+    """
+    host = _host(address)
+    if host is None or host.is_loopback:
+        return ""
+    if isinstance(host, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((host, 64), strict=False))
+    return str(host)
+
+
 def _host(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The IP address in a multiaddr; None for a name, or for numbers that are none."""
-    _, kind, host, *_ = address.split("/")
     try:
+        _, kind, host, *_ = address.split("/")
         found = ipaddress.ip_address(host)
     except ValueError:
         return None

@@ -159,6 +159,8 @@ class Stream:
         """`why_lost` tells a dead transport from a stream that only ended."""
         self.peer_id = peer_id
         self.limits = limits
+        self.origin = ""
+        """Where the other side comes from (`dht.addresses.origin_of`), where it was accepted."""
         self.told_busy = False
         """Set by a handler that had to say that this peer is busy."""
         self._reader = reader

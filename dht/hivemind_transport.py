@@ -316,7 +316,7 @@ class HivemindTransport:
             remote = PeerId(info.peer_id.to_base58())
             stream = self._adopt(reader, daemon_control.SocketWriter(writer), remote)
             current = self._handlers.get(protocol, handler)
-            task = self._tasks.start(stream, current, protocol)
+            task = self._tasks.start(stream, current, protocol, str(info.addr))
             if task is not None:
                 await asyncio.wait({task})
 

@@ -60,10 +60,11 @@ class MemoryNetwork:
         gate: MemberGate | None = None,
         frame_limits: FrameLimits | None = None,
         stream_limits: StreamLimits | None = None,
+        ip: str = "127.0.0.1",
     ) -> MemoryTransport:
         """A transport of this network; one of the same identity is replaced."""
         self._made += 1
-        address = f"/ip4/127.0.0.1/tcp/{1024 + self._made}/p2p/{identity.peer_id}"
+        address = f"/ip4/{ip}/tcp/{1024 + self._made}/p2p/{identity.peer_id}"
         made = MemoryTransport(
             self,
             identity,
@@ -167,7 +168,7 @@ class MemoryTransport:
         here, there = _Pipe(), _Pipe()
         mine = self._adopt(_End(here, there), peer.peer_id)
         theirs = target._adopt(_End(there, here), self.peer_id)
-        target._tasks.start(theirs, handler, protocol)
+        target._tasks.start(theirs, handler, protocol, self.addresses[0])
         if self._gate is not None:
             what = f"opening a {protocol} stream to {peer.peer_id}"
             await within(deadline_seconds, self._gate.enter(mine, protocol), what)

@@ -1,8 +1,9 @@
 """Handlers of incoming streams: tasks with an owner, bounded per remote and in all.
 
-Bounded are how many are open, how many are new in a second, and how long one is open before its
-first frame begins: all of that before a byte of the stream is read. Who goes beyond is told so, in
-a refusal that begins with "busy: ", and a few such refusals are all that it has of this peer.
+Bounded are how many are open (of a key, from an address, in all), how many are new in a second, and
+how long one is open before its first frame begins: all of that before a byte of the stream is read.
+Who goes beyond is told so, in a refusal that begins with "busy: ", and a few such refusals are all
+that it has of this peer.
 
 In a private swarm a handler runs only for who was let in.
 """
@@ -15,8 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
+from glasshive.dht.addresses import origin_of
 from glasshive.dht.errors import SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.member_gate import MemberGate
@@ -28,6 +30,8 @@ __all__ = ["HandlerTasks", "StreamLimits"]
 
 logger = logging.getLogger(__name__)
 
+
+T = TypeVar("T")
 
 REFUSALS_PER_REMOTE: Final = 8
 """Each lingers for up to two seconds, so that it arrives."""
@@ -47,6 +51,7 @@ class StreamLimits:
     """
 
     per_remote: int = 64
+    per_origin: int = 768  # a class behind one address has most, and leaves others room
     in_all: int = 1024
     new_per_second: float = 200.0  # of one remote
     burst: int = 400
@@ -66,6 +71,7 @@ class HandlerTasks:
         self._gate = gate
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: Counter[PeerId] = Counter()
+        self._open_from: Counter[str] = Counter()
         self._refusing: Counter[PeerId] = Counter()
         self._new = TokenBuckets(limits.new_per_second, limits.burst, clock)
         self._closed = False
@@ -74,16 +80,19 @@ class HandlerTasks:
         return len(self._tasks)
 
     def start(
-        self, stream: Stream, handler: StreamHandler, protocol: str
+        self, stream: Stream, handler: StreamHandler, protocol: str, address: str
     ) -> asyncio.Task[None] | None:
         """The task that owns `stream` from now on; a stream beyond the limits is only refused.
 
+        `address` is the multiaddr that its remote called from.
         None if there are too many even for a refusal.
         """
-        refusal = self._refusal(stream.peer_id)
+        stream.origin = origin_of(address)
+        refusal = self._refusal(stream)
         if refusal is None:
             task = asyncio.create_task(self._run(stream, handler, protocol))
             self._count(self._open, stream.peer_id, task)
+            self._count(self._open_from, stream.origin, task)
         elif self._closed or not self._may_refuse(stream.peer_id):
             stream.reset()
             return None
@@ -94,9 +103,10 @@ class HandlerTasks:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _refusal(self, remote: PeerId) -> str | None:
-        """Why a new stream of `remote` is not served; None if it is."""
+    def _refusal(self, stream: Stream) -> str | None:
+        """Why a new stream is not served; None if it is."""
         limits = self._limits
+        remote, origin = stream.peer_id, stream.origin
         if self._closed:
             return "closing"
         if (wait_seconds := self._new.take(remote)) > 0:
@@ -107,6 +117,8 @@ class HandlerTasks:
             )
         if self._open[remote] >= limits.per_remote:
             return f"busy: {limits.per_remote} streams of yours are open, close some"
+        if origin and self._open_from[origin] >= limits.per_origin:
+            return f"busy: {limits.per_origin} streams from your address are open, close some"
         if self._open.total() >= limits.in_all:
             return f"busy: {limits.in_all} streams are open, try another peer"
         return None
@@ -119,14 +131,14 @@ class HandlerTasks:
         )
 
     @staticmethod
-    def _count(among: Counter[PeerId], remote: PeerId, task: asyncio.Task[None]) -> None:
+    def _count(among: Counter[T], whose: T, task: asyncio.Task[None]) -> None:
         """Count the task until it has ended."""
-        among[remote] += 1
+        among[whose] += 1
 
         def ended(_: asyncio.Task[None]) -> None:
-            among[remote] -= 1
-            if not among[remote]:
-                del among[remote]
+            among[whose] -= 1
+            if not among[whose]:
+                del among[whose]
 
         task.add_done_callback(ended)
 

@@ -22,6 +22,7 @@ class ClientStream:
 
     def __init__(self, stream: Stream) -> None:
         self.peer_id: PeerId = stream.peer_id
+        self.origin = stream.origin
         self._stream = stream
         self._sending: set[asyncio.Task[None]] = set()
 

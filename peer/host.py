@@ -78,7 +78,7 @@ from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.envelope import payload_digest
-from glasshive.security.keys import Identity, PeerId
+from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 from glasshive.security.requests import TraceRequest
@@ -154,7 +154,7 @@ class Host:
         # What the constants kept leave of it.
         self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
-        self._tenants: dict[bytes, PeerId] = {}  # who has which slot, from a valid Prepare on
+        self._tenants: dict[bytes, ClientStream] = {}  # who has which slot, since its Prepare
         self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
         self.apply(policy or Policy.of_release())
 
@@ -216,7 +216,7 @@ class Host:
                 now=self._transport.now(),
             )
             with self._accounts.open(client.peer_id, request.trace_id) as account:
-                self._take_slot(request.trace_id, client.peer_id)
+                self._take_slot(request.trace_id, client)
                 try:
                     self._seen.admit(envelope, self._transport.now())
                     async with _heard(client):
@@ -270,18 +270,25 @@ class Host:
             del self._traces[request.trace_id]
             trace.end()
 
-    def _take_slot(self, trace_id: bytes, client: PeerId) -> None:
+    def _take_slot(self, trace_id: bytes, client: ClientStream) -> None:
         """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
         limits = self._limits
-        self._admission.policy.check_client(client)
+        self._admission.policy.check_client(client.peer_id)
+        tenants = self._tenants.values()
         if trace_id in self._tenants:
             raise BadGraph("a trace of this id is running here")
         if self.load >= 1.0:
             raise Busy(f"{limits.traces} traces are running here; try again soon")
-        if sum(one == client for one in self._tenants.values()) >= limits.traces_per_client:
+        if sum(one.peer_id == client.peer_id for one in tenants) >= limits.traces_per_client:
             raise Busy(
                 f"{limits.traces_per_client} traces of yours are running here"
                 + (f"; no more are allowed{by}" if (by := limits.by("traces_per_client")) else "")
+            )
+        of_origin = sum(one.origin == client.origin for one in tenants)
+        if client.origin and of_origin >= limits.traces_per_origin:
+            raise Busy(
+                f"{limits.traces_per_origin} traces from your address are running here, under "
+                "whatever keys; wait for one of them, or try another peer"
             )
         self._tenants[trace_id] = client
 

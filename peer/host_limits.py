@@ -19,6 +19,8 @@ class HostLimits:
     graph: GraphLimits = field(default_factory=GraphLimits)
     traces: int = 16
     traces_per_client: int = 8
+    traces_per_origin: int = 12
+    """Of all keys that come from one address: a class has most places, and leaves others some."""
     trace_seconds: float = 600.0
     prepare_seconds: float = 60.0
     batch_rows: int = 256

@@ -11,7 +11,8 @@ Rules:
    remembered only after it proved itself, so that strangers can't fill the memory.
 4. A certificate is renewed by the issuer that gave it, in the same role, while it holds and for
    `RENEWABLE_SECONDS` after: a laptop may be off for longer than a certificate lives. Its member is
-   in the book all the while, and whoever is revoked is not renewed.
+   in the book all the while, and longer unless others need the place; whoever is revoked is not
+   renewed.
 5. The version of the revocations rises with each, and is at least the time in whole seconds, so
    that even a lost file can't bring an old version back.
 
@@ -529,19 +530,25 @@ def _added(
 
 
 def _pruned(book: BookState, now: float) -> BookState:
-    """Without what can't matter any more: ended invites, members long gone, expired requests."""
+    """Without what can't matter any more: ended invites, expired requests, and members long gone.
+
+    Those only as far as others need their places: a clock that was once ahead forgets nobody.
+    """
     ended = now - CLOCK_SKEW_SECONDS
     invites = {
         invite_id: one for invite_id, one in book.invites.items() if one.expires_at_seconds >= ended
     }
+    gone = [
+        (one.until_seconds, key)
+        for key, one in book.members.items()
+        if one.until_seconds < ended - RENEWABLE_SECONDS and one.invite not in invites
+    ]
+    too_many = max(len(book.members) - MAX_MEMBERS, 0)
+    dropped = {key for _, key in sorted(gone)[:too_many]}
     return replace(
         book,
         invites=invites,
-        members={
-            key: one
-            for key, one in book.members.items()
-            if one.until_seconds >= ended - RENEWABLE_SECONDS or one.invite in invites
-        },
+        members={key: one for key, one in book.members.items() if key not in dropped},
         seen=tuple(one for one in book.seen if one.expires_at_seconds >= ended),
     )
 

@@ -91,10 +91,10 @@ class Tenants:
         for transport in (*self._clients, self.home):
             await transport.close()
 
-    def client(self) -> MemoryTransport:
+    def client(self, ip: str = "127.0.0.1") -> MemoryTransport:
         """One more client, with a key of its own."""
         identity = Identity.generate()
-        made = self._network.transport(identity, dht=False)
+        made = self._network.transport(identity, dht=False, ip=ip)
         self._clients[made] = identity
         return made
 

@@ -124,6 +124,48 @@ async def test_refusals_have_no_place_of_their_own_to_fill(served: ServedModel) 
             stream.reset()
 
 
+@pytest.mark.asyncio
+async def test_many_keys_at_one_address_leave_places_to_others(served: ServedModel) -> None:
+    """Failed with places counted by key alone: the keys of one machine had all of them."""
+    limits = HostLimits(traces=8, traces_per_client=2, traces_per_origin=6)
+    streams = StreamLimits(per_origin=30, in_all=40)
+    async with Tenants(served, limits, stream_limits=streams) as tenants:
+        told: Counter[str] = Counter()
+        held: list[Stream] = []
+        for _ in range(20):
+            stream, answer = await tenants.ask(tenants.client(ip="203.0.113.66"))
+            told[answer.text if isinstance(answer, Failed) else "accepted"] += 1
+            held.append(stream)
+            if isinstance(answer, Failed):
+                await stream.close()
+        assert told == {
+            "accepted": 6,
+            "6 traces from your address are running here, under whatever keys; wait for one of "
+            "them, or try another peer": 14,
+        }
+        # Who says nothing at all: streams, not traces. A refused one lingers until it is read.
+        await tenants.until(lambda: len(tenants.home._tasks) == 6)
+        held += [await tenants.open(tenants.client(ip="203.0.113.66")) for _ in range(60)]
+        assert tenants.home._tasks._open.total() == 30
+        for ip in ("198.51.100.7", "198.51.100.8", "127.0.0.1"):
+            assert isinstance(await tenants.run(tenants.client(ip=ip)), dict)
+        for stream in held:
+            stream.reset()
+
+
+@pytest.mark.asyncio
+async def test_a_class_behind_one_address_is_served(served: ServedModel) -> None:
+    """The stock limits. This machine is no origin: who comes by a tunnel has no other address."""
+    async with Tenants(served) as tenants:
+        pupils = [tenants.client(ip="198.51.100.7") for _ in range(12)]
+        for saved in await asyncio.gather(*map(tenants.run, pupils)):
+            assert isinstance(saved, dict)
+        asked = [await tenants.ask(tenants.client()) for _ in range(16)]
+        assert not any(isinstance(answer, Failed) for _, answer in asked)
+        for stream, _ in asked:
+            stream.reset()
+
+
 async def drip(stream: Stream, data: bytes, size: int, clock: Clock) -> int:
     """Send `data` in parts of so many bytes, each a second after the other; how many were sent."""
     sent = 0

@@ -142,7 +142,9 @@ def meanwhile(hive: LocalSwarm, wanted: torch.Tensor) -> Iterator[list[str]]:
         user.join(30)
 
 
-def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: Path) -> None:
+def test_a_key_and_an_op_are_taken_away_in_service(
+    hive: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # What a host says before it announces.
     for host in hive.hosts:
         events = [str(one.get("event")) for one in host.events]
@@ -248,10 +250,24 @@ def test_a_key_and_an_op_are_taken_away_in_service(hive: LocalSwarm, tmp_path: P
     with glasshive.connect(hive.config) as swarm:
         with pytest.raises(NoRoute, match="only by peers that are revoked by whitelist 4 of swarm"):
             swarm.model(hive.model_name)
+        known = swarm.records(hive.model_name)
     next_whitelist(5, models={ModelId("ab" * 32): "other"})
     with glasshive.connect(hive.config) as swarm:
+        monkeypatch.setattr(swarm, "records", lambda name: known)  # of hosts that announce it on
         with pytest.raises(NotAllowed, match=r"by whitelist 5 of .*; allowed: other"):
             swarm.model(hive.model_name)
+    # Its hosts withdraw it, within moments, and announce it again when it is back.
+    for host in hive.hosts:
+        wait_for(lambda: "model_not_allowed" in host.log, 20, "the host says why")  # noqa: B023
+    with glasshive.connect(without_root(hive)) as swarm:
+
+        def announced_peers() -> int:
+            return len(swarm.records())
+
+        wait_for(lambda: announced_peers() == 0, 20, "nobody announces the model")
+        next_whitelist(6)
+        wait_for(lambda: announced_peers() == 2, 20, "both announce it again")
+        assert torch.equal(run(swarm.model(hive.model_name), relu=False), before)
 
 
 def line_of(text: str) -> int:

@@ -360,8 +360,10 @@ STREAMS = serving.StreamLimits()
         f"header {FRAMES.header_bytes // MIB} MiB, body {FRAMES.body_bytes // MIB} MiB",
         f"At most {FRAMES.header_depth} containers deep and {FRAMES.header_elements:,} elements",
         f"at most {framing.MAX_REFUSAL_BYTES} bytes, that says why",
-        f"({STREAMS.per_remote} per remote peer, {STREAMS.in_all:,} in all)",
+        f"({STREAMS.per_remote} per remote peer, {STREAMS.per_origin} from one address, "
+        f"{STREAMS.in_all:,} in all)",
         f"({STREAMS.new_per_second:g} a second of one remote peer, {STREAMS.burst} at once)",
+        f"of code `Busy` counts as {serving.BUSY_TOKENS}.",
         f"Only {serving.REFUSALS_PER_REMOTE} such refusals go to one peer at a time",
         f"its first frame has not begun in {STREAMS.first_frame_seconds:g} s",
         f"at no less than {FRAMES.least_bytes_per_second:,} bytes a second, averaged over "
@@ -413,6 +415,7 @@ STREAMS = serving.StreamLimits()
         f"at most {order.DEFAULT_PASS_ROWS} rows unless",
         f"| traces at a time | {HOST.traces} |",
         f"| traces at a time of one client | {HOST.traces_per_client} |",
+        f"this machine's own not counted | {HOST.traces_per_origin} |",
         f"by the host's own estimate, from its measured pace | {HOST.budget.seconds:g} |",
         f"may take {HOST.stage_factor:g} times the estimate of its part and "
         f"{HOST.stage_least_seconds:g} s more",
