@@ -66,8 +66,9 @@ class Flooder:
     """The process that floods: `at` names the host, from one call to the next; None for a rest."""
 
     def __init__(self, config: str) -> None:
+        # At the least priority, its daemon too: elsewhere it would have a machine of its own.
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--flooder", config],
+            ["nice", "-n", "19", sys.executable, __file__, "--flooder", config],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()
