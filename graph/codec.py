@@ -7,6 +7,7 @@
            | [0, id] | [1, arg, ...] | [2, dtype]         a ref, a list, a dtype
 
 - Nothing is allocated for a message that is too long; every count, size and depth has a cap.
+- Nodes are made one after the other, so that a message costs no more than its first wrong node.
 - No maps, no extension types, and no hook but the one that refuses a map.
 - What decodes also encodes to the same bytes, so one graph has one digest.
 - Decoding raises BadGraph, UnknownOp or NotYet, whatever the bytes are.
@@ -42,6 +43,7 @@ from glasshive.graph.graph import (
     Skip,
     Write,
 )
+from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.ops import INT_MAX, INT_MIN, OPS, OpSpec, check_args, find_op
 from glasshive.graph.tensors import MAX_RANK, check_spec
 
@@ -58,6 +60,9 @@ _LATER: Final[Mapping[object, str]] = {
 _EFFECTS: Final = (_WRITE, _SKIP, _SAVE)
 _REF, _LIST, _DTYPE = range(3)
 _NODE_FIELDS: Final = 9  # of a write, which has the most
+_NODE_DEPTH: Final = 3  # of a node without lists in its arguments
+_SHORT_BYTES: Final = 1024
+_NOT_SHORTEST: Final = "a graph's bytes are not its shortest encoding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class GraphLimits:
     node_args: int = 64
     list_items: int = 4_096
     nesting: int = 8
+    node_elements: int = 16_384
     text_chars: int = 256
     leaf_parts: int = 8
     invokes: int = 65_536
@@ -156,25 +162,36 @@ def decode_graph(data: bytes, limits: GraphLimits = DEFAULT_LIMITS) -> Graph:
         raise BadGraph(f"a graph is bytes, not {type(data).__name__}")
     if len(data) > limits.graph_bytes:
         raise BadGraph(f"a graph has {len(data)} bytes, but {limits.graph_bytes} are allowed")
-    message = _unpack(data, limits)
-    version, imports, nodes = _parts(message, 3, "a graph is a version, imports and nodes")
-    if type(version) is not int or version != VERSION:
-        raise BadGraph(f"a graph of version {_short(version)}, but {VERSION} is wanted")
-    # The decoder takes each field as it is or refuses it, so this is what the graph encodes to.
-    if _pack(message) != data:
-        raise BadGraph("a graph's bytes are not its shortest encoding")
-    return _Decoder(limits).graph(imports, nodes)
-
-
-def _unpack(data: bytes, limits: GraphLimits) -> object:
     try:
-        # Whether all of it is there, before anything is made for what it claims to hold: as `scan`
-        # tells, but in C. How deep it may be nested each field says below.
+        # Whether all of it is there, before anything is made for what it claims to hold.
         whole = msgpack.Unpacker(max_buffer_size=max(len(data), 1))  # 0 would be the largest
         whole.feed(data)
         whole.skip()
-        return msgpack.unpackb(
-            data,
+        values = _Values(data, limits)
+        if values.enter() != 3:
+            raise BadGraph("a graph is a version, imports and nodes")
+        version = values.take()
+        if type(version) is not int or version != VERSION:
+            raise BadGraph(f"a graph of version {_short(version)}, but {VERSION} is wanted")
+        return _Decoder(limits).graph(values)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise BadGraph(f"bytes that are no graph: {type(error).__name__}") from None
+
+
+class _Values:
+    """The values of a message one after the other: none is made behind one that is wrong.
+
+    What is there at all was found out before (`skip`). So a value holds no more than its bytes
+    say, and only a long one can hold much: it is looked through before it is made.
+    """
+
+    def __init__(self, data: bytes, limits: GraphLimits) -> None:
+        self._data = data
+        self._depth = limits.nesting + _NODE_DEPTH
+        self._elements = limits.node_elements
+        self._ends = msgpack.Unpacker(max_buffer_size=len(data))
+        self._makes = msgpack.Unpacker(
+            max_buffer_size=len(data),
             use_list=False,  # an empty tuple costs no memory, an empty list 56 bytes
             object_pairs_hook=_refuse_map,
             ext_hook=_refuse_ext,
@@ -184,8 +201,42 @@ def _unpack(data: bytes, limits: GraphLimits) -> object:
             max_map_len=0,
             max_ext_len=0,
         )
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
-        raise BadGraph(f"bytes that are no graph: {type(error).__name__}") from None
+        self._ends.feed(data)
+        self._makes.feed(data)
+        self._packer = msgpack.Packer()
+
+    def enter(self) -> int:
+        """Go into what comes next, which has to be an array; the number of its items."""
+        start = self._ends.tell()
+        try:
+            count: int = self._ends.read_array_header()
+        except ValueError:
+            raise BadGraph("a graph, its imports and its nodes are lists") from None
+        if self._data[start : self._ends.tell()] != self._packer.pack_array_header(count):
+            raise BadGraph(_NOT_SHORTEST)
+        self._makes.read_array_header()
+        return count
+
+    def take(self) -> Any:
+        """The next value."""
+        start = self._ends.tell()
+        self._ends.skip()
+        end = self._ends.tell()
+        if end - start > _SHORT_BYTES:
+            try:
+                scan(memoryview(self._data)[start:end], self._depth, self._elements)
+            except ValueError as error:
+                raise BadGraph(f"a node of {end - start} bytes: {error}") from None
+        value = self._makes.unpack()
+        # The decoder takes each field as it is or refuses it, so this is what it encodes to.
+        if self._packer.pack(value) != self._data[start:end]:
+            raise BadGraph(_NOT_SHORTEST)
+        return value
+
+    def end(self) -> None:
+        """Raise BadGraph if more follows."""
+        if self._ends.tell() != len(self._data):
+            raise BadGraph("bytes behind a graph")
 
 
 def _longest(limits: GraphLimits) -> int:
@@ -202,12 +253,6 @@ def _refuse_map(_pairs: object) -> NoReturn:
 
 def _refuse_ext(_code: int, _data: bytes) -> NoReturn:
     raise BadGraph("a graph holds no extension types")
-
-
-def _parts(value: object, count: int, text: str) -> tuple[Any, ...]:
-    if type(value) is not tuple or len(value) != count:
-        raise BadGraph(text)
-    return value
 
 
 def _short(value: object) -> str:
@@ -235,25 +280,24 @@ class _Decoder:
         self._saves: set[str] = set()
         self._written: dict[tuple[Site, int], str] = {}  # the mode
 
-    def graph(self, imports: object, nodes: object) -> Graph:
-        self._imports = frozenset(map(NodeId, self._ids(imports)))
-        self._known.update((node_id, Ref(node_id)) for node_id in self._imports)
-        if type(nodes) is not tuple:
-            raise BadGraph("a graph's nodes are a list")
-        if len(nodes) > self._limits.nodes:
-            raise BadGraph(f"a graph has {len(nodes)} nodes, but {self._limits.nodes} are allowed")
+    def graph(self, values: _Values) -> Graph:
+        limits = self._limits
+        count = values.enter()
+        if count > limits.imports:
+            raise BadGraph(f"a graph has {count} imports, but {limits.imports} are allowed")
         last = -1
-        for fields in nodes:
-            last = self._node(fields, last)
+        for _ in range(count):
+            last = self._next_id(values.take(), last)
+            self._known[last] = Ref(NodeId(last))
+        self._imports = frozenset(map(NodeId, self._known))
+        count = values.enter()
+        if count > limits.nodes:
+            raise BadGraph(f"a graph has {count} nodes, but {limits.nodes} are allowed")
+        last = -1
+        for _ in range(count):
+            last = self._node(values.take(), last)
+        values.end()
         return Graph(MappingProxyType(self._nodes), self._imports)
-
-    def _ids(self, imports: object) -> tuple[int, ...]:
-        if type(imports) is not tuple or len(imports) > self._limits.imports:
-            raise BadGraph(f"imports are a list of at most {self._limits.imports} ids")
-        last = -1
-        for node_id in imports:
-            last = self._next_id(node_id, last)
-        return imports
 
     def _next_id(self, node_id: object, last: int) -> int:
         if type(node_id) is not int or not last < node_id <= INT_MAX:

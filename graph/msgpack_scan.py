@@ -1,8 +1,8 @@
 """What msgpack claims to hold, found out before anything is allocated for it.
 
 msgpack's own decoder makes room for as many elements as an array says it has, at every level: a
-message of three kilobytes that is nothing but openings of arrays would take a gigabyte. So every
-decoder scans first: values in all, depth, and no more elements than there are bytes left.
+message of three kilobytes that is nothing but openings of arrays would take a gigabyte. So what
+may hold much is scanned first: values in all, depth, and no more elements than bytes left.
 """
 
 from __future__ import annotations

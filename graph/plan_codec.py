@@ -22,12 +22,12 @@ from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
 VERSION: Final = 1
 MAX_PASSES: Final = 4096
-MAX_ROWS: Final = 65_536
+MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
 MAX_NAME_CHARS: Final = 16  # only names of dtypes are text here
 _FRAME_SLACK: Final = 4  # a part lists each node at most about four times besides the graph
 _NODE_ELEMENTS: Final = 16  # what these lists hold of a node, in all
-_DEPTH: Final = 5  # the part, its stages, a stage, its imports, a pair
+_DEPTH: Final = 4  # the stages, a stage, its imports, a pair
 
 
 def encode_part(part: Part, passes: Passes) -> bytes:
@@ -67,10 +67,61 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         raise BadGraph(
             f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"
         )
+    version, index, span, stages, rows, specs, graph = _fields(data)
+    if type(number := _made(version, 1, limits)) is not int or number != VERSION:
+        raise BadGraph("a part of another version; update glasshive on the older side")
+    packed = _made(graph, 1, limits)
+    if not isinstance(packed, bytes):
+        raise BadGraph("a part without a graph")
+    start, end = _array(_made(span, 3, limits), 2, "a span")
+    # The graph comes first: how many nodes it has says how much the lists about them may hold.
+    decoded = decode_graph(packed, limits)
+    about_nodes = _NODE_ELEMENTS * (len(decoded) + len(decoded.imports)) + 8 * MAX_PASSES
+    part = Part(
+        _integer(_made(index, 1, limits), 0, MAX_ROWS),
+        Span(_integer(start, 0, MAX_ROWS), _integer(end, 1, MAX_ROWS)),
+        decoded,
+        tuple(
+            _stage(one, limits)
+            for one in _list(_made(stages, about_nodes, limits), MAX_PASSES, "stages")
+        ),
+        dict(_spec(one) for one in _list(_made(specs, about_nodes, limits), limits.nodes, "specs")),
+    )
+    about_rows = 4 * MAX_ROWS + 4 * MAX_PASSES
+    passes = Passes(
+        tuple(_pass(one) for one in _list(_made(rows, about_rows, limits), MAX_PASSES, "passes"))
+    )
+    seen = [invoke for one in passes.passes for invoke in one.invokes]
+    if len(set(seen)) != len(seen):
+        raise BadGraph("an invoke stands in two passes")
+    return part, passes
+
+
+def _fields(data: bytes | bytearray) -> list[bytes | bytearray]:
+    """The bytes of each field of a part, of which nothing is made yet."""
+    whole = msgpack.Unpacker(max_buffer_size=max(len(data), 1))  # 0 would be the largest
+    whole.feed(data)
+    fields = []
     try:
-        scan(data, _DEPTH, _NODE_ELEMENTS * limits.nodes + 4 * MAX_ROWS)
-        tree = msgpack.unpackb(
-            data,
+        if whole.read_array_header() != 7:
+            raise BadGraph("a part: a list of 7 is wanted")
+        for _ in range(7):
+            start = whole.tell()
+            whole.skip()
+            fields.append(data[start : whole.tell()])
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise _no_part(error) from error
+    if whole.tell() != len(data):
+        raise BadGraph("bytes behind a part")
+    return fields
+
+
+def _made(field: bytes | bytearray, elements: int, limits: GraphLimits) -> Any:
+    """The value of a field that holds at most so many others."""
+    try:
+        scan(field, _DEPTH, elements)
+        return msgpack.unpackb(
+            field,
             use_list=False,  # an empty tuple costs no memory, an empty list 56 bytes
             raw=False,
             strict_map_key=True,
@@ -81,25 +132,11 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
             max_ext_len=0,
         )
     except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
-        raise BadGraph(f"a part that is no msgpack of ours: {type(error).__name__}") from error
-    version, index, span, stages, rows, specs, graph = _array(tree, 7, "a part")
-    if version != VERSION or type(version) is not int:
-        raise BadGraph("a part of another version; update glasshive on the older side")
-    if not isinstance(graph, bytes):
-        raise BadGraph("a part without a graph")
-    start, end = _array(span, 2, "a span")
-    part = Part(
-        _integer(index, 0, MAX_ROWS),
-        Span(_integer(start, 0, MAX_ROWS), _integer(end, 1, MAX_ROWS)),
-        decode_graph(graph, limits),
-        tuple(_stage(one, limits) for one in _list(stages, MAX_PASSES, "stages")),
-        dict(_spec(one) for one in _list(specs, limits.nodes, "specs")),
-    )
-    passes = Passes(tuple(_pass(one) for one in _list(rows, MAX_PASSES, "passes")))
-    seen = [invoke for one in passes.passes for invoke in one.invokes]
-    if len(set(seen)) != len(seen):
-        raise BadGraph("an invoke stands in two passes")
-    return part, passes
+        raise _no_part(error) from error
+
+
+def _no_part(error: Exception) -> BadGraph:
+    return BadGraph(f"a part that is no msgpack of ours: {type(error).__name__}")
 
 
 def _spec(tree: Any) -> tuple[NodeId, TensorSpec]:

@@ -4,8 +4,9 @@ Each limit is met exactly: what reaches it is read, one more is refused. Seen fa
 with each comparison with a limit taken out of `graph/codec.py`, the test of that limit; with the
 comparison of lengths taken out of `decode_graph` and `decode_part`, the tests of long messages;
 with `value >= self._current` and the look into `_known` taken out of `_ref`, the random graphs (a
-circle was taken); with `scan` taken out of `graph/plan_codec.py`, those of parts; with the host's
-own `GraphLimits` in the place of the policy's, the test over a host.
+circle was taken); with `scan` taken out of `graph/plan_codec.py`, those of parts; with that of
+`graph/codec.py`, arrays in a node; with the host's own `GraphLimits` in the place of the policy's,
+the test over a host.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def at_limit(over: int) -> dict[str, tuple[Graph, str]]:
         "nodes": (graph_of(*[READ] * (5 + over)), "a graph has 6 nodes, but 5 are allowed"),
         "imports": (
             graph_of(READ, imports=tuple(range(2 + over)), start=9),
-            "imports are a list of at most 2 ids",
+            "a graph has 3 imports, but 2 are allowed",
         ),
         "node_args": (graph_of(Call("m", (1,) * (6 + over))), "arguments are a list of at most 6"),
         "list_items": (
@@ -115,6 +116,62 @@ def test_a_long_message_is_refused_unread() -> None:
         decode_graph(data, replace(DEFAULT_LIMITS, graph_bytes=len(data) - 1))
     with pytest.raises(BadGraph, match="are allowed"):
         decode_graph(b"\xc1" * (DEFAULT_LIMITS.graph_bytes + 1))
+
+
+# Bytes that are cheap to send ---------------------------------------------------------------------
+
+
+def array(items: int) -> bytes:
+    return b"\xdd" + items.to_bytes(4, "big")
+
+
+def many(item: bytes, most: int) -> tuple[int, bytes]:
+    """As many of these as a message may have, `most` if that is less."""
+    items = min((DEFAULT_LIMITS.graph_bytes - 64) // len(item), most)
+    return items, item * items
+
+
+def byte_bombs() -> dict[str, bytes]:
+    """Messages near a megabyte that no honest client sends."""
+    found = {
+        "a million empty maps": b"\x93\x01\x90" + array(2**20 - 64) + b"\x80" * (2**20 - 64),
+        "a map with one key, again and again": b"\x93\x01\x90\xdf\x00\x04\x00\x00"
+        + b"\xa1a\xc0" * (1 << 18),
+        "arrays that claim what is not there": b"\x93\x01\x90" + b"\xdc\x4e\x20" * 300_000,
+        "headers of more than there can be": b"\x93\x01\x90" + b"\xdd\xff\xff\xff\xff" * 200_000,
+        "texts of more than there can be": b"\x93\x01\x90" + b"\xdb\xff\xff\xff\xff" * 200_000,
+    }
+    for depth in (1, 4, 50, 400, 1000):
+        chain = b"\x91" * depth + b"\x90"
+        items, chains = many(chain, DEFAULT_LIMITS.nodes)
+        found[f"nodes that are arrays, {depth} deep"] = b"\x93\x01\x90" + array(items) + chains
+        items, chains = many(chain, DEFAULT_LIMITS.list_items - 2)
+        found[f"a node of arrays, {depth} deep"] = (
+            b"\x93\x01\x90\x91" + array(items + 2) + b"\x00\x04" + chains
+        )
+    numbers = array(DEFAULT_LIMITS.list_items + 1) + b"\x01" * (DEFAULT_LIMITS.list_items + 1)
+    lists = array(DEFAULT_LIMITS.node_args) + numbers * DEFAULT_LIMITS.node_args
+    found["a call with lists of numbers"] = b"\x93\x01\x90\x91\x94\x00\x05\xa1m" + lists
+    return found
+
+
+@pytest.mark.parametrize("name", byte_bombs())
+def test_bytes_make_no_more_than_they_say(name: str) -> None:
+    """Beside three copies of the message no more than a megabyte is taken."""
+    data = byte_bombs()[name]
+    tracemalloc.start()
+    with pytest.raises(BadGraph):
+        decode_graph(data)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 3 * len(data) + (1 << 20)
+
+
+def test_a_node_holds_a_bounded_number_of_values() -> None:
+    lists = tuple((1,) * 4000 for _ in range(4))
+    decode_graph(encode_graph(graph_of(Call("m", lists))))
+    with pytest.raises(BadGraph, match=r"a node of \d+ bytes: more than 16384 elements"):
+        decode_graph(encode_graph(graph_of(Call("m", (*lists, lists[0])))))
 
 
 # Circles ----------------------------------------------------------------------------------------
@@ -203,10 +260,17 @@ def test_a_part_of_empty_things_takes_little_memory() -> None:
     assert peak_bytes < 4 << 20
 
 
-def test_a_part_of_too_many_things_is_refused_before_it_is_built() -> None:
-    with pytest.raises(BadGraph) as caught:
-        decode_part(b"\x9f" + 15 * EMPTY, DEFAULT_LIMITS)
-    assert "more than 582144 elements" in str(caught.value.__cause__)
+def test_a_part_s_lists_are_as_long_as_its_graph() -> None:
+    """Sixteen values for each node, and 8 * 4,096 besides; refused before they are made."""
+    graph = encode_graph(graph_of(READ))
+    for stages, specs in ((b"\x91" + EMPTY, b"\x90"), (b"\x90", EMPTY)):
+        with pytest.raises(BadGraph, match="no msgpack of ours: ValueError") as caught:
+            decode_part(
+                b"\x97\x01\x00\x92\x00\x01" + stages + b"\x90" + specs
+                + b"\xc4" + bytes([len(graph)]) + graph,
+                DEFAULT_LIMITS,
+            )  # fmt: skip
+        assert "more than 32784 elements" in str(caught.value.__cause__)
 
 
 def test_openings_of_long_arrays_take_no_memory() -> None:

@@ -191,7 +191,7 @@ def test_honest_work_is_admitted() -> None:
 
 
 def test_the_largest_message_of_empty_things_takes_little_memory() -> None:
-    """A megabyte of empty arrays, maps, nulls or one-item lists, whichever costs most to hold."""
+    """As many nodes as there may be, of empty things, whichever costs most to hold."""
     for filler in (
         b"\x90",
         b"\x80",
@@ -201,11 +201,11 @@ def test_the_largest_message_of_empty_things_takes_little_memory() -> None:
         b"\xc4\x00",
         b"\xcb" + bytes(8),
     ):
-        count = (2**20 - 16) // len(filler)
+        count = min((2**20 - 16) // len(filler), 20_000)  # more of them are refused unread
         data = b"\x93\x01\x90\xdd" + count.to_bytes(4, "big") + filler * count
         tracemalloc.start()
         with pytest.raises(BadGraph):
             decode_graph(data)
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak_bytes < 16 * 2**20
+        assert peak_bytes < 2 * len(data) + 2**20

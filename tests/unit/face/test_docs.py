@@ -405,7 +405,8 @@ STREAMS = serving.StreamLimits()
         f"At most {tensors.MAX_RANK} axes and 2^{tensors.MAX_TENSOR_BYTES.bit_length() - 1} bytes",
         f"Caps: {LIMITS.graph_bytes // MIB} MiB; {LIMITS.nodes:,} nodes; {LIMITS.imports:,} "
         f"imports; {LIMITS.node_args} arguments of a node; {LIMITS.list_items:,} items of a list; "
-        f"lists nested {LIMITS.nesting} deep; texts of {LIMITS.text_chars} characters; leaves of "
+        f"lists nested {LIMITS.nesting} deep; {LIMITS.node_elements:,} values in a node; texts of "
+        f"{LIMITS.text_chars} characters; leaves of "
         f"{LIMITS.leaf_parts} parts",
         f"{LIMITS.invokes:,} invokes; {LIMITS.saves:,} saves; a constant of "
         f"2^{LIMITS.const_bytes.bit_length() - 1} bytes",
