@@ -15,11 +15,12 @@ from typing import Final, final
 
 import torch
 
-from glasshive.peer.errors import Busy
+from glasshive.peer.errors import Busy, NotEnoughMemory
 from glasshive.peer.free_memory import free_bytes
 from glasshive.security.keys import PeerId
 
 LENT_SHARE: Final = 0.75
+LEAST_FREE_BYTES: Final = 64 << 20
 """Of the memory that is free when a host starts: the rest is for what its user does meanwhile, for
 the allocator's own gaps, and for what torch takes in the middle of an op."""
 
@@ -94,10 +95,17 @@ def lent_bytes(device: torch.device, wanted_bytes: int | None = None) -> int:
 
     What its owner wants it to lend, as far as that is free; without a wish most of what is free.
     Values are on the device, and wait in the machine's own memory to be sent: whichever has less.
+    Raises NotEnoughMemory where hardly any is free: each trace would be refused.
     """
     free = free_bytes()
     if device.type == "cuda":
         on_device_bytes, _ = torch.cuda.mem_get_info(device)
         kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = min(free, on_device_bytes + kept_bytes)
+    if free < LEAST_FREE_BYTES:
+        raise NotEnoughMemory(
+            f"{free / 2**20:.0f} MiB are free for traces on {device} beside the model (a "
+            f"container's limit counts), and at least {LEAST_FREE_BYTES >> 20} are wanted; serve "
+            "fewer blocks with --blocks, give the container more memory, or end what else takes it"
+        )
     return int(LENT_SHARE * free) if wanted_bytes is None else min(wanted_bytes, free)

@@ -332,10 +332,12 @@ async def _host(process: _Process, options: ServeOptions) -> None:
         from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
+        from glasshive.security.manifest import ModelId
 
         seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
         if keeper is not None:
-            policy = keeper.policy  # there may be a newer one since
+            policy = keeper.policy  # there may be a newer one since, without this model
+            policy.check_model(ModelId(served.manifest.model_id), served.name)
         serving = Serving(
             *(transport, identity, served),
             limits=HostLimits(memory_bytes=settings.memory),

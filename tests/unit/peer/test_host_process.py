@@ -23,6 +23,7 @@ from glasshive.host_process import Life, ServeOptions, _apply, _bootstrap, _host
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
+from glasshive.security.errors import NotAllowed
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
@@ -169,8 +170,8 @@ async def test_a_host_without_a_root_says_what_others_can_run(
     ("memory", "says"),
     [
         ("1MiB", "traces take at most 1.0MiB of memory, all together\n"),
-        ("1PiB", "traces take at most 3.0MiB of memory, all together, since no more is free\n"),
-        (None, "traces take at most 2.2MiB of memory, all together\n"),
+        ("1PiB", "traces take at most 300.0MiB of memory, all together, since no more is free\n"),
+        (None, "traces take at most 225.0MiB of memory, all together\n"),
     ],
 )
 async def test_a_host_lends_the_memory_that_its_owner_says(
@@ -183,7 +184,7 @@ async def test_a_host_lends_the_memory_that_its_owner_says(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("glasshive.peer.memory_book.free_bytes", lambda: 3 << 20)
+    monkeypatch.setattr("glasshive.peer.memory_book.free_bytes", lambda: 300 << 20)
     one = process(tmp_path / "host.key", descriptor, memory=memory)
     one.stop.set()
     await _host(one, options(served))
@@ -328,3 +329,30 @@ async def test_a_host_whose_model_is_allowed_no_more_withdraws_until_it_is_again
         _apply(one, serving, policy(4, own))
         await announced(1)
         assert "tiny may be served again by whitelist 4 of" in capfd.readouterr().err
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_leaves_the_whitelist_while_it_loads_is_not_announced(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Keeper:
+        policy = Policy.effective(
+            replace(WHITELIST, version=2, models={ModelId("ab" * 32): "another"}), NOW
+        )
+
+        async def start(self) -> Policy:
+            return Policy.effective(replace(WHITELIST, version=1, models={}), NOW)
+
+        async def close(self) -> None:
+            pass
+
+    one = process(tmp_path / "host.key", descriptor)
+    monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
+    monkeypatch.setattr(one, "keeper", lambda *_: Keeper(), raising=False)
+    with pytest.raises(NotAllowed, match="is not allowed by whitelist 2"):
+        await asyncio.wait_for(_host(one, options(served)), 60)
+    assert await find_records(home.other, None) == []

@@ -12,12 +12,13 @@ import torch
 from tenants import Tenants
 
 from glasshive.dht.messages import Accepted
-from glasshive.peer.errors import Busy
+from glasshive.peer.errors import Busy, NotEnoughMemory
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.memory_book import LENT_SHARE, MemoryBook, lent_bytes
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import PeerId
 
+MIB = 1 << 20
 ALICE, BOB, CAROL, DAVE, EVE = (PeerId(name) for name in ("alice", "bob", "carol", "dave", "eve"))
 
 
@@ -77,18 +78,32 @@ def test_one_client_s_traces_leave_room_for_others() -> None:
 
 def test_a_host_lends_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     class Free:
-        available = 1000
+        available = 1000 * MIB
 
     monkeypatch.setattr("psutil.virtual_memory", Free)
-    assert lent_bytes(torch.device("cpu")) == 1000 * LENT_SHARE
+    assert lent_bytes(torch.device("cpu")) == 1000 * MIB * LENT_SHARE
     assert lent_bytes(torch.device("cpu"), 900) == 900  # its owner knows better
-    assert lent_bytes(torch.device("cpu"), 2000) == 1000
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 8000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert lent_bytes(torch.device("cuda")) == 400 * LENT_SHARE
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000, 8000))
-    assert lent_bytes(torch.device("cuda")) == 1000 * LENT_SHARE
+    assert lent_bytes(torch.device("cpu"), 2000 * MIB) == 1000 * MIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300 * MIB, 8000 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 * MIB)
+    assert lent_bytes(torch.device("cuda")) == 400 * MIB * LENT_SHARE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000 * MIB, 8000 * MIB))
+    assert lent_bytes(torch.device("cuda")) == 1000 * MIB * LENT_SHARE
+
+
+def test_a_host_without_memory_to_lend_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Free:
+        available = 63 * MIB
+
+    monkeypatch.setattr("psutil.virtual_memory", Free)
+    with pytest.raises(NotEnoughMemory) as told:
+        lent_bytes(torch.device("cpu"))
+    assert str(told.value) == (
+        "63 MiB are free for traces on cpu beside the model (a container's limit counts), and at "
+        "least 64 are wanted; serve fewer blocks with --blocks, give the container more memory, or "
+        "end what else takes it"
+    )
 
 
 def test_the_mark_bounds_each_trace_and_what_is_kept() -> None:
