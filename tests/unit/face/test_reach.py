@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from askers import record_of
+from lab import gate_now
 
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.host_process import Life, _Process, _say_reach
 from glasshive.security.keys import Identity
+from glasshive.security.membership import Role
 from glasshive.settings import Settings, load_settings
 from glasshive.swarm_commands import _check_places
 from glasshive.trust_keeper import TrustKeeper
@@ -70,12 +72,16 @@ def test_others_must_find_the_bootstrap_peer_of_a_new_swarm() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_keeper_goes_where_a_host_would() -> None:
-    """Not to private addresses that a stranger's record names, from a machine with a public one."""
+@pytest.mark.parametrize("private", [False, True])
+async def test_a_keeper_goes_where_a_host_would(private: bool) -> None:
+    """Not to private addresses that a stranger's record names, from a machine with a public one,
+    and in a private swarm with private addresses to no public one.
+    """
     network = MemoryNetwork()
     me, lan, wan = (Identity.generate() for _ in range(3))
-    here: MemoryTransport = network.transport(me)
-    here.addresses = ("/ip4/8.8.4.4/tcp/4001",)
+    gate = gate_now(me, Role.HOST) if private else None
+    here: MemoryTransport = network.transport(me, gate=gate)
+    here.addresses = ("/ip4/10.0.0.9/tcp/4001" if private else "/ip4/8.8.4.4/tcp/4001",)
     for identity, address in ((lan, "/ip4/10.0.0.1/tcp/80"), (wan, "/ip4/8.8.8.8/tcp/4001")):
         record = record_of(identity, [address], expires_at_seconds=round(time.time()) + 50.0)
         expiry = PeerRecord.verify(record, None).expires_at_seconds
@@ -83,7 +89,7 @@ async def test_a_keeper_goes_where_a_host_would() -> None:
         assert await at.store(MODELS_KEY, identity.peer_id, record, expiry)
     keeper = TrustKeeper(here, _Store(), [])  # type: ignore[arg-type]
     (found,) = await keeper._hosts()
-    assert found.peer_id == wan.peer_id
+    assert found.peer_id == (lan if private else wan).peer_id
 
 
 class _Store:
