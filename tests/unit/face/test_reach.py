@@ -17,7 +17,7 @@ from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.host_process import Life, _Process, _say_reach
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Role
-from glasshive.settings import Settings, load_settings
+from glasshive.settings import ConfigError, Settings, load_settings
 from glasshive.swarm_commands import _check_places
 from glasshive.trust_keeper import TrustKeeper
 
@@ -58,6 +58,31 @@ def test_a_host_s_places_are_settings(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_settings(file, announce=["/ip4/8.8.4.4/tcp/1"]).announce == ("/ip4/8.8.4.4/tcp/1",)
     monkeypatch.setenv("GLASSHIVE_ANNOUNCE", f"{WAN}, /ip6/2600::3/tcp/1")
     assert load_settings(file).announce == (WAN, "/ip6/2600::3/tcp/1")
+
+
+def test_what_is_announced_goes_with_where_one_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second host with the same hive.toml listens elsewhere, and isn't found at the first one."""
+    file = tmp_path / "hive.toml"
+    first, second = "/ip4/0.0.0.0/tcp/31331", "/ip4/0.0.0.0/tcp/31332"
+    file.write_text(f'listen = "{first}"\nannounce = ["{WAN}"]\n')
+    assert load_settings(file, listen=first).announce == (WAN,)  # as after a restart
+    assert load_settings(file, listen=second).announce == ()
+    assert load_settings(file, listen=second, announce=[WAN]).announce == (WAN,)
+    monkeypatch.setenv("GLASSHIVE_LISTEN", second)
+    assert load_settings(file).announce == ()
+    assert load_settings(file, listen=first).announce == (WAN,)
+    monkeypatch.setenv("GLASSHIVE_ANNOUNCE", "/ip4/8.8.4.4/tcp/1")
+    assert load_settings(file).announce == ("/ip4/8.8.4.4/tcp/1",)
+    monkeypatch.delenv("GLASSHIVE_ANNOUNCE")
+    file.write_text(f'announce = ["{WAN}"]\n')
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, listen=first)
+    assert str(caught.value) == (
+        f"the setting announce in {file}: it goes with the setting listen of that file, which has "
+        'none; write listen = "/ip4/0.0.0.0/tcp/31331" beside it, or say --announce'
+    )
 
 
 def test_others_must_find_the_bootstrap_peer_of_a_new_swarm() -> None:
