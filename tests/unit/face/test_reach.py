@@ -18,7 +18,7 @@ from glasshive.host_process import Life, _Process, _say_reach
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Role
 from glasshive.settings import ConfigError, Settings, load_settings
-from glasshive.swarm_commands import _check_places
+from glasshive.swarm_commands import _check_bootstrap_place
 from glasshive.trust_keeper import TrustKeeper
 
 WAN = "/ip4/203.0.113.7/tcp/31331"
@@ -89,11 +89,11 @@ def test_others_must_find_the_bootstrap_peer_of_a_new_swarm() -> None:
     from typer import BadParameter
 
     with pytest.raises(BadParameter, match=r"can't find the bootstrap peer by /ip4/0.0.0.0/tcp/1;"):
-        _check_places("/ip4/0.0.0.0/tcp/1", [])
+        _check_bootstrap_place("/ip4/0.0.0.0/tcp/1", [])
     with pytest.raises(BadParameter, match="others have to know the bootstrap peer's port"):
-        _check_places("/ip4/0.0.0.0/tcp/0", [WAN])
-    _check_places("/ip4/0.0.0.0/tcp/1", [WAN])
-    _check_places("/ip4/10.1.2.3/tcp/1", [])
+        _check_bootstrap_place("/ip4/0.0.0.0/tcp/0", [WAN])
+    _check_bootstrap_place("/ip4/0.0.0.0/tcp/1", [WAN])
+    _check_bootstrap_place("/ip4/10.1.2.3/tcp/1", [])
 
 
 @pytest.mark.asyncio
