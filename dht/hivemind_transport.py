@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, final
 
 from glasshive.dht import daemon_control, hardening, hivemind_setup, member_calls
-from glasshive.dht.addresses import announced, check_places, listening_at
+from glasshive.dht.addresses import LOOPBACK, announced, check_places, listening_at
 from glasshive.dht.errors import (
     DaemonFailed,
     ListenRefused,
@@ -51,7 +51,6 @@ __all__ = ["DhtMode", "HivemindTransport"]
 
 DhtMode = Literal["server", "client", "none"]
 
-LOOPBACK: Final = ("/ip4/127.0.0.1/tcp/0",)
 DHT_DEADLINE_SECONDS: Final = 20.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
@@ -89,6 +88,7 @@ class HivemindTransport:
         self._frame_limits = frame_limits
         self._records = RecordGate(swarm)
         self._members = gate
+        self.members_only = gate is not None
         self._tasks = HandlerTasks(stream_limits, gate)
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[Stream] = set()
@@ -102,7 +102,7 @@ class HivemindTransport:
     async def create(
         cls,
         identity: Identity,
-        listen: Sequence[str] = LOOPBACK,
+        listen: Sequence[str] = (LOOPBACK,),
         bootstraps: Sequence[str] = (),
         dht: DhtMode = "server",
         startup_timeout_seconds: float = 60.0,

@@ -151,6 +151,7 @@ class MemoryTransport:
         self._streams: set[Stream] = set()
         self._closed = False
         self._gate = gate
+        self.members_only = gate is not None
         if gate is not None:
             gate.on_removals(lambda: reset_removed(gate, self._streams))
 

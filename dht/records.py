@@ -122,7 +122,7 @@ class PeerRecord:
                 f"the record is of {self.peer_id}, the identity is {identity.peer_id}; "
                 "a peer announces itself only"
             )
-        data = seal(
+        return seal(
             identity,
             kind=_KIND,
             swarm=swarm,
@@ -150,12 +150,6 @@ class PeerRecord:
                 ]
             ),
         )
-        if len(data) > MAX_RECORD_BYTES:
-            raise RecordRefused(
-                f"the record has {len(data)} bytes, at most {MAX_RECORD_BYTES}; "
-                "announce fewer or shorter addresses"
-            )
-        return data
 
     @classmethod
     def verify(cls, data: bytes, now: float | None, *, swarm: str = PUBLIC_SWARM) -> PeerRecord:

@@ -101,6 +101,10 @@ class Transport(Protocol):
     def swarm(self) -> str:
         """The name of the swarm, bound into every signature."""
 
+    @property
+    def members_only(self) -> bool:
+        """Whether the swarm is private: who is no member of it has nothing of this peer."""
+
     async def open_stream(
         self, peer: PeerAddress, protocol: str, deadline_seconds: float
     ) -> Stream:

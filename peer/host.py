@@ -285,7 +285,9 @@ class Host:
                 + (f"; no more are allowed{by}" if (by := limits.by("traces_per_client")) else "")
             )
         of_origin = sum(one.origin == client.origin for one in tenants)
-        if client.origin and of_origin >= limits.traces_per_origin:
+        # In a private swarm a key costs an invite, and an institution may have one address.
+        counted = client.origin and not self._transport.members_only
+        if counted and of_origin >= limits.traces_per_origin:
             raise Busy(
                 f"{limits.traces_per_origin} traces from your address are running here, under "
                 "whatever keys; wait for one of them, or try another peer"
@@ -393,7 +395,7 @@ class Host:
         go_on()
         slots(part.graph, self._outline, passes)
         go_on()
-        peers = find_peers(part, request, shown_at, self._transport.addresses, go_on)
+        peers = find_peers(part, request, shown_at, self._transport, go_on)
         return part, passes, admission.admit(part, passes, body, go_on), peers
 
     async def _take_consts(

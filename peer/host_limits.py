@@ -20,7 +20,9 @@ class HostLimits:
     traces: int = 16
     traces_per_client: int = 8
     traces_per_origin: int = 12
-    """Of all keys that come from one address: a class has most places, and leaves others some."""
+    """Of all keys that come from one address: a class has most places, and leaves others some.
+
+    Not in private swarms: there a key costs an invite, and an institution may have one address."""
     trace_seconds: float = 600.0
     prepare_seconds: float = 60.0
     batch_rows: int = 256

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from glasshive.dht.addresses import dialable
 from glasshive.dht.errors import RecordRefused
 from glasshive.dht.records import PeerRecord
-from glasshive.dht.transport import PeerAddress
+from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.plan import Part
 from glasshive.security.requests import PlannedPeer, TraceRequest
@@ -32,13 +32,13 @@ def find_peers(
     part: Part,
     request: TraceRequest,
     now: float,
-    own_addresses: Sequence[str],
+    transport: Transport,
     go_on: Callable[[], None],
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
     Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
-    model, expired or without an address that a host with these `own_addresses` dials
+    model, expired or without an address that a host with this `transport` dials
     (dht/addresses.py). `go_on` is called between two of them.
     """
     receivers = part.receivers
@@ -46,14 +46,14 @@ def find_peers(
     for index, peer in enumerate(request.peers):
         addresses: tuple[str, ...] = ()
         if index in receivers:
-            addresses = _where(peer, request, now, own_addresses)
+            addresses = _where(peer, request, now, transport)
             go_on()
         found.append(PeerAddress(peer.peer_id, addresses))
     return tuple(found)
 
 
 def _where(
-    peer: PlannedPeer, request: TraceRequest, now: float, own_addresses: Sequence[str]
+    peer: PlannedPeer, request: TraceRequest, now: float, transport: Transport
 ) -> tuple[str, ...]:
     if not peer.record:
         raise RecordRefused(
@@ -65,10 +65,12 @@ def _where(
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of {record.peer_id}")
     if record.model != request.model_id:
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of another model")
-    addresses = dialable(record.addresses, own_addresses)
+    members_only = transport.members_only
+    addresses = dialable(record.addresses, transport.addresses, members_only=members_only)
     if not addresses:
+        kinds = "public, private and loopback ones" if members_only else "loopback and private ones"
         raise RecordRefused(
             f"the record of {peer.peer_id} in the plan names no address that this peer dials: "
-            "loopback and private ones only where it is at such an address itself"
+            f"{kinds} only where it is at such an address itself; announce both hosts alike"
         )
     return addresses

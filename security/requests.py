@@ -11,7 +11,7 @@ Rules:
 
 The body, msgpack without extension types::
 
-    [1, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
+    [2, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
      sha256 of the part's bytes]
 
 Nothing here does IO: whether a request was seen before is the host's to remember.
@@ -34,12 +34,13 @@ REQUEST_SECONDS: Final = 60.0
 TRACE_ID_BYTES: Final = 16
 MAX_PEERS: Final = 256
 MAX_RECORD_BYTES: Final = 1536
+"""A rule of dht/records.py, which this layer can't import; it is needed to bound a request."""
 MAX_TEXT: Final = 128
 MAX_DEADLINE_SECONDS: Final = 1e6
 MAX_REQUEST_BYTES: Final = 1 << 19
 
 _REQUEST: Final = "trace"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAX_ELEMENTS: Final = MAX_PEERS * 3 + 16
 
 

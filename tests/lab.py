@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from joiners import DAY, ISSUER, NOW
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Certificate, Membership, Revocations, Role
 
@@ -34,6 +36,12 @@ def certificate_of(identity: Identity, role: Role, seconds: float = DAY, **chang
         "expires_at_seconds": NOW + seconds,
     }
     return Certificate(**(fields | changes)).sign(ISSUER)
+
+
+def gate_now(identity: Identity, role: Role) -> MemberGate:
+    """That of a member of a private swarm whose clock is this machine's."""
+    certificate = certificate_of(identity, role, time.time() - NOW + DAY, swarm=PUBLIC_SWARM)
+    return MemberGate(Membership(PUBLIC_SWARM, [ISSUER.peer_id]), time.time, certificate)
 
 
 def removal_of(*peers: Identity, version: int = 1) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from askers import prepare_of, record_of, request_of
+from lab import gate_now
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glasshive.dht.framing import Stream
@@ -44,6 +45,7 @@ from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel, load_served_model
 from glasshive.security.keys import Identity
+from glasshive.security.membership import Role
 from glasshive.security.requests import PlannedPeer, TraceRequest
 
 
@@ -65,6 +67,7 @@ def tiny_served(folder: Path, span: Span | None = None) -> ServedModel:
 
 
 HOME, CLIENT, OTHER, THIRD = (Identity.generate() for _ in range(4))
+_ROLES = {HOME: Role.HOST, CLIENT: Role.CLIENT, OTHER: Role.HOST, THIRD: Role.HOST}
 ROWS, SEQ = 256, 24
 PASSES = Passes((Pass((0,), SEQ, False, ((0, ROWS),)),))
 SITE = Site("model.layers.0", "output")
@@ -180,11 +183,18 @@ class OneHost:
 
 @asynccontextmanager
 async def one_host(
-    served: ServedModel, *, limits: HostLimits | None = None, seen: SeenRequests | None = None
+    served: ServedModel,
+    *,
+    limits: HostLimits | None = None,
+    seen: SeenRequests | None = None,
+    private: bool = False,
 ) -> AsyncIterator[OneHost]:
     """A host that serves this over the memory transport, and who deals with it."""
     network = MemoryNetwork()
-    everyone = [network.transport(one) for one in (HOME, CLIENT, OTHER, THIRD)]
+    everyone = [
+        network.transport(one, gate=gate_now(one, role) if private else None)
+        for one, role in _ROLES.items()
+    ]
     host = Host(everyone[0], HOME, served, limits=limits, seen=seen)
     await host.start()
     yield OneHost(served, host, *everyone)

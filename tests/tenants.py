@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from askers import request_of
+from lab import gate_now
 
 from glasshive.dht.framing import Stream
+from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
     TRACE_PROTOCOL,
@@ -45,6 +47,7 @@ from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
+from glasshive.security.membership import Role
 
 SEQ = 3
 BLOCK = Site("model.layers.0", "output")
@@ -67,10 +70,14 @@ class Tenants:
         *,
         clock: Callable[[], float] = time.monotonic,
         stream_limits: StreamLimits | None = None,
+        private: bool = False,
     ) -> None:
         self._network = MemoryNetwork(clock=clock)
+        self._private = private
         identity = Identity.generate()
-        self.home = self._network.transport(identity, stream_limits=stream_limits)
+        self.home = self._network.transport(
+            identity, stream_limits=stream_limits, gate=self._gate(identity, Role.HOST)
+        )
         self._clients: dict[MemoryTransport, Identity] = {}
         self._served = served
         self._numbers = itertools.count(1)
@@ -94,9 +101,13 @@ class Tenants:
     def client(self, ip: str = "127.0.0.1") -> MemoryTransport:
         """One more client, with a key of its own."""
         identity = Identity.generate()
-        made = self._network.transport(identity, dht=False, ip=ip)
+        gate = self._gate(identity, Role.CLIENT)
+        made = self._network.transport(identity, dht=False, ip=ip, gate=gate)
         self._clients[made] = identity
         return made
+
+    def _gate(self, identity: Identity, role: Role) -> MemberGate | None:
+        return gate_now(identity, role) if self._private else None
 
     async def open(self, client: MemoryTransport) -> Stream:
         """A trace stream of that client's on which nothing was said."""

@@ -18,6 +18,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from glasshive import audit_commands, member_commands, swarm_commands, whitelist_commands
+from glasshive.dht.addresses import LOOPBACK, check_places
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
 from glasshive.settings import Settings, data_dir, load_settings
@@ -45,7 +46,6 @@ app.add_typer(whitelist_commands.app)
 app.add_typer(member_commands.app)
 app.add_typer(audit_commands.app)
 
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ANYWHERE = "/ip4/0.0.0.0/tcp/31331"
 BOOTSTRAP_LISTEN = swarm_commands.BOOTSTRAP_LISTEN
 
@@ -178,7 +178,7 @@ def serve(
     listen = settings.listen or LOOPBACK
     if report_descriptor is None:
         default = data_dir() / "host.key"
-        _check_places(listen, settings.announce, settings)
+        _check_can_listen(listen, settings.announce, settings)
         _supervise(settings.host_key, default, settings, until_stdin_ends, spare=spare)
     from glasshive.host_process import Life, ServeOptions, run_host, wait_ready
 
@@ -211,7 +211,7 @@ def bootstrap(
     settings = load_settings(config, bootstraps=others)
     default = data_dir() / "bootstrap.key"
     if report_descriptor is None:
-        _check_places(listen, announce or (), settings)
+        _check_can_listen(listen, announce or (), settings)
         _supervise(key, default, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
@@ -401,12 +401,11 @@ def _supervise(
     sys.exit(code)
 
 
-def _check_places(listen: str, announce: Sequence[str], settings: Settings) -> None:
+def _check_can_listen(listen: str, announce: Sequence[str], settings: Settings) -> None:
     """Raises BadAddress or ListenRefused for where a peer can't listen or be announced.
 
     The network daemon would share a port that is in use, and each peer get half of the calls.
     """
-    from glasshive.dht.addresses import check_places
     from glasshive.dht.errors import BadAddress, ListenRefused
 
     if not listen.startswith("/"):

@@ -17,6 +17,9 @@ user's configuration folder. Each name is also an environment variable (GLASSHIV
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
 GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_MEMORY,
 GLASSHIVE_LISTEN, GLASSHIVE_ANNOUNCE). A bootstrap peer takes the last two from its flags only.
+
+The file's `announce` leads to the file's `listen`: who listens elsewhere, by a flag or variable,
+isn't announced there.
 """
 
 from __future__ import annotations
@@ -153,10 +156,27 @@ def load_settings(
             return init_settings, env_settings, InitSettingsSource(settings_cls, found)
 
     wanted = {name: value for name, value in flags.items() if value not in (None, (), [])}
+    _part_announce(found, place, wanted)
     try:
         return FromFile(**wanted)
     except ValidationError as error:
         raise ConfigError(_wrong(str(error.errors()[0]["loc"][0]), place, found)) from None
+
+
+def _part_announce(found: dict[str, Any], place: Path, wanted: dict[str, Any]) -> None:
+    """Takes `announce` out of what the file says if it isn't of the place where a host listens."""
+    listen, announce = (
+        wanted.get(name) or os.environ.get(f"GLASSHIVE_{name.upper()}")
+        for name in ("listen", "announce")
+    )
+    if announce or not listen or "announce" not in found or listen == found.get("listen"):
+        return
+    if "listen" not in found:
+        raise ConfigError(
+            f"the setting announce in {place}: it goes with the setting listen of that file, which "
+            f'has none; write listen = "{listen:.80}" beside it, or say --announce'
+        )
+    del found["announce"]
 
 
 def _wrong(name: str, place: Path, found: dict[str, Any]) -> str:

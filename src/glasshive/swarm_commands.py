@@ -101,7 +101,7 @@ def init(
     check_new(place)
     swarm = place.resolve().name if name is None else name
     _check_swarm(swarm, public)
-    _check_places(listen, announce or ())
+    _check_bootstrap_place(listen, announce or ())
     both = holder or []
     if not (public or both or root_holder or whitelist_holder):
         both = ["owner"]
@@ -332,7 +332,7 @@ def _check_swarm(name: str, public: bool) -> None:
         )
 
 
-def _check_places(listen: str, announce: Sequence[str]) -> None:
+def _check_bootstrap_place(listen: str, announce: Sequence[str]) -> None:
     """Raises BadAddress or ListenRefused for an address that no bootstrap peer could have."""
     from glasshive.dht.addresses import check_announced, check_places
     from glasshive.dht.errors import BadAddress

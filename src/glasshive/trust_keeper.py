@@ -209,7 +209,8 @@ class TrustKeeper:
                 continue
             if record.withdrawn or record.peer_id in known:
                 continue
-            addresses = dialable(record.addresses, self._transport.addresses)
+            own, members_only = self._transport.addresses, self._transport.members_only
+            addresses = dialable(record.addresses, own, members_only=members_only)
             if addresses:  # anybody can announce any
                 kind = newer if record.whitelist_version > ours else others
                 kind.append(PeerAddress(record.peer_id, addresses))

@@ -57,6 +57,7 @@ from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check
 from glasshive.graph.plan_codec import encode_part
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.envelope import seal
+from glasshive.security.keys import Identity
 from glasshive.security.plain import encode_plain
 from glasshive.security.requests import PlannedPeer, TraceRequest
 
@@ -232,7 +233,7 @@ async def test_a_host_that_is_not_on_the_plan_runs_nothing(swarm: OneHost) -> No
     request, data = swarm.request(waiting())
     peers = [list(one) for one in request.peers]
     peers[1] = [THIRD.peer_id, b""]  # which HOME is to run is another's
-    body = [1, request.model_id, "float32", peers, 1, 60.0, request.part_sha256]
+    body = [2, request.model_id, "float32", peers, 1, 60.0, request.part_sha256]
     signed = seal(
         CLIENT,
         kind="trace",
@@ -370,6 +371,31 @@ def forged(record: bytes) -> bytes:
 
 
 @pytest.mark.asyncio
+async def test_a_member_sends_hosts_of_a_private_swarm_to_no_public_address(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever signed the record: that its key is a member's is nothing that a host knows."""
+    async with one_host(served, private=True) as swarm:
+        swarm.home.addresses = (f"/ip4/10.0.0.1/tcp/31331/p2p/{HOME.peer_id}",)
+        found = dialled(swarm, monkeypatch)
+        model = ModelId(swarm.served.manifest.model_id)
+        fresh = Identity.generate()
+        for address in ("/ip4/8.8.8.8/tcp/53", "/ip6/2600::3/tcp/53", "/ip4/127.0.0.1/tcp/22"):
+            request, data = swarm.request(pushing())
+            record = record_of(fresh, [address], model=model)
+            asked = with_peer(request, PlannedPeer(fresh.peer_id, record))
+            stream = await swarm.send(prepare_of(CLIENT, asked), data)
+            failed = decode((await news(stream)).header, Failed)
+            assert (failed.code, failed.text) == (
+                "RecordRefused",
+                f"the record of {fresh.peer_id} in the plan names no address that this peer "
+                "dials: public, private and loopback ones only where it is at such an address "
+                "itself; announce both hosts alike",
+            )
+        assert found == []
+
+
+@pytest.mark.asyncio
 async def test_an_address_in_a_plan_is_no_request(swarm: OneHost) -> None:
     request, data = swarm.request(pushing())
     peers = [[HOME.peer_id, b""], [OTHER.peer_id, [VICTIM]], [THIRD.peer_id, b""]]
@@ -380,7 +406,7 @@ async def test_an_address_in_a_plan_is_no_request(swarm: OneHost) -> None:
         receiver=HOME.peer_id,
         request_id=request.trace_id,
         expires_at_seconds=time.time() + 30,
-        body=encode_plain([1, request.model_id, "float32", peers, 0, 60.0, request.part_sha256]),
+        body=encode_plain([2, request.model_id, "float32", peers, 0, 60.0, request.part_sha256]),
     )
     failed = decode((await news(await swarm.send(Prepare(signed), data))).header, Failed)
     assert failed == Failed(

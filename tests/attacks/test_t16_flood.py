@@ -166,6 +166,17 @@ async def test_a_class_behind_one_address_is_served(served: ServedModel) -> None
             stream.reset()
 
 
+@pytest.mark.asyncio
+async def test_members_behind_one_address_have_all_places(served: ServedModel) -> None:
+    """An institution's own router is no attacker, and a key of a private swarm costs an invite."""
+    limits = HostLimits(traces=8, traces_per_client=2, traces_per_origin=6)
+    async with Tenants(served, limits, private=True) as tenants:
+        asked = [await tenants.ask(tenants.client(ip="203.0.113.66")) for _ in range(8)]
+        assert not any(isinstance(answer, Failed) for _, answer in asked)
+        for stream, _ in asked:
+            stream.reset()
+
+
 async def drip(stream: Stream, data: bytes, size: int, clock: Clock) -> int:
     """Send `data` in parts of so many bytes, each a second after the other; how many were sent."""
     sent = 0

@@ -58,7 +58,11 @@ FIRST = root_now()
 
 
 class SocketWatch(threading.Thread):
-    """Notes where the sockets of some processes lead, as often as it can."""
+    """Notes where the sockets of some processes lead, as often as it can.
+
+    It can't see what ends between two looks, and no datagrams from a socket without a remote
+    address (as of QUIC or mDNS), nor processes before `pids` names them.
+    """
 
     def __init__(self, pids: Callable[[], Sequence[int]]) -> None:
         super().__init__(daemon=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
 from glasshive.dht import daemon_control
+from glasshive.security.keys import Identity
 
 # hivemind 1.1 itself, at import.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -21,6 +24,33 @@ def answer(call_id: UUID, **fields: Any) -> bytes:
     message = p2pd_pb2.PersistentConnectionResponse(callId=call_id.bytes, **fields)
     data: bytes = message.SerializeToString()
     return bytes([len(data)]) + data
+
+
+@pytest.mark.asyncio
+async def test_whether_a_peer_is_connected_is_what_the_daemon_lists(tmp_path: Path) -> None:
+    from hivemind.p2p import PeerID
+    from hivemind.proto import p2pd_pb2
+
+    here, other, gone = (Identity.generate().peer_id for _ in range(3))
+    listed = p2pd_pb2.Response(type=p2pd_pb2.Response.OK)
+    for one in (other, here):
+        listed.peers.add(id=PeerID.from_base58(one).to_bytes(), addrs=[b"\x04\x7f\x00\x00\x01"])
+
+    async def daemon(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = p2pd_pb2.Request()
+        asked.ParseFromString(await reader.readexactly((await reader.readexactly(1))[0]))
+        assert asked.type == p2pd_pb2.Request.LIST_PEERS
+        data = listed.SerializeToString()
+        writer.write(bytes([len(data) & 127 | 128, len(data) >> 7]) + data)
+        writer.close()
+
+    place = str(tmp_path / "control")
+    connector = SimpleNamespace(open_connection=lambda: asyncio.open_unix_connection(place))
+    control = SimpleNamespace(daemon_connector=connector)
+    p2p = SimpleNamespace(_client=SimpleNamespace(control=control))
+    async with await asyncio.start_unix_server(daemon, place), asyncio.timeout(10):
+        for peer_id, there in ((here, True), (other, True), (gone, False)):
+            assert await daemon_control.is_connected(p2p, peer_id) is there
 
 
 @pytest.mark.asyncio

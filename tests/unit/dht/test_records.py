@@ -1,7 +1,6 @@
 """Records: what is signed comes back, and nothing else gets in."""
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -15,6 +14,7 @@ from soak import count
 from glasshive.dht import records
 from glasshive.dht.errors import RecordRefused
 from glasshive.dht.records import (
+    MAX_RECORD_BYTES,
     MODELS_KEY,
     ModelId,
     PeerRecord,
@@ -186,21 +186,17 @@ def test_a_record_is_signed_by_its_own_peer_only() -> None:
         record_of().sign(EVE)
 
 
-def test_a_record_beyond_the_size_is_not_signed() -> None:
-    place = "/ip4/203.0.113.7/tcp/1"
-    address = f"{place}/{'a' * 64}/{'a' * 34}"
-    long = record_of(
-        model_name="m" * 128, backend="b" * 128, attention="c" * 128, addresses=(address,) * 4
+def test_the_longest_record_fits() -> None:
+    address = "/ip6/2600:1111:2222:3333:4444:5555:255.255.255.255/udp/31331/quic-v1"
+    texts = ("model_name", "backend", "attention", "software_version", "quantisation")
+    longest = record_of(
+        addresses=(f"{address}/p2p/{ALICE.peer_id}",) * 4,
+        **dict(start=1022, end=1023, n_blocks=1024, whitelist_version=2**31 - 1, load=0.5),
+        **{name: name[0] * 128 for name in texts},
     )
-    assert len(long.sign(ALICE)) < 1536
-    longer = dataclasses.replace(
-        long,
-        addresses=(f"{place}/{'a' * 64}/{'a' * 64}/{'a' * 39}",) * 4,
-        software_version="s" * 128,
-        quantisation="q" * 128,
-    )
-    with pytest.raises(RecordRefused, match="fewer or shorter addresses"):
-        longer.sign(ALICE)
+    signed = longest.sign(ALICE, swarm="s" * 64)
+    assert 1500 < len(signed) < MAX_RECORD_BYTES
+    assert PeerRecord.verify(signed, NOW, swarm="s" * 64) == longest
 
 
 def test_mutations_change_nothing_or_are_refused() -> None:

@@ -153,7 +153,7 @@ def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
     with pytest.raises(BadEnvelope, match=text):
         TraceRequest(**changed)
     peers = [[one.peer_id, one.record] for one in changed["peers"]]
-    body = [1, changed["model_id"], changed["dtype"], peers]
+    body = [2, changed["model_id"], changed["dtype"], peers]
     body += [changed[name] for name in ("part_index", "deadline_seconds", "part_sha256")]
     if field == "trace_id" and type(value) is str:
         return  # an envelope holds no such id
@@ -182,7 +182,7 @@ def sealed(kind: str, body: object, request_id: bytes = b"t" * 16) -> bytes:
         b"\xc1",
         [],
         [1] * 6,
-        [2, "m", "d", [], 0, 1.0, bytes(32)],
+        [3, "m", "d", [], 0, 1.0, bytes(32)],
         [True, "m", "d", [], 0, 1.0, bytes(32)],
     ],
 )
@@ -190,6 +190,16 @@ def sealed(kind: str, body: object, request_id: bytes = b"t" * 16) -> bytes:
 def test_another_body_is_refused(kind: str, body: object) -> None:
     with pytest.raises(BadEnvelope, match=r"can't be read|one side needs another release"):
         (read if kind == "trace" else read_result)(sealed(kind, body))
+
+
+def test_a_request_of_the_release_before_is_told_which_version_is_wanted() -> None:
+    """Its peers were ids; whatever they are, the number comes first."""
+    for peers in ([CLIENT.peer_id, HOST.peer_id], [[CLIENT.peer_id, b""], [HOST.peer_id, b""]]):
+        with pytest.raises(BadEnvelope) as caught:
+            read(sealed("trace", [1, "ab" * 32, "float32", peers, 1, 30.0, bytes(32)]))
+        assert str(caught.value) == (
+            "not a trace's request of version 2; one side needs another release of glasshive"
+        )
 
 
 def test_the_largest_plan_fits() -> None:
