@@ -177,8 +177,11 @@ def serve(
     )
     listen = settings.listen or LOOPBACK
     if report_descriptor is None:
+        from glasshive.models import find_model
+
         default = data_dir() / "host.key"
         _check_can_listen(listen, settings.announce, settings)
+        find_model(model)  # before a process is started for it
         _supervise(settings.host_key, default, settings, until_stdin_ends, spare=spare)
     from glasshive.host_process import Life, ServeOptions, run_host, wait_ready
 
@@ -330,15 +333,16 @@ def _blocks(text: str | None, model: str) -> tuple[int, int] | None:
 
 
 def _said_of_blocks(model: str) -> str:
-    """How many blocks a model has, if it is here to be asked."""
+    """How many blocks a model has, if its configuration is here and says so in the usual word."""
     from glasshive.models import find_model
-    from glasshive.peer.checkpoint import Checkpoint
 
     try:
-        n_blocks = Checkpoint(find_model(model)).n_blocks
-    except (GlasshiveError, ModelUnavailableError):
+        # Read as it is: transformers takes seconds to import.
+        config = json.loads((find_model(model) / "config.json").read_bytes())
+    except (ModelUnavailableError, OSError, ValueError):
         return ""
-    return f"; {model} has {n_blocks} blocks, 0:{n_blocks}"
+    n_blocks = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    return f"; {model} has {n_blocks} blocks, 0:{n_blocks}" if type(n_blocks) is int else ""
 
 
 def _check_name(name: str | None) -> None:

@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 from glasshive import cli
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.keyring import KeyInUse, take_free_key, take_key
+from glasshive.models import find_model
 from glasshive.peer.supervisor import Supervisor
 from glasshive.security.keys import Identity
 from glasshive.settings import data_dir
@@ -56,6 +57,13 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     code = ended.value.code
     assert isinstance(code, int)
     return code
+
+
+@pytest.fixture(autouse=True)
+def _m_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "glasshive.models.find_model", lambda name: Path(name) if name == "m" else find_model(name)
+    )
 
 
 def one_line(text: str) -> str:
@@ -132,6 +140,7 @@ def test_wrong_usage_exits_with_2(
             "error: there is no folder '/none/model'; give a model folder",
         ),
         (("manifest", "no-model"), "error: no model 'no-model' on this machine: there is no such"),
+        (("serve", "no-model"), "error: no model 'no-model' on this machine: there is no such"),
         (
             ("serve", "m", "--bootstrap", "localhost:31330"),
             "error: got 'localhost:31330', wanted a multiaddr such as /dns4/localhost/tcp/31330/",
