@@ -12,7 +12,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt '.[demo,dev]'
-	touch $@
+	touch $@ && touch $(VENV)/.installed  # with them the package itself has come
 
 # The package is installed as a wheel, as users get it; tests run against that, not the checkout.
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES) pyproject.toml
