@@ -119,7 +119,9 @@ def export(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="A file of `glasshive audit export`.")],
-    host: Annotated[str, typer.Option("--host", help="The peer id of the host whose log it is.")],
+    host: Annotated[
+        str | None, typer.Option("--host", help="The peer id of the host whose log it is.")
+    ] = None,
     extends: Annotated[
         Path | None,
         typer.Option("--extends", help="An earlier export, from which this one must go on."),
@@ -129,6 +131,13 @@ def verify(
     set_up_logging("pretty")
     from glasshive.security.audit_trail import verify_export
 
+    if host is None:
+        raise typer.BadParameter(
+            "name the host whose log it is by its peer id, as you know it and not as the file says "
+            "it: what follows /p2p/ in the address that `glasshive serve` prints, or peer_id in "
+            "`glasshive status --json`",
+            param_hint="--host",
+        )
     peer_id = _peer(host)
     with _readable():
         earlier = None if extends is None else verify_export(extends, peer_id).end

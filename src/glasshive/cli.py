@@ -129,7 +129,10 @@ def _root(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A model folder, or the name of a fetched model.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A model folder, or the name of a fetched model."),
+    ] = None,
     blocks: Annotated[
         str | None,
         typer.Option(help="Blocks to serve, first:end, such as 0:10; without it the whole model."),
@@ -165,6 +168,12 @@ def serve(
 ) -> None:
     """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
     set_up_logging(log_format)
+    if model is None:
+        raise typer.BadParameter(
+            "name a model: a folder that Hugging Face saved, or SmolLM2-135M-Instruct once "
+            "`glasshive demo` has fetched it",
+            param_hint="MODEL",
+        )
     span = _blocks(blocks, model)
     _check_name(name)
     settings = load_settings(
@@ -241,7 +250,7 @@ def status(
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
     with open_swarm(settings, config, Act.READ) as swarm:
         report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
-        where = swarm.where
+        where = swarm.where.hosts
     if as_json:
         print(json.dumps(report, indent=2))
     else:

@@ -249,6 +249,12 @@ def test_an_export_is_verified_elsewhere_with_the_peer_id_alone(
     refused("audit", "verify", "log.jsonl", "--host", BOB.peer_id, kind=BadAuditLog)
 
 
+def test_verify_without_a_host_says_where_its_id_is() -> None:
+    said = wrong_usage("audit", "verify", "log.jsonl")
+    assert "--host: name the host whose log it is by its peer id" in said
+    assert "what follows /p2p/ in the address that `glasshive serve` prints" in said
+
+
 def test_a_later_export_is_held_against_an_earlier(host: Identity) -> None:
     run("audit", "export", "--out=1.jsonl")
     folder = audit_folder(load_settings(), host.peer_id)

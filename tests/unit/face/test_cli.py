@@ -88,7 +88,11 @@ def test_help_says_what_serving_without_a_bootstrap_is(
     ("arguments", "said"),
     [
         (("nonsense",), "nonsense"),
-        (("serve",), "Missing argument"),
+        (
+            ("serve",),
+            "MODEL: name a model: a folder that Hugging Face saved, or SmolLM2-135M-Instruct once "
+            "`glasshive demo` has fetched it",
+        ),
         *(
             (
                 ("serve", "m", "--blocks", got),
@@ -148,6 +152,10 @@ def test_wrong_usage_exits_with_2(
         (
             ("serve", "m", "--listen", "/ip4/127.0.0.1/tcp/0", "--announce", "/ip4/8.8.4.4/tcp/1"),
             "error: can't announce /ip4/8.8.4.4/tcp/1: other machines could reach this one, and",
+        ),
+        (
+            ("bootstrap", "--listen", "/ip4/0.0.0.0/tcp/99999"),
+            "error: got '/ip4/0.0.0.0/tcp/99999', whose port 99999 is out of range; ports go up",
         ),
         (
             ("bootstrap", "--listen", "nonsense"),
