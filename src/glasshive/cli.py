@@ -21,7 +21,7 @@ from glasshive import audit_commands, member_commands, swarm_commands, whitelist
 from glasshive.dht.addresses import LOOPBACK, check_places
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
-from glasshive.settings import Settings, data_dir, load_settings
+from glasshive.settings import Settings, config_path, data_dir, load_settings
 from glasshive.terminal import (
     Ended,
     LogFormat,
@@ -220,7 +220,7 @@ def bootstrap(
     settings = load_settings(config, bootstraps=others)
     default = data_dir() / "bootstrap.key"
     if report_descriptor is None:
-        _check_can_listen(listen, announce or (), settings)
+        _check_can_listen(listen, announce or (), settings, config_path(config))
         _supervise(key, default, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
@@ -229,6 +229,7 @@ def bootstrap(
             *(settings, key or default, listen, log_format, report_descriptor),
             announce=tuple(announce or ()),
             key_in_use=key_in_use,
+            config=config_path(config),
         )
     )
 
@@ -410,10 +411,13 @@ def _supervise(
     sys.exit(code)
 
 
-def _check_can_listen(listen: str, announce: Sequence[str], settings: Settings) -> None:
+def _check_can_listen(
+    listen: str, announce: Sequence[str], settings: Settings, names_it: Path | None = None
+) -> None:
     """Raises BadAddress or ListenRefused for where a peer can't listen or be announced.
 
     The network daemon would share a port that is in use, and each peer get half of the calls.
+    `names_it`: the config by whose `bootstraps` others find this peer, if it is a bootstrap peer.
     """
     from glasshive.dht.errors import BadAddress, ListenRefused
 
@@ -432,10 +436,19 @@ def _check_can_listen(listen: str, announce: Sequence[str], settings: Settings) 
             trial.bind((host, int(port)))
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
+            what_to_do = (
+                "give another port with --listen, or let one be chosen: "
+                f"--listen /{kind}/{host}/tcp/0"
+            )
+            if names_it and any(f"/tcp/{port}/p2p/" in one for one in settings.bootstraps):
+                what_to_do = (
+                    f"stop that one (an earlier `glasshive bootstrap`?), since {names_it} names "
+                    "this port; with another port of --listen change `bootstraps` there too, and "
+                    "make invites anew: those made before hold the old address"
+                )
             raise ListenRefused(
                 f"can't listen at {listen}: "
-                f"{'another process does' if in_use else error.strerror or error}; give another "
-                f"port with --listen, or let one be chosen: --listen /{kind}/{host}/tcp/0"
+                f"{'another process does' if in_use else error.strerror or error}; {what_to_do}"
             ) from None
 
 

@@ -257,6 +257,26 @@ def test_a_port_that_is_in_use_is_not_shared(
     assert f"error: can't listen at {listen}: another process does; give another port" in said
 
 
+def test_a_clash_says_that_the_config_names_the_port(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Failed with "give another port", at which nobody who joins would look for it."""
+    config = tmp_path / "hive.toml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        config.write_text(f'bootstraps = ["{listen}/p2p/{Identity.generate().peer_id}"]\n')
+        arguments = ("--config", str(config), "--listen", listen)
+        assert run("bootstrap", *arguments, monkeypatch=monkeypatch) == 1
+        said = capfd.readouterr().err
+        assert run("serve", "m", *arguments, monkeypatch=monkeypatch) == 1
+    assert (
+        f"another process does; stop that one (an earlier `glasshive bootstrap`?), since {config} "
+        "names this port; with another port of --listen change `bootstraps` there too, and make "
+        "invites anew: those made before hold the old address\n"
+    ) in said
+    assert "another process does; give another port with --listen" in capfd.readouterr().err
+
+
 def test_manifest_names_every_file_that_counts(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
