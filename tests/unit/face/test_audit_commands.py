@@ -127,6 +127,21 @@ def test_an_invite_gives_a_quota_that_members_shows(lab: Path) -> None:
     assert [one["quota"] for one in (*rows["members"], *rows["invites"])] == [quota, quota]
 
 
+def test_members_cuts_nothing_at_80_characters(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed with "10,000,000,..." and "e2a930b313..."."""
+    monkeypatch.setenv("COLUMNS", "80")
+    token = run(
+        "invite", "client", "--traces=4", "--seconds-a-day", "3600", "--saved-bytes-a-day=10GB",
+        "--folder=lab",
+    ).splitlines()[-1]  # fmt: skip
+    joined(lab, token, ALICE)
+    said = run("members", "--folder=lab")
+    assert said.count("10,000,000,000") == 2
+    assert said.count(Invite.parse(token, time.time()).invite_id.hex()[:8]) == 2
+    assert f"…{ALICE.peer_id[-8:]}" in said
+    assert said.count("…") == 1
+
+
 def test_an_invite_without_one_says_so(lab: Path) -> None:
     done = CliRunner().invoke(cli.app, ["invite", "admin", "--folder=lab", "--traces=none"])
     assert "Quota of each key on each host: none." in done.stderr
