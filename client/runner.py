@@ -129,7 +129,7 @@ class ModelRunner:
 
     def _advise(self, error: PeerError, why: str) -> None:
         """Say behind what happened why the trace was not run elsewhere, and what to do."""
-        status = shlex.join(["glasshive", "status", *self._swarm.where])
+        status = shlex.join(["glasshive", "status", *self._swarm.where.own])
         error.args = (
             f"{error}; {why}; run the trace again when `{status}` shows its blocks as served",
         )
@@ -247,7 +247,8 @@ class ModelRunner:
                 for one in known
                 if one.expires_at_seconds <= self._lost.get(one.peer_id, 0.0)
             }
-        wanted = Wanted(self._name, Kind(self._dtype, "none", self._attention), self._swarm.where)
+        kind = Kind(self._dtype, "none", self._attention)
+        wanted = Wanted(self._name, kind, self._swarm.where.hosts)
         return choose_route(known, needed, self._n_blocks, avoid=left_out, wanted=wanted)
 
     def _remember_lost(self, peer: PeerId, route: Route) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
@@ -28,6 +28,19 @@ _FILES_SECONDS: Final = 120.0
 _CLOSE_SECONDS: Final = 30.0
 
 
+class Where(NamedTuple):
+    """The arguments that say which swarm, such as `--bootstrap ADDRESS`.
+
+    `own` for a command of this user on this machine, `hosts` for `glasshive serve` on any.
+    """
+
+    own: tuple[str, ...]
+    hosts: tuple[str, ...]
+
+
+SOMEWHERE: Final = Where(own=("--bootstrap", "ADDRESS"), hosts=("--bootstrap", "ADDRESS"))
+
+
 class PolicyKeeper(Protocol):
     """Knows what the swarm's signers allow, and learns of what they change."""
 
@@ -41,8 +54,8 @@ class Swarm:
 
     `transport` and `keeper` live on `loop`, where `end` ends them and all that belongs to them (by
     default the transport alone). `identity` is the transport's, and signs what is asked of peers.
-    `bootstraps` are peers whose directory is asked, and `where` the arguments with which a command
-    comes to the same swarm.
+    `bootstraps` are peers whose directory is asked, and `where` the arguments with which commands
+    come to the same swarm.
     """
 
     def __init__(
@@ -53,7 +66,7 @@ class Swarm:
         bootstraps: Sequence[PeerAddress],
         cache: Path,
         keeper: PolicyKeeper | None = None,
-        where: Sequence[str] = ("--bootstrap", "ADDRESS"),
+        where: Where = SOMEWHERE,
         end: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._loop = loop
@@ -63,7 +76,7 @@ class Swarm:
         self._bootstraps = tuple(bootstraps)
         self._cache = cache
         self._end = end or transport.close
-        self._where = tuple(where)
+        self._where = where
         self._closed = False
 
     def __repr__(self) -> str:
@@ -109,7 +122,8 @@ class Swarm:
         """
         self._check_open()
         seconds = min(within_seconds, _DIRECTORY_SECONDS)
-        asking = ask_directory(self._transport, self._bootstraps, model, seconds, where=self._where)
+        hosts = self._where.hosts
+        asking = ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
         return self._loop.run(asking, seconds + 5)
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
@@ -183,8 +197,8 @@ class Swarm:
             )
 
     @property
-    def where(self) -> tuple[str, ...]:
-        """The arguments with which a command comes to this swarm, such as `--bootstrap ADDRESS`."""
+    def where(self) -> Where:
+        """The arguments with which commands come to this swarm."""
         return self._where
 
     @property

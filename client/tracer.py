@@ -141,7 +141,11 @@ class Tracer:
             self._stack.close()
         if experiment is None:
             return False  # nothing is sent
-        self._result = self.model.run(experiment, self.options)
+        try:
+            self._result = self.model.run(experiment, self.options)
+        except KeyboardInterrupt:
+            # Where the run was interrupted says nothing to the user, whose own line does.
+            raise KeyboardInterrupt from None
         return True
 
     @contextlib.contextmanager

@@ -31,6 +31,8 @@ __all__ = [
 StreamHandler = Callable[[Stream], Awaitable[None]]
 
 MAX_ADDRESS_CHARACTERS: Final = 200
+MAX_PORT: Final = 65535
+_COPY: Final = "copy the line that `glasshive bootstrap` printed"
 _ADDRESS: Final = re.compile(
     r"/(?:ip4/[0-9.]{7,15}|ip6/[0-9A-Fa-f:.]{2,45}|dns[46]?/[A-Za-z0-9.-]{1,100})"
     r"/(?:tcp|udp)/([0-9]{1,5})"
@@ -49,11 +51,11 @@ class PeerAddress:
     @classmethod
     def parse(cls, address: str) -> PeerAddress:
         """From one multiaddr that ends in ``/p2p/ID``; raises BadAddress."""
-        check_address(address)
+        _check(address, f"/p2p/12D3KooW...; {_COPY}")
         _, mark, peer_id = address.rpartition("/p2p/")
         if not mark:
             raise BadAddress(
-                f"got {address!r}, wanted a multiaddr that ends in /p2p/ and a peer id"
+                f"got {address!r}, wanted a multiaddr that ends in /p2p/ and a peer id; {_COPY}"
             )
         try:
             public_key_of(peer_id)
@@ -64,18 +66,28 @@ class PeerAddress:
 
 def check_address(address: str) -> None:
     """Returns if `address` reads as an IP or DNS multiaddr of fair length; raises BadAddress."""
+    _check(address, "")
+
+
+def _check(address: str, end: str) -> None:
+    """`check_address`; `end` is what the address of the text ends in."""
     found = _ADDRESS.fullmatch(address) if len(address) <= MAX_ADDRESS_CHARACTERS else None
-    if found is None or int(found.group(1)) > 65535:
+    if found is None:
         raise BadAddress(
             f"got {address[:MAX_ADDRESS_CHARACTERS]!r}, wanted a multiaddr such as "
-            f"{_meant(address)}/p2p/12D3KooW..."
+            f"{_meant(address)}{end}"
+        )
+    if int(found.group(1)) > MAX_PORT:
+        raise BadAddress(
+            f"got {address!r}, whose port {found.group(1)} is out of range; ports go up to "
+            f"{MAX_PORT}"
         )
 
 
 def _meant(address: str) -> str:
-    """The multiaddr of what may be a host's name with a port."""
+    """The multiaddr of what may be a host's name with a port; one word alone is no name of one."""
     found = _HOST.fullmatch(address)
-    if found is None:
+    if found is None or not (found.group(2) or "." in found.group(1)):
         return "/ip4/192.0.2.7/tcp/31330"
     host, port = found.groups()
     kind = "ip4" if re.fullmatch(r"[0-9.]+", host) else "dns4"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glasshive.terminal import set_up_logging
+from glasshive.terminal import print_rows, set_up_logging
 from glasshive.trust_words import moment, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from glasshive.security.audit_entry import SignedEntry
     from glasshive.security.audit_trail import VerifiedExport
     from glasshive.security.keys import Identity, PeerId
     from glasshive.settings import Settings
@@ -36,6 +37,12 @@ KeyOption = Annotated[
     Path | None, typer.Option("--key", help="The host's key; else host.key in the data folder.")
 ]
 
+_COLUMNS = ("entry", "time", "client", "outcome", "graph", "seconds", "saved")
+_WHOLE_COLUMNS = (
+    *("entry", "time", "client", "role", "invite", "outcome", "graph", "nodes", "trace"),
+    *("model", "blocks", "dtype", "seconds", "saved bytes"),
+)
+
 
 @app.command()
 def show(
@@ -43,14 +50,14 @@ def show(
     client: Annotated[
         str | None, typer.Option(help="Only of this client, by peer id or the end of it.")
     ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All that is written down, on lines as long as it takes.")
+    ] = False,
     config: ConfigOption = None,
     key: KeyOption = None,
 ) -> None:
     """Print the newest entries of this host's audit log, after checking them."""
     set_up_logging("pretty")
-    from rich.console import Console
-    from rich.table import Table
-
     from glasshive.security.audit_trail import entries_in, log_files
 
     settings, identity = _host(config, key)
@@ -66,20 +73,36 @@ def show(
             ),
             maxlen=last or None,
         )
-    table = Table(
-        *("entry", "time", "client", "role", "graph", "nodes", "model", "blocks", "dtype"),
-        *("outcome", "computed s", "saved bytes"),
-        title=f"{settings.swarm}, host …{identity.peer_id[-8:]}",
+    say(f"{settings.swarm}, host {identity.peer_id}; times are UTC")
+    rows = [_whole_row(one) if wide else _row(one) for one in found]
+    print_rows(_WHOLE_COLUMNS if wide else _COLUMNS, rows, whole=wide)
+
+
+def _row(one: SignedEntry) -> tuple[str, ...]:
+    """An entry in `_COLUMNS`, which fit 80 characters: the end of its ids, the start of hashes."""
+    from pydantic import ByteSize
+
+    entry = one.entry
+    return (
+        *(str(one.number), _time(one), f"…{entry.client[-8:]}", entry.outcome),
+        *(entry.graph_sha256.hex()[:8], f"{entry.compute_milliseconds / 1000:.3f}"),
+        ByteSize(entry.saved_bytes).human_readable(decimal=True),
     )
-    for one in found:
-        entry = one.entry
-        table.add_row(
-            *(str(one.number), moment(entry.time_milliseconds // 1000)),
-            *(f"…{entry.client[-8:]}", entry.role or "-", entry.graph_sha256.hex()[:16]),
-            *(str(entry.nodes), entry.model_id[:8], entry.blocks, entry.dtype, entry.outcome),
-            *(f"{entry.compute_milliseconds / 1000:.3f}", f"{entry.saved_bytes:,}"),
-        )
-    Console().print(table)
+
+
+def _whole_row(one: SignedEntry) -> tuple[str, ...]:
+    """An entry in `_WHOLE_COLUMNS`."""
+    entry = one.entry
+    return (
+        *(str(one.number), _time(one), entry.client, entry.role or "-", entry.invite.hex() or "-"),
+        *(entry.outcome, entry.graph_sha256.hex(), str(entry.nodes), entry.trace_id.hex()),
+        *(entry.model_id, entry.blocks, entry.dtype),
+        *(f"{entry.compute_milliseconds / 1000:.3f}", f"{entry.saved_bytes:,}"),
+    )
+
+
+def _time(one: SignedEntry) -> str:
+    return moment(one.entry.time_milliseconds // 1000).removesuffix(" UTC")
 
 
 @app.command()
@@ -119,7 +142,9 @@ def export(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="A file of `glasshive audit export`.")],
-    host: Annotated[str, typer.Option("--host", help="The peer id of the host whose log it is.")],
+    host: Annotated[
+        str | None, typer.Option("--host", help="The peer id of the host whose log it is.")
+    ] = None,
     extends: Annotated[
         Path | None,
         typer.Option("--extends", help="An earlier export, from which this one must go on."),
@@ -129,6 +154,13 @@ def verify(
     set_up_logging("pretty")
     from glasshive.security.audit_trail import verify_export
 
+    if host is None:
+        raise typer.BadParameter(
+            "name the host whose log it is by its peer id, as you know it and not as the file says "
+            "it: what follows /p2p/ in the address that `glasshive serve` prints, or peer_id in "
+            "`glasshive status --json`",
+            param_hint="--host",
+        )
     peer_id = _peer(host)
     with _readable():
         earlier = None if extends is None else verify_export(extends, peer_id).end

@@ -21,7 +21,7 @@ from glasshive import audit_commands, member_commands, swarm_commands, whitelist
 from glasshive.dht.addresses import LOOPBACK, check_places
 from glasshive.graph.errors import GlasshiveError
 from glasshive.models import ModelUnavailableError
-from glasshive.settings import Settings, data_dir, load_settings
+from glasshive.settings import Settings, config_path, data_dir, load_settings
 from glasshive.terminal import (
     Ended,
     LogFormat,
@@ -129,7 +129,10 @@ def _root(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A model folder, or the name of a fetched model.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A model folder, or the name of a fetched model."),
+    ] = None,
     blocks: Annotated[
         str | None,
         typer.Option(help="Blocks to serve, first:end, such as 0:10; without it the whole model."),
@@ -165,6 +168,12 @@ def serve(
 ) -> None:
     """Lend this machine: serve some blocks of a model to the swarm until Ctrl-C."""
     set_up_logging(log_format)
+    if model is None:
+        raise typer.BadParameter(
+            "name a model: a folder that Hugging Face saved, or SmolLM2-135M-Instruct once "
+            "`glasshive demo` has fetched it",
+            param_hint="MODEL",
+        )
     span = _blocks(blocks, model)
     _check_name(name)
     settings = load_settings(
@@ -214,7 +223,7 @@ def bootstrap(
     settings = load_settings(config, bootstraps=others)
     default = data_dir() / "bootstrap.key"
     if report_descriptor is None:
-        _check_can_listen(listen, announce or (), settings)
+        _check_can_listen(listen, announce or (), settings, config_path(config))
         _supervise(key, default, settings, until_stdin_ends)
     from glasshive.host_process import Life, run_bootstrap
 
@@ -223,6 +232,7 @@ def bootstrap(
             *(settings, key or default, listen, log_format, report_descriptor),
             announce=tuple(announce or ()),
             key_in_use=key_in_use,
+            config=config_path(config),
         )
     )
 
@@ -244,7 +254,7 @@ def status(
     settings = with_bootstraps(load_settings(config, bootstraps=bootstrap, key=key), config)
     with open_swarm(settings, config, Act.READ) as swarm:
         report = report_of(settings.swarm, swarm.records(model), swarm.transport.now())
-        where = swarm.where
+        where = swarm.where.hosts
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -405,10 +415,13 @@ def _supervise(
     sys.exit(code)
 
 
-def _check_can_listen(listen: str, announce: Sequence[str], settings: Settings) -> None:
+def _check_can_listen(
+    listen: str, announce: Sequence[str], settings: Settings, names_it: Path | None = None
+) -> None:
     """Raises BadAddress or ListenRefused for where a peer can't listen or be announced.
 
     The network daemon would share a port that is in use, and each peer get half of the calls.
+    `names_it`: the config by whose `bootstraps` others find this peer, if it is a bootstrap peer.
     """
     from glasshive.dht.errors import BadAddress, ListenRefused
 
@@ -427,10 +440,19 @@ def _check_can_listen(listen: str, announce: Sequence[str], settings: Settings) 
             trial.bind((host, int(port)))
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
+            what_to_do = (
+                "give another port with --listen, or let one be chosen: "
+                f"--listen /{kind}/{host}/tcp/0"
+            )
+            if names_it and any(f"/tcp/{port}/p2p/" in one for one in settings.bootstraps):
+                what_to_do = (
+                    f"stop that one (an earlier `glasshive bootstrap`?), since {names_it} names "
+                    "this port; with another port of --listen change `bootstraps` there too, and "
+                    "make invites anew: those made before hold the old address"
+                )
             raise ListenRefused(
                 f"can't listen at {listen}: "
-                f"{'another process does' if in_use else error.strerror or error}; give another "
-                f"port with --listen, or let one be chosen: --listen /{kind}/{host}/tcp/0"
+                f"{'another process does' if in_use else error.strerror or error}; {what_to_do}"
             ) from None
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glasshive.security.envelope import PUBLIC_SWARM
@@ -54,16 +55,30 @@ def config_and_bootstraps(
 def swarm_arguments(settings: Settings, config: str | os.PathLike[str] | None) -> tuple[str, ...]:
     """The arguments with which a command of this user comes to the swarm of these settings.
 
-    `config` is the file that was named, if one was. With the address alone a host would have no
-    root, and be of the public swarm: whoever needs more gets the config file's path.
+    `config` is the file that was named, if one was. With the address alone it would be of the
+    public swarm: whoever needs more gets the config file's path.
     """
-    found: list[str] = []
     place = config_path(config)
-    if (settings.root is not None or settings.swarm != PUBLIC_SWARM) and place.is_file():
-        found = ["--config", str(place.absolute())]
-    for one in settings.bootstraps:
-        found += ["--bootstrap", one]
-    return tuple(found)
+    found = ["--config", str(place.absolute())] if _needs_config(settings, place) else []
+    return (*found, *_by_address(settings))
+
+
+def host_arguments(settings: Settings, config: str | os.PathLike[str] | None) -> tuple[str, ...]:
+    """The arguments with which `glasshive serve` comes to the same swarm, on any machine.
+
+    A host has a hive.toml of its own wherever the address alone is not enough.
+    """
+    if _needs_config(settings, config_path(config)):
+        return ("--config", "hive.toml")
+    return _by_address(settings)
+
+
+def _needs_config(settings: Settings, place: Path) -> bool:
+    return (settings.root is not None or settings.swarm != PUBLIC_SWARM) and place.is_file()
+
+
+def _by_address(settings: Settings) -> tuple[str, ...]:
+    return tuple(part for one in settings.bootstraps for part in ("--bootstrap", one))
 
 
 def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -> Settings:
@@ -85,7 +100,7 @@ def open_swarm(
 
     Raises what `connect` raises.
     """
-    from glasshive.client.swarm import Swarm
+    from glasshive.client.swarm import Swarm, Where
     from glasshive.dht.hivemind_transport import HivemindTransport
     from glasshive.dht.loop_thread import LoopThread
     from glasshive.dht.transport import PeerAddress
@@ -127,6 +142,6 @@ def open_swarm(
     except BaseException:
         loop.close()
         raise
-    where = swarm_arguments(settings, config)
+    where = Where(swarm_arguments(settings, config), host_arguments(settings, config))
     files = cache_dir() / "files"
     return Swarm(loop, transport, identity, bootstraps, files, keeper, where, ends.aclose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import json
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ class Life:
     report_descriptor: int
     announce: tuple[str, ...] = ()  # where others find it, if not at its own addresses
     key_in_use: str | None = None  # another process's, in whose place `key` was taken
+    config: Path | None = None  # where a bootstrap peer's settings were read
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,7 @@ async def _bootstrap(process: _Process) -> None:
             await ends.enter_async_context(process.keeper(transport, store))
             _say_whitelist(process, store)
         _say_reach(process, transport)
+        _say_moved(process, transport)
         address = transport.addresses[0]
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
@@ -503,6 +506,30 @@ def _say_reach(process: _Process, transport: HivemindTransport) -> None:
     console.print(
         f"other machines reach this one: {who} may ask it for what is allowed, under\n  "
         + "\n  ".join(addresses),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _say_moved(process: _Process, transport: HivemindTransport) -> None:
+    """That a bootstrap peer is named where it doesn't listen, so that nobody would find it."""
+    settings, config = process.life.settings, process.life.config
+    named = [one for one in settings.bootstraps if one.endswith(f"/p2p/{transport.peer_id}")]
+    ports = [one.split("/")[3:5] for one in (*transport.addresses, *transport.listening)]
+    if not named or any(one.split("/")[3:5] in ports for one in named):
+        return
+    address = transport.addresses[0]
+    if process.life.log_format == "json":
+        log.warning("moved", config=str(config), named=named, address=address)
+        return
+    corrected = dict.fromkeys(address if one in named else one for one in settings.bootstraps)
+    old_invites = "; invites made before hold the old address, so make them anew"
+    console.print(
+        f"{config} names this peer at {', '.join(named)}, and it doesn't listen at that port: who "
+        "looks for it there won't find it. In that file, and in its copies, write\n"
+        f"  bootstraps = {json.dumps(list(corrected))}\n"
+        "or start this peer at the port that is named" + (old_invites if settings.issuers else ""),
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -22,6 +22,8 @@ from glasshive.terminal import set_up_logging
 from glasshive.trust_words import moment, say
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from glasshive.security.book_state import Member
     from glasshive.security.invite_book import InviteBook, InviteEntry
     from glasshive.security.keys import PeerId
@@ -172,30 +174,29 @@ def members(
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     if not found:
         say(f"nobody has joined {settings.swarm!r} yet; `glasshive invite host` lets a host in")
     else:
-        table = Table("peer", "role", "since", "until", "quota", "invite", title=settings.swarm)
+        table = _table("peer", "role", "since", "until", "quota", "invite", title=settings.swarm)
         now = time.time()
         for member in found:
             until = "revoked" if member.revoked else moment(int(member.until_seconds))
             if member.until_seconds < now and not member.revoked:
                 until = f"ended {until}"
-            by = member.invite.hex()[:16] or "none"
+            by = member.invite.hex()[:8] or "none"
             since = moment(int(member.since_seconds))
             quota = member.quota.describe()
             table.add_row(f"…{member.peer_id[-8:]}", member.role.value, since, until, quota, by)
         console.print(table)
     if open_invites:
-        table = Table("invite", "role", "used", "until", "quota", title="invites")
+        table = _table("invite", "role", "used", "until", "quota", title="invites")
         for one in open_invites:
             until = "revoked" if one.revoked else moment(int(one.expires_at_seconds))
             used = f"{one.used} of {one.uses}"
             quota = one.quota.describe()
-            table.add_row(one.invite_id.hex()[:16], one.role.value, used, until, quota)
+            table.add_row(one.invite_id.hex()[:8], one.role.value, used, until, quota)
         console.print(table)
 
 
@@ -290,6 +291,16 @@ def _book(folder: Path, key: Path | None) -> tuple[Settings, InviteBook]:
             f"the issuers are {', '.join(settings.issuers)}"
         )
     return settings, InviteBook(book_path(place), identity, settings.swarm)
+
+
+def _table(*columns: str, title: str) -> Table:
+    """A table of which nothing is cut: where it is too wide, cells go on below, numbers whole."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for one in columns:
+        table.add_column(one, overflow="fold", min_width=14 if one == "quota" else None)
+    return table
 
 
 def _role(text: str) -> Any:

@@ -336,10 +336,9 @@ def _check_bootstrap_place(listen: str, announce: Sequence[str]) -> None:
     """Raises BadAddress or ListenRefused for an address that no bootstrap peer could have."""
     from glasshive.dht.addresses import check_announced, check_places
     from glasshive.dht.errors import BadAddress
-    from glasshive.dht.transport import PeerAddress
-    from glasshive.security.keys import Identity
+    from glasshive.dht.transport import check_address
 
-    PeerAddress.parse(f"{listen}/p2p/{Identity.generate().peer_id}")
+    check_address(listen)
     if listen.endswith("/tcp/0"):
         raise typer.BadParameter(
             f"others have to know the bootstrap peer's port; name one, such as {BOOTSTRAP_LISTEN}",

@@ -119,7 +119,8 @@ def read_root(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"the root {path} can't be read: {error.strerror or error}; check `root` in hive.toml "
-            "or GLASSHIVE_ROOT"
+            "or GLASSHIVE_ROOT; if hive.toml was handed to you, copy the folder trust beside "
+            "hive.toml too"
         ) from None
     if len(document) > MAX_DOCUMENT_BYTES:
         raise ConfigError(

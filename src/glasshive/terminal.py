@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Literal
 
@@ -27,6 +27,7 @@ from rich.text import Text
 LogFormat = Literal["pretty", "json"]
 OnBytes = Callable[[int, int], None]
 
+_LONG_LINE = 10_000
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -130,6 +131,22 @@ def byte_bar(title: str, *, show: bool) -> Iterator[OnBytes]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_rows(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, whole: bool = False
+) -> None:
+    """A table on standard output, of which nothing is cut: where it is too narrow, cells go on
+    below. If `whole`, and where no terminal is, each row is one line, however long."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for one in columns:
+        table.add_column(one, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_escape, row))
+    width = _LONG_LINE if whole or not sys.stdout.isatty() else None
+    Console(width=width, highlight=False).print(table)
 
 
 def _escape(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from glasshive.dht.addresses import is_beyond
+
 if TYPE_CHECKING:
     from glasshive.new_swarm import NewSwarm
     from glasshive.security.trust_root import RoleSignatures, RootTerms, TrustedRoot
@@ -153,10 +155,16 @@ def say_made(folder: TrustFolder, new: NewSwarm) -> None:
     say("\nnext:")
     if not say_waiting(folder):
         say_start(folder, new)
-    say(
-        "\nHosts listen on this machine only, unless `serve` and `bootstrap` are told otherwise "
-        "with --listen."
-    )
+    if is_beyond(new.listen):
+        say(
+            "\nThe bootstrap peer listens for other machines too, as that line says. Hosts listen "
+            "on this machine only, unless `serve` is told otherwise with --listen."
+        )
+    else:
+        say(
+            "\nHosts listen on this machine only, unless `serve` and `bootstrap` are told "
+            "otherwise with --listen."
+        )
 
 
 def say_start(folder: TrustFolder, new: NewSwarm) -> None:

@@ -217,13 +217,14 @@ def test_a_host_killed_without_a_replacement_is_named(
     began = time.monotonic()
     with pytest.raises(PeerLost, match=victim.peer_id) as caught:
         run(model, deadline=30)
-    text, where = str(caught.value), f"--config {hive.config} --bootstrap {hive.bootstrap.address}"
+    text, own = str(caught.value), f"--config {hive.config} --bootstrap {hive.bootstrap.address}"
     assert re.search(
         rf"{victim.peer_id} \(blocks 0:2\) .*; no other route: nobody serves blocks 0:2 .*; start "
         rf"the missing part with `glasshive serve {NAME} --blocks 0:2 --dtype float32 --attention ",
         text,
     )
-    assert text.count(where) == 2
+    assert text.count(f"glasshive status {own}`") == text.count(own) == 1
+    assert "--config hive.toml`" in text
     assert "again in a moment" not in text
     assert time.monotonic() - began < 20
     victim.restart()

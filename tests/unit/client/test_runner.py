@@ -36,7 +36,9 @@ class Experiment:
 class Swarm:
     """Knows three peers that serve everything, and notes how long it was given to say so."""
 
-    where = ("--bootstrap", "/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW")
+    where = client_swarm.Where(
+        own=("--config", "/home/me/hive.toml"), hosts=("--config", "hive.toml")
+    )
     policy: Policy | None = None
     revoked = client_swarm.Swarm.revoked
 
@@ -134,9 +136,10 @@ def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.Monkey
         assert model._lost == {}
 
 
-WHERE = " ".join(Swarm.where)
+WHERE = " ".join(Swarm.where.hosts)
 KIND = "--dtype float32 --attention sdpa"
-ADVICE = f"; run the trace again when `glasshive status {WHERE}` shows its blocks as served"
+OWN = " ".join(Swarm.where.own)
+ADVICE = f"; run the trace again when `glasshive status {OWN}` shows its blocks as served"
 
 
 def lost_text(

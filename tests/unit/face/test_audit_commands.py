@@ -9,12 +9,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from glasshive import cli
+from glasshive.audit_commands import show
 from glasshive.graph.errors import GlasshiveError
 from glasshive.host_accounts import AuditLogError, audit_folder, open_accounts
 from glasshive.security.audit_entry import AuditEntry
@@ -125,6 +127,21 @@ def test_an_invite_gives_a_quota_that_members_shows(lab: Path) -> None:
     assert [one["quota"] for one in (*rows["members"], *rows["invites"])] == [quota, quota]
 
 
+def test_members_cuts_nothing_at_80_characters(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed with "10,000,000,..." and "e2a930b313..."."""
+    monkeypatch.setenv("COLUMNS", "80")
+    token = run(
+        "invite", "client", "--traces=4", "--seconds-a-day", "3600", "--saved-bytes-a-day=10GB",
+        "--folder=lab",
+    ).splitlines()[-1]  # fmt: skip
+    joined(lab, token, ALICE)
+    said = run("members", "--folder=lab")
+    assert said.count("10,000,000,000") == 2
+    assert said.count(Invite.parse(token, time.time()).invite_id.hex()[:8]) == 2
+    assert f"…{ALICE.peer_id[-8:]}" in said
+    assert said.count("…") == 1
+
+
 def test_an_invite_without_one_says_so(lab: Path) -> None:
     done = CliRunner().invoke(cli.app, ["invite", "admin", "--folder=lab", "--traces=none"])
     assert "Quota of each key on each host: none." in done.stderr
@@ -216,12 +233,56 @@ def numbers(table: str) -> list[int]:
 def test_show_prints_the_newest_entries(host: Identity) -> None:
     said = run("audit", "show")
     assert numbers(said) == [1, 2, 3, 4, 5]
-    for text in (f"…{BOB.peer_id[-8:]}", "2023-11-14 22:16 UTC", "0303030303030303", "1.234"):
+    for text in (f"…{BOB.peer_id[-8:]}", "2023-11-14 22:16 ", "03030303 ", "1.234", "4.1KB"):
         assert text in said
+    assert max(map(len, said.splitlines()[1:])) <= 80
     assert said.count("QuotaExceeded") == 2
     assert numbers(run("audit", "show", "--last=2")) == [4, 5]
     assert numbers(run("audit", "show", "--client", f"…{BOB.peer_id[-8:]}")) == [3]
     assert numbers(run("audit", "show", "--last=0")) == [1, 2, 3, 4, 5]
+
+
+def test_show_fits_a_terminal_of_80_characters(
+    host: Identity, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Failed with twelve columns, each of them cut."""
+    folder = audit_folder(load_settings(), host.peer_id)
+    log = AuditLog(folder, host, "public")
+    assert log.reserve()
+    hard = replace(
+        entry(6), outcome="MachineOutOfMemory", compute_milliseconds=86_399_999,
+        saved_bytes=999_900_000_000,
+    )  # fmt: skip
+    log.append(hard)
+    log.close()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(last=20, client=None, wide=False, config=None, key=None)
+    said = capfd.readouterr().out
+    assert numbers(said) == [1, 2, 3, 4, 5, 6]  # of a row that goes on below, one would be empty
+    (row,) = (line.split() for line in said.splitlines() if line.split()[:1] == ["6"])
+    assert row == [
+        *("6", "2023-11-14", "22:19", f"…{ALICE.peer_id[-8:]}", "MachineOutOfMemory", "06060606"),
+        *("86399.999", "999.9GB"),
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_show_wide_cuts_nothing(
+    host: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    show(last=20, client=None, wide=True, config=None, key=None)
+    (row,) = (line for line in capfd.readouterr().out.splitlines() if line.split()[:1] == ["3"])
+    assert row.split() == [
+        *("3", "2023-11-14", "22:16", BOB.peer_id, "client", (b"i" * 16).hex(), "done"),
+        *("03" * 32, "7", (3).to_bytes(16, "big").hex(), "ab" * 32, "0:10", "bfloat16"),
+        *("1.234", "4,096"),
+    ]
 
 
 def test_an_export_is_verified_elsewhere_with_the_peer_id_alone(
@@ -247,6 +308,12 @@ def test_an_export_is_verified_elsewhere_with_the_peer_id_alone(
         "and ask the host's owner"
     )
     refused("audit", "verify", "log.jsonl", "--host", BOB.peer_id, kind=BadAuditLog)
+
+
+def test_verify_without_a_host_says_where_its_id_is() -> None:
+    said = wrong_usage("audit", "verify", "log.jsonl")
+    assert "--host: name the host whose log it is by its peer id" in said
+    assert "what follows /p2p/ in the address that `glasshive serve` prints" in said
 
 
 def test_a_later_export_is_held_against_an_earlier(host: Identity) -> None:

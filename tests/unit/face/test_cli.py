@@ -96,7 +96,11 @@ def test_help_says_what_serving_without_a_bootstrap_is(
     ("arguments", "said"),
     [
         (("nonsense",), "nonsense"),
-        (("serve",), "Missing argument"),
+        (
+            ("serve",),
+            "MODEL: name a model: a folder that Hugging Face saved, or SmolLM2-135M-Instruct once "
+            "`glasshive demo` has fetched it",
+        ),
         *(
             (
                 ("serve", "m", "--blocks", got),
@@ -157,6 +161,10 @@ def test_wrong_usage_exits_with_2(
         (
             ("serve", "m", "--listen", "/ip4/127.0.0.1/tcp/0", "--announce", "/ip4/8.8.4.4/tcp/1"),
             "error: can't announce /ip4/8.8.4.4/tcp/1: other machines could reach this one, and",
+        ),
+        (
+            ("bootstrap", "--listen", "/ip4/0.0.0.0/tcp/99999"),
+            "error: got '/ip4/0.0.0.0/tcp/99999', whose port 99999 is out of range; ports go up",
         ),
         (
             ("bootstrap", "--listen", "nonsense"),
@@ -256,6 +264,26 @@ def test_a_port_that_is_in_use_is_not_shared(
         assert run("bootstrap", "--listen", listen, monkeypatch=monkeypatch) == 1
     said = capfd.readouterr().err
     assert f"error: can't listen at {listen}: another process does; give another port" in said
+
+
+def test_a_clash_says_that_the_config_names_the_port(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Failed with "give another port", at which nobody who joins would look for it."""
+    config = tmp_path / "hive.toml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        config.write_text(f'bootstraps = ["{listen}/p2p/{Identity.generate().peer_id}"]\n')
+        arguments = ("--config", str(config), "--listen", listen)
+        assert run("bootstrap", *arguments, monkeypatch=monkeypatch) == 1
+        said = capfd.readouterr().err
+        assert run("serve", "m", *arguments, monkeypatch=monkeypatch) == 1
+    assert (
+        f"another process does; stop that one (an earlier `glasshive bootstrap`?), since {config} "
+        "names this port; with another port of --listen change `bootstraps` there too, and make "
+        "invites anew: those made before hold the old address\n"
+    ) in said
+    assert "another process does; give another port with --listen" in capfd.readouterr().err
 
 
 def test_manifest_names_every_file_that_counts(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import glasshive
-from glasshive.connection import config_and_bootstraps, swarm_arguments
+from glasshive.connection import config_and_bootstraps, host_arguments, swarm_arguments
 from glasshive.dht.errors import BadAddress
 from glasshive.settings import ConfigError, load_settings
 
@@ -40,6 +40,7 @@ def test_a_file_as_text_or_path(tmp_path: Path) -> None:
         assert settings.bootstraps == (ONE,)
         # Of the public swarm: the address is enough, on every machine.
         assert swarm_arguments(settings, where) == ("--bootstrap", ONE)
+        assert host_arguments(settings, where) == ("--bootstrap", ONE)
 
 
 def test_a_command_comes_to_a_swarm_of_its_own_by_its_config(
@@ -52,12 +53,15 @@ def test_a_command_comes_to_a_swarm_of_its_own_by_its_config(
     monkeypatch.chdir(tmp_path)
     for where in (file, "lab.toml"):
         assert swarm_arguments(load_settings(where), where) == ("--config", str(file), *both)
+        # A host has its own hive.toml, which names the rest; not this user's path.
+        assert host_arguments(load_settings(where), where) == ("--config", "hive.toml")
     monkeypatch.setenv("GLASSHIVE_CONFIG", str(file))
     found = load_settings(bootstraps=(ONE,))
     assert swarm_arguments(found, None) == ("--config", str(file), "--bootstrap", ONE)
     monkeypatch.delenv("GLASSHIVE_CONFIG")
     monkeypatch.setenv("GLASSHIVE_SWARM", "lab")  # and no file: what is pasted here has it too
-    assert swarm_arguments(load_settings(bootstraps=(ONE,)), None) == ("--bootstrap", ONE)
+    for arguments in (swarm_arguments, host_arguments):
+        assert arguments(load_settings(bootstraps=(ONE,)), None) == ("--bootstrap", ONE)
 
 
 def test_no_bootstrap_says_where_to_write_one(tmp_path: Path) -> None:

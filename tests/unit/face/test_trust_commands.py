@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from glasshive import cli, trust_words
 from glasshive.dht import trust_exchange
-from glasshive.dht.errors import PeerUnreachable
+from glasshive.dht.errors import BadAddress, PeerUnreachable
 from glasshive.dht.messages import TrustVersions
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
@@ -279,6 +279,31 @@ def test_a_swarm_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_wrong_usage_of_init(arguments: tuple[str, ...], said: str) -> None:
     assert said in wrong_usage("swarm", "init", "lab", *arguments)
     assert not Path("lab").exists()
+
+
+def test_a_place_of_init_that_is_no_address_is_shown_as_one() -> None:
+    """Failed with "wanted ...tcp/31330/p2p/12D3KooW...", and with a peer id in the answer."""
+    text = refused("swarm", "init", "lab", "--listen=localhost:1", kind=BadAddress)
+    assert text == "got 'localhost:1', wanted a multiaddr such as /dns4/localhost/tcp/1"
+    text = refused("swarm", "init", "lab", "--listen=/ip4/0.0.0.0/tcp/99999", kind=BadAddress)
+    assert text.startswith("got '/ip4/0.0.0.0/tcp/99999', whose port 99999 is out of range")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "\nHosts listen on this machine only, unless `serve` and `bootstrap` are told"),
+        (
+            ("--listen=/ip4/0.0.0.0/tcp/31330", "--announce=/ip4/203.0.113.7/tcp/31330"),
+            "\nThe bootstrap peer listens for other machines too, as that line says. Hosts listen "
+            "on this machine only, unless `serve` is told otherwise with --listen.\n",
+        ),
+    ],
+)
+def test_init_says_who_listens_where(arguments: tuple[str, ...], said: str) -> None:
+    text = run("swarm", "init", "lab", *arguments)
+    assert said in text
+    assert text.count("on this machine only") == 1
 
 
 def test_a_key_that_signs_nothing_is_no_key_of_a_swarm() -> None:

@@ -474,6 +474,7 @@ def test_each_root_and_swarm_has_a_folder_that_lasts(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (None, "can't be read: No such file or directory; check `root` in hive.toml"),
+        (None, "if hive.toml was handed to you, copy the folder trust beside hive.toml too"),
         (b"x" * 16385, "has more than 16384 bytes; is it another file?"),
         (b"{}", "; get it from who runs the swarm"),
     ],

@@ -8,7 +8,8 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +20,15 @@ from glasshive import host_process
 from glasshive.dht.directory import find_records
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.graph.ops import OPS
-from glasshive.host_process import Life, ServeOptions, _apply, _bootstrap, _host, _Process
+from glasshive.host_process import (
+    Life,
+    ServeOptions,
+    _apply,
+    _bootstrap,
+    _host,
+    _Process,
+    _say_moved,
+)
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
@@ -212,14 +221,59 @@ async def test_a_bootstrap_says_how_others_join_its_swarm(
     monkeypatch.setattr(_Process, "transport", given)
     root = tmp_path / "root.json"
     root.write_bytes(root_now())
-    settings = Settings(root=root if has_root else None)
+    named = (f"/ip4/127.0.0.1/tcp/31330/p2p/{transport.peer_id}",)
+    settings = Settings(root=root if has_root else None, bootstraps=named)
     one = _Process(Life(settings, key, "/ip4/127.0.0.1/tcp/0", "pretty", descriptor))
     one.stop.set()
     await _bootstrap(one)
     out, said = capfd.readouterr()
     assert f"{transport.addresses[0]}\n" in out
+    assert f"names this peer at {named[0]}, and it doesn't listen at that port" in said
     assert ("glasshive serve MODEL --bootstrap ADDRESS\n" in said) == (not has_root)
     assert ("glasshive serve MODEL --config hive.toml\n" in said) == has_root
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("log_format", ["pretty", "json"])
+@pytest.mark.parametrize("port", [31330, 31340])
+def test_a_bootstrap_says_that_its_config_names_another_port(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    private: bool,
+    log_format: Literal["pretty", "json"],
+    port: int,
+) -> None:
+    """Failed without a word, and `join` with "nothing listens there"."""
+    identity, other = Identity.generate(), "/ip4/127.0.0.1/tcp/4/p2p/12D3KooW"
+    at = f"/ip4/127.0.0.1/tcp/{port}"
+    where = SimpleNamespace(
+        peer_id=identity.peer_id, addresses=(f"{at}/p2p/{identity.peer_id}",), listening=(at,)
+    )
+    named = f"/ip4/127.0.0.1/tcp/31330/p2p/{identity.peer_id}"
+    settings = Settings(bootstraps=(other, named), issuers=(identity.peer_id,) if private else ())
+    config = tmp_path / "hive.toml"
+    life = Life(settings, tmp_path / "key", at, log_format, -1, config=config)
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        host_process, "log", SimpleNamespace(warning=lambda event, **what: events.append(what))
+    )
+    _say_moved(SimpleNamespace(life=life), where)  # type: ignore[arg-type]
+    said = capfd.readouterr().err
+    if port == 31330:
+        assert said == ""
+    elif log_format == "json":
+        (event,) = events
+        assert event == {"config": str(config), "named": [named], "address": where.addresses[0]}
+    else:
+        assert said == (
+            f"{config} names this peer at {named}, and it doesn't listen at that port: who looks "
+            "for it there won't find it. In that file, and in its copies, write\n"
+            f'  bootstraps = ["{other}", "{at}/p2p/{identity.peer_id}"]\n'
+            "or start this peer at the port that is named"
+            + ("; invites made before hold the old address, so make them anew" * private)
+            + "\n"
+        )
 
 
 @pytest.mark.asyncio
