@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +35,26 @@ def confirm(yes: bool) -> None:
     """
     from glasshive.trust_folder import SigningRefused
 
+    ask(
+        "Sign this?",
+        yes,
+        lambda: SigningRefused(
+            "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
+            "shown above, and pass --yes"
+        ),
+    )
+
+
+def ask(question: str, yes: bool, unasked: Callable[[], Exception]) -> None:
+    """Return if the user says yes, or said so before.
+
+    Raises what `unasked` makes where there is no terminal to ask at, and Abort for a no.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SigningRefused(
-            "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
-            "shown above, and pass --yes"
-        )
-    typer.confirm("Sign this?", abort=True)
+        raise unasked()
+    typer.confirm(question, abort=True)
 
 
 def say_terms(

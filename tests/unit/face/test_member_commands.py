@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from glasshive import cli, new_member
+from glasshive import cli, new_member, trust_words
 from glasshive.dht.errors import StreamRefused
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
@@ -33,6 +34,7 @@ from glasshive.security.keys import Identity
 from glasshive.security.membership import Act, Role
 from glasshive.settings import ConfigError, load_settings
 from glasshive.swarm_members import book_path, member_files, open_book, open_gate
+from glasshive.trust_folder import TrustFolderError
 
 PASSPHRASE = "correct horse battery staple"
 DAY = 86_400
@@ -294,7 +296,43 @@ def test_members_and_invites_are_listed(desk: InviteBook) -> None:
     assert "revoked" in run("members", "--folder=lab")
 
 
-def test_who_is_revoked_is_named_first_and_only_with_consent(desk: InviteBook) -> None:
+def test_the_issuer_is_listed_as_what_it_is(desk: InviteBook) -> None:
+    desk.enrol(desk.issuer, Role.HOST, time.time())
+    run("join", invited("host"))
+    rows = run("members", "--folder=lab").splitlines()
+    roles = {one.peer_id: one.role for one in desk.members()}
+    assert set(roles.values()) == {Role.HOST}
+    for peer_id in roles:
+        (row,) = [one for one in rows if peer_id[-8:] in one]
+        assert row.split("│")[2].strip() == ("issuer" if peer_id == desk.issuer else "host")
+
+
+def test_a_folder_without_a_swarm_is_named(desk: InviteBook) -> None:
+    for command in (["invite", "host"], ["members"], ["revoke", desk.issuer]):
+        assert refused(TrustFolderError, *command, "--folder=none") == (
+            "there is no swarm in none: none/hive.toml is missing; name a swarm's folder with "
+            "--folder, or make one with `glasshive swarm init`"
+        )
+    assert refused(TrustFolderError, "invite", "host").startswith("there is no swarm in .: hive")
+
+
+def test_nobody_is_revoked_unasked(desk: InviteBook) -> None:
+    run("join", invited("host"))
+    (member,) = desk.members()
+    text = wrong_usage("revoke", member.peer_id, "--folder=lab")
+    assert (
+        "nothing was revoked: there is no terminal to ask whether to throw them out of 'lab' for "
+        "good; look at what is shown above, and pass --yes"
+    ) in text
+    assert f"{member.peer_id}, host" in text
+    assert not desk.members()[0].revoked
+
+
+def test_who_is_revoked_is_named_first_and_only_with_consent(
+    desk: InviteBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(trust_words, "sys", at_terminal)
     run("join", invited("host"))
     run("join", invited("client"))
     host, client = desk.members()
