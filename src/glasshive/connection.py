@@ -107,7 +107,7 @@ def open_swarm(
 
     async def start() -> tuple[HivemindTransport, TrustKeeper | None, AsyncExitStack]:
         await renew_ended(settings, identity)
-        gate = open_gate(settings, identity, act)
+        gate = open_gate(settings, identity, act, settings.client_key_path)
         async with AsyncExitStack() as ends:
             transport = await HivemindTransport.create(
                 identity, listen=(), dht="none", swarm=settings.swarm, gate=gate

@@ -135,7 +135,7 @@ def join(
     own = settings.host_key_path if hosts else settings.client_key_path
     path = key or own
     identity = Identity.load_or_create(path)
-    joined = join_swarm(found, identity, place)
+    joined = join_swarm(found, identity, path, place)
     until = moment(int(joined.certificate.expires_at_seconds))
     say(f"joined the private swarm {found.swarm!r} as a {found.role}, until {until};")
     say("the certificate is renewed by itself while a process of this key runs, before it ends")

@@ -361,7 +361,7 @@ def _tell(settings: Settings, store: TrustStore) -> None:
     identity, gate = Identity.generate(), None
     if settings.issuers:
         identity = Identity.load_or_create(settings.client_key_path)
-        gate = open_gate(settings, identity, Act.READ)
+        gate = open_gate(settings, identity, Act.READ, settings.client_key_path)
     told: list[str] = []
 
     async def tell() -> None:
