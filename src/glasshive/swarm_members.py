@@ -155,6 +155,22 @@ def open_gate(
     return MemberGate(membership, clock, certificate)
 
 
+def is_let_in(settings: Settings, key: Path, act: Act) -> bool:
+    """Whether the configured swarm isn't private, or the key in the file `key` may do `act` in it.
+
+    Raises what `open_gate` does, but NotAMember, and KeyFileError.
+    """
+    if not settings.issuers:
+        return True
+    if not key.is_file():
+        return False
+    try:
+        open_gate(settings, Identity.load_or_create(key), act, key)
+    except NotAMember:
+        return False
+    return True
+
+
 def open_book(
     settings: Settings,
     key: Path,

@@ -139,7 +139,15 @@ def say_root_done(folder: TrustFolder) -> None:
 
 def say_publish(folder: TrustFolder) -> None:
     """How hosts get what is complete."""
-    say(f"bring it to the hosts: glasshive whitelist publish --folder {_quoted(folder.place)}")
+    from glasshive.security.membership import Act
+    from glasshive.settings import load_settings
+    from glasshive.swarm_members import is_let_in
+
+    settings = load_settings(folder.hive)
+    # The bootstrap peers of a private swarm take it from members only.
+    here = "" if is_let_in(settings, settings.client_key_path, Act.READ) else " --only-here"
+    place = _quoted(folder.place)
+    say(f"bring it to the hosts: glasshive whitelist publish --folder {place}{here}")
 
 
 def say_made(folder: TrustFolder, new: NewSwarm) -> None:

@@ -487,6 +487,29 @@ def test_processes_of_one_machine_forget_nothing_of_each_other(desk: InviteBook)
         open_gate(settings, ann, Act.SERVE, KEY)
 
 
+def test_who_is_no_member_publishes_here_alone(desk: InviteBook, tmp_path: Path) -> None:
+    def bump() -> str:
+        run("whitelist", "bump", "--folder=lab")
+        return run("whitelist", "sign", "--folder=lab", "--yes", "--key=lab/keys/owner.key")
+
+    command = "bring it to the hosts: glasshive whitelist publish --folder lab"
+    key = tmp_path / "data/client.key"
+    assert bump().splitlines()[-1] == f"{command} --only-here"
+    assert not key.exists()
+    done = invoke("whitelist", "publish", "--folder=lab")
+    assert type(done.exception) is NotAMember
+    peer_id = Identity.load_or_create(key).peer_id
+    assert str(done.exception) == (
+        f"no bootstrap peer was told: the key {key}, {peer_id}, is no member of the private swarm "
+        f"'lab' yet; ask who runs it for an invite as a client, and run `glasshive join TOKEN "
+        f"--key {key}`; or publish with --only-here, on the machine of a bootstrap peer or host, "
+        "who take it up there and tell the others"
+    )
+    assert bump().splitlines()[-1] == f"{command} --only-here"  # the key is there, and no member
+    run("join", invited("client"))
+    assert bump().splitlines()[-1] == command
+
+
 def test_the_issuer_is_a_member_by_its_own_word() -> None:
     settings, key = load_settings("lab/hive.toml"), LAB / "keys/bootstrap.key"
     issuer = Identity.load_or_create(key)
