@@ -114,7 +114,12 @@ def open_swarm(
             )
             ends.push_async_callback(transport.close)
             await ends.enter_async_context(
-                keep_member(settings, transport, gate, identity, period_seconds=_MEMBER_SECONDS)
+                # What a client asks for next is refused as well, and that error says it.
+                keep_member(
+                    *(settings, transport, gate, identity),
+                    period_seconds=_MEMBER_SECONDS,
+                    warn_shut_out=False,
+                )
             )
             keeper = None
             if store is not None:
