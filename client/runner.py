@@ -19,7 +19,7 @@ from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.route import Route, choose_route
 from glasshive.client.saved import fill
-from glasshive.dht.errors import DeadlineExceeded, SwarmError, UnknownModel
+from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import HIDDEN, Plan
@@ -92,6 +92,9 @@ class ModelRunner:
                 except NoRoute as none:
                     self._advise(error, str(none).replace("no route", "no other route", 1))
                     raise error from none
+                except ShutOut as out:
+                    # It isn't the peer, and no other trace does better.
+                    raise out from error
                 except SwarmError as none:
                     self._advise(error, f"whether there is another route is not known: {none}")
                     raise error from none

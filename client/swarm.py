@@ -118,7 +118,7 @@ class Swarm:
 
         Waits for the directory as long as `within_seconds`, and never longer than 20 s.
         Raises what `ask_directory` raises: UnknownModel, AmbiguousModel, DirectoryUnavailable,
-        DeadlineExceeded.
+        ShutOut, DeadlineExceeded.
         """
         self._check_open()
         seconds = min(within_seconds, _DIRECTORY_SECONDS)

@@ -34,12 +34,13 @@ from glasshive.dht.errors import (
     DeadlineExceeded,
     DirectoryUnavailable,
     RecordRefused,
+    ShutOut,
     StreamRefused,
     SwarmError,
     TransportError,
     UnknownModel,
 )
-from glasshive.dht.framing import Stream
+from glasshive.dht.framing import NOT_LET_IN, Stream
 from glasshive.dht.messages import DIRECTORY_PROTOCOL
 from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.records import (
@@ -129,8 +130,8 @@ async def ask_directory(
     Asks the peers one after the other until one knows the model. Withdrawn records are left out.
     Raises AmbiguousModel if the name has several manifests, UnknownModel if those that answered
     know nobody (it names models that are called alike), DirectoryUnavailable if none answered or
-    only peers of other swarms did, DeadlineExceeded. `where` are the arguments with which a command
-    comes to this swarm, for what the errors advise.
+    only peers of other swarms did, ShutOut if none lets this key in, DeadlineExceeded. `where` are
+    the arguments with which a command comes to this swarm, for what the errors advise.
     """
     if model is not None and not _MODEL.fullmatch(model):
         raise UnknownModel(
@@ -140,6 +141,7 @@ async def ask_directory(
     problems: list[str] = []
     answered: PeerAddress | None = None
     elsewhere = refused = 0
+    shut_out: list[str] = []
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + deadline_seconds
     for peer in peers:
@@ -158,6 +160,8 @@ async def ask_directory(
         except SwarmError as error:
             problems.append(_problem(peer, error))
             refused += isinstance(error, StreamRefused)
+            if isinstance(error, ShutOut):
+                shut_out.append(str(error).partition(NOT_LET_IN)[2])
             continue
         if signed and all(_is_of_another_swarm(one, transport.swarm) for one in signed):
             elsewhere += 1
@@ -172,6 +176,11 @@ async def ask_directory(
         raise _unknown(model, known, where)
     if not peers:
         raise DirectoryUnavailable("no bootstrap peer is known that could be asked; give one")
+    if len(shut_out) == len(peers):
+        raise ShutOut(
+            f"the swarm {transport.swarm!r} doesn't let this key, {transport.peer_id}, in: "
+            f"{'; '.join(dict.fromkeys(shut_out))}"
+        )
     one = len(peers) == 1
     if refused == len(peers):
         advice = ""  # each said why

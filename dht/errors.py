@@ -5,7 +5,8 @@ SwarmError
 │   ├── PeerUnreachable         no address of the peer answered
 │   ├── StreamClosed            the other side, or a failing link, ended the stream
 │   │   └── StreamRefused       the other side ended it at once and said why
-│   │       └── StreamBusy      it has too much to do now
+│   │       ├── StreamBusy      it has too much to do now
+│   │       └── ShutOut         a private swarm doesn't let this key in
 │   ├── NotLetIn                the other side is no member that may serve a private swarm
 │   ├── DeadlineExceeded        the wait ran out
 │   ├── TransportLost           our own daemon is lost; close or rebuild the transport
@@ -45,6 +46,7 @@ __all__ = [
     "NotLetIn",
     "PeerUnreachable",
     "RecordRefused",
+    "ShutOut",
     "StreamBusy",
     "StreamClosed",
     "StreamRefused",
@@ -78,6 +80,10 @@ class StreamRefused(StreamClosed):
 
 class StreamBusy(StreamRefused):
     """The other side has too much to do now; it, or another peer, may have time later."""
+
+
+class ShutOut(StreamRefused):
+    """The other side doesn't let this peer's key into its private swarm, or not any more."""
 
 
 class NotLetIn(TransportError):

@@ -38,6 +38,7 @@ from glasshive.dht.errors import (
     BadFrame,
     DeadlineExceeded,
     FrameTooLarge,
+    ShutOut,
     StreamBusy,
     StreamClosed,
     StreamRefused,
@@ -57,6 +58,8 @@ SLICE_BYTES: Final = 256 * 1024
 MAX_REFUSAL_BYTES: Final = 200
 BUSY: Final = "busy: "
 """How the text of a refusal begins that holds for now only."""
+NOT_LET_IN: Final = "not let in: "
+"""And that of one at the door of a private swarm."""
 
 _LENGTHS: Final = struct.Struct(">II")
 _MAX_LENGTH: Final = 0xFFFF_FFFF
@@ -298,7 +301,8 @@ class Stream:
             if body_bytes > MAX_REFUSAL_BYTES:
                 raise BadFrame(f"a refusal of {body_bytes} bytes, at most {MAX_REFUSAL_BYTES}")
             text = (await self._reader.readexactly(body_bytes)).decode("ascii", "replace")
-            kind = StreamBusy if text.startswith(BUSY) else StreamRefused
+            kinds = {BUSY: StreamBusy, NOT_LET_IN: ShutOut}
+            kind = next((kinds[one] for one in kinds if text.startswith(one)), StreamRefused)
             raise kind(f"{self.peer_id} refused the stream: {_printable(text)}")
         if header_bytes > limits.header_bytes or body_bytes > limits.body_bytes:
             raise FrameTooLarge(

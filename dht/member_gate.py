@@ -30,7 +30,7 @@ from typing import Final, final
 from weakref import WeakKeyDictionary
 
 from glasshive.dht.errors import MalformedMessage, NotLetIn
-from glasshive.dht.framing import Frame, FrameLimits, Stream
+from glasshive.dht.framing import NOT_LET_IN, Frame, FrameLimits, Stream
 from glasshive.dht.messages import (
     DIRECTORY_PROTOCOL,
     EDGE_PROTOCOL,
@@ -153,12 +153,12 @@ class MemberGate:
             self.admit(peer, hello.certificate, act)
             self._streams[stream] = self._shown[peer], act
         except MalformedMessage:
-            await stream.refuse("not let in: this swarm is private; join it (`glasshive join`)")
+            await stream.refuse(f"{NOT_LET_IN}this swarm is private; join it (`glasshive join`)")
             raise
         except NotAMember as error:
             logger.warning("not_let_in protocol=%s peer=%s: %s", protocol, stream.peer_id, error)
             # Its own id it knows, and a reason has little room.
-            await stream.refuse(f"not let in: {str(error).replace(stream.peer_id, 'this peer')}")
+            await stream.refuse(f"{NOT_LET_IN}{str(error).replace(stream.peer_id, 'this peer')}")
             return False
         finally:
             self._at_the_door[peer] -= 1

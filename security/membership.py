@@ -425,16 +425,16 @@ class Membership:
         return found
 
     def _check_revoked(self, found: Certificate) -> None:
-        for what, revoked in (
-            (f"the member {found.member}", found.member in self._peers),
-            (f"its issuer {found.issuer}", found.issuer in self._peers),
-            (f"the certificate {found.serial.hex()}", found.serial in self._serials),
-            (f"the invite {found.invite.hex()}", found.invite in self._invites),
+        for what, revoked, key in (
+            ("its key", found.member in self._peers, "another"),
+            (f"its issuer {found.issuer}", found.issuer in self._peers, "this"),
+            (f"the certificate {found.serial.hex()}", found.serial in self._serials, "this"),
+            (f"its invite {found.invite.hex()}", found.invite in self._invites, "this"),
         ):
             if revoked:
                 raise MembershipRevoked(
                     f"the certificate of {found.member} for swarm {self.swarm!r} doesn't hold any "
-                    f"more: {what} was revoked; ask an issuer"
+                    f"more: {what} was revoked; ask who runs the swarm to invite {key} key"
                 )
 
     def _take(self, held: dict[PeerId, _Held]) -> None:

@@ -122,14 +122,19 @@ def open_swarm(
 
     async def start() -> tuple[HivemindTransport, TrustKeeper | None, AsyncExitStack]:
         await renew_ended(settings, identity)
-        gate = open_gate(settings, identity, act)
+        gate = open_gate(settings, identity, act, settings.client_key_path)
         async with AsyncExitStack() as ends:
             transport = await HivemindTransport.create(
                 identity, listen=(), dht="none", swarm=settings.swarm, gate=gate
             )
             ends.push_async_callback(transport.close)
             await ends.enter_async_context(
-                keep_member(settings, transport, gate, identity, period_seconds=_MEMBER_SECONDS)
+                # What a client asks for next is refused as well, and that error says it.
+                keep_member(
+                    *(settings, transport, gate, identity),
+                    period_seconds=_MEMBER_SECONDS,
+                    warn_shut_out=False,
+                )
             )
             keeper = None
             if store is not None:

@@ -137,7 +137,7 @@ class _Process:
         identity = Identity.load_or_create(life.key)
         book = open_book(life.settings, life.key, identity)
         await renew_ended(life.settings, identity)
-        self.gate = gate = open_gate(life.settings, identity, Act.SERVE)
+        self.gate = gate = open_gate(life.settings, identity, Act.SERVE, life.key)
         own = f"/p2p/{identity.peer_id}"  # a config that all peers of a swarm share may list it
         others = [one for one in life.settings.bootstraps if not one.endswith(own)]
 

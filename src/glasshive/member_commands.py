@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from glasshive.swarm_commands import HERE, FolderOption
+from glasshive.swarm_commands import HERE, FolderOption, open_folder
 from glasshive.terminal import set_up_logging
-from glasshive.trust_words import moment, say
+from glasshive.trust_words import ask, moment, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +137,7 @@ def join(
     own = settings.host_key_path if hosts else settings.client_key_path
     path = key or own
     identity = Identity.load_or_create(path)
-    joined = join_swarm(found, identity, place)
+    joined = join_swarm(found, identity, path, place)
     until = moment(int(joined.certificate.expires_at_seconds))
     say(f"joined the private swarm {found.swarm!r} as a {found.role}, until {until};")
     say("the certificate is renewed by itself while a process of this key runs, before it ends")
@@ -188,7 +188,9 @@ def members(
             by = member.invite.hex()[:8] or "none"
             since = moment(int(member.since_seconds))
             quota = member.quota.describe()
-            table.add_row(f"…{member.peer_id[-8:]}", member.role.value, since, until, quota, by)
+            # The bootstrap peer: it makes the others, and is a member by its own word.
+            role = "issuer" if member.peer_id in settings.issuers else member.role.value
+            table.add_row(f"…{member.peer_id[-8:]}", role, since, until, quota, by)
         console.print(table)
     if open_invites:
         table = _table("invite", "role", "used", "until", "quota", title="invites")
@@ -253,8 +255,14 @@ def revoke(
         say(f"{peer_id}, {as_what or 'not in the book of members'}")
     for one in by_invite:
         say(f"{one.peer_id}, {one.role}, by the invite {one.invite.hex()[:16]}")
-    if not yes:
-        typer.confirm(f"Throw out of {settings.swarm!r} for good?", abort=True)
+    ask(
+        f"Throw out of {settings.swarm!r} for good?",
+        yes,
+        lambda: typer.BadParameter(
+            "nothing was revoked: there is no terminal to ask whether to throw them out of "
+            f"{settings.swarm!r} for good; look at what is shown above, and pass --yes"
+        ),
+    )
     everyone = dict.fromkeys([*gone, *(one.peer_id for one in by_invite)])
     book.revoke(time.time(), peers=everyone, invites=invites)
     say(
@@ -264,14 +272,17 @@ def revoke(
 
 
 def _book(folder: Path, key: Path | None) -> tuple[Settings, InviteBook]:
-    """The settings and the book of the issuer. Raises ConfigError, KeyFileError."""
+    """The settings and the book of the issuer.
+
+    Raises TrustFolderError, ConfigError and KeyFileError.
+    """
     from glasshive.security.errors import KeyFileError
     from glasshive.security.invite_book import InviteBook
     from glasshive.security.keys import Identity
     from glasshive.settings import ConfigError, load_settings
     from glasshive.swarm_members import book_path, member_files
 
-    settings = load_settings(folder / "hive.toml")
+    settings = load_settings(open_folder(folder).hive)
     if member_files(settings) is None:
         raise ConfigError(
             f"the swarm {settings.swarm!r} of {folder / 'hive.toml'} is not private: it names no "

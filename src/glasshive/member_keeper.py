@@ -17,7 +17,7 @@ from typing import Final, final
 
 import structlog
 
-from glasshive.dht.errors import SwarmError
+from glasshive.dht.errors import ShutOut, SwarmError
 from glasshive.dht.issuing import ask_to_renew, serve_issuer
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.revocation_lists import (
@@ -65,7 +65,9 @@ class MemberKeeper:
         *,
         book: InviteBook | None = None,
         period_seconds: float = PERIOD_SECONDS,
+        warn_shut_out: bool = True,
     ) -> None:
+        self._warn_shut_out = warn_shut_out
         self._transport = transport
         self._gate = gate
         self._identity = identity
@@ -175,7 +177,8 @@ class MemberKeeper:
             yield
         except (SwarmError, SecurityError) as error:
             said = str(error)
-            if self._said.get(what) != said:
+            silent = isinstance(error, ShutOut) and not self._warn_shut_out
+            if self._said.get(what) != said and not silent:
                 log.warning("membership_not_kept", about=what, error=said)
         self._said[what] = said
 
@@ -200,10 +203,12 @@ async def keep_member(
     identity: Identity,
     book: InviteBook | None = None,
     period_seconds: float = PERIOD_SECONDS,
+    warn_shut_out: bool = True,
 ) -> AsyncIterator[None]:
     """Inside it, `transport` stays a member of the configured swarm, if that is private.
 
-    An issuer, who has a `book`, answers those who join. Raises ConfigError.
+    An issuer, who has a `book`, answers those who join. Who would not `warn_shut_out` says in
+    other words that it isn't let in any more. Raises ConfigError.
     """
     files = member_files(settings)
     if gate is None or files is None or settings.root is None:
@@ -219,6 +224,7 @@ async def keep_member(
         partial(files.keep_certificate, identity.peer_id),
         book=book,
         period_seconds=period_seconds,
+        warn_shut_out=warn_shut_out,
     )
     async with keeper:
         yield

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from glasshive.security.durable_file import write_durable
 from glasshive.security.errors import BadInvite, NotAMember, TrustRefused
 from glasshive.security.invites import Invite, join_request, renew_request
 from glasshive.security.keys import Identity, PeerId
-from glasshive.security.membership import ID_BYTES, Certificate
+from glasshive.security.membership import ID_BYTES, Act, Certificate
 from glasshive.security.trust_root import first_root, root_digest
 from glasshive.settings import ConfigError, Settings, load_settings
-from glasshive.swarm_members import MemberFiles, member_files
+from glasshive.swarm_members import MemberFiles, files_under, member_files
 from glasshive.swarm_trust import read_root
 
 ANSWER_SECONDS: Final = 30.0
@@ -40,16 +41,22 @@ class Joined:
 
 
 def join_swarm(
-    invite: Invite, identity: Identity, config: Path, clock: Callable[[], float] = time.time
+    invite: Invite,
+    identity: Identity,
+    key: Path,
+    config: Path,
+    clock: Callable[[], float] = time.time,
 ) -> Joined:
     """Ask the issuer for a certificate for `identity`, and keep all that a member needs.
 
     `config` is written, with the root beside it, if it isn't there; one that is there has to be of
-    this swarm. Nothing is written before everything was checked. Raises ConfigError, StreamRefused
+    this swarm. Nothing is written before everything was checked. A key, kept at `key`, that is such
+    a member already spends no invite. Raises ConfigError, also for that, StreamRefused
     with the issuer's reason, PeerUnreachable if nobody answers, BadInvite, NotAMember for a
     certificate that isn't as the invite says, and MembershipFileError.
     """
     _check_config(config, invite)
+    _check_is_new(invite, identity, key, clock())
     request = join_request(invite, identity, request_id=secrets.token_bytes(ID_BYTES), now=clock())
     certificate, root = asyncio.run(_ask(invite, identity, request))
     granted = invite.check_certificate(certificate, identity.peer_id, clock())
@@ -84,6 +91,26 @@ def _check_config(config: Path, invite: Invite) -> None:
             "own issuers and root; name another file: `glasshive join TOKEN --config "
             f"{invite.swarm}.toml`"
         )
+
+
+def _check_is_new(invite: Invite, identity: Identity, key: Path, now: float) -> None:
+    """Return unless the key already is what it would become. Raises ConfigError."""
+    files = files_under(invite.swarm, invite.whitelist_root.hex())
+    held = files.certificate(identity.peer_id)
+    membership = files.membership(invite.swarm, invite.issuers)
+    try:
+        if membership.admit(identity.peer_id, held, Act.READ, now).role is not invite.role:
+            return
+    except NotAMember:
+        return
+    other = key.with_stem(f"{key.stem}-2")  # which a second host takes by itself
+    raise ConfigError(
+        f"the key {key}, {identity.peer_id}, is a member of the private swarm {invite.swarm!r} "
+        f"already, as {invite.role}, so the invite was not used; another peer on this machine "
+        f"joins with a key of its own: `glasshive join TOKEN --key {shlex.quote(str(other))}`. To "
+        "join anew with this one, as when its config is lost, first remove "
+        f"{files.certificate_path(identity.peer_id)}"
+    )
 
 
 async def renew_ended(

@@ -7,6 +7,7 @@ have their own. What is revoked is kept for all of them.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from glasshive.security.membership import (
     Role,
     merged,
 )
+from glasshive.security.trust_root import root_digest
 from glasshive.settings import ConfigError, Settings, data_dir
 from glasshive.swarm_trust import read_root, root_name
 
@@ -42,11 +44,11 @@ class MemberFiles:
 
     def certificate(self, peer_id: PeerId) -> bytes:
         """The last certificate of this peer; empty if it never had one."""
-        return self._read(self.folder / f"{peer_id}.certificate", MAX_CERTIFICATE_BYTES)
+        return self._read(self.certificate_path(peer_id), MAX_CERTIFICATE_BYTES)
 
     def keep_certificate(self, peer_id: PeerId, certificate: bytes) -> None:
         """Keep it instead of the last."""
-        self._write(self.folder / f"{peer_id}.certificate", certificate)
+        self._write(self.certificate_path(peer_id), certificate)
 
     def revocations(self) -> bytes:
         """What `keep_revocations` was last called with; empty if it never was."""
@@ -64,6 +66,25 @@ class MemberFiles:
                 f"can't keep {place}: {getattr(error, 'strerror', None) or error}; check the "
                 "rights of its folder and the space on its disk"
             ) from None
+
+    def membership(self, swarm: str, issuers: Sequence[PeerId]) -> Membership:
+        """Who belongs to the swarm, by what is kept of who was revoked; it keeps what it learns."""
+        try:
+            return Membership(
+                swarm,
+                issuers,
+                kept=self.revocations(),
+                keep=lambda kept: self.keep_revocations(kept, swarm, issuers),
+            )
+        except BadEnvelope as error:
+            raise MembershipFileError(
+                f"{self.folder / 'revocations'}: {error}; if it is lost, remove it, and what was "
+                "revoked is fetched from the bootstrap peers"
+            ) from None
+
+    def certificate_path(self, peer_id: PeerId) -> Path:
+        """Where the certificate of this peer is."""
+        return self.folder / f"{peer_id}.certificate"
 
     def _read(self, place: Path, max_bytes: int) -> bytes:
         try:
@@ -97,43 +118,57 @@ def member_files(settings: Settings, *, data: Path | None = None) -> MemberFiles
             "the config names `issuers`, so its swarm is private, and no `root`; get its hive.toml "
             "anew from who runs the swarm, or join with an invite (`glasshive join TOKEN`)"
         )
-    name = root_name(settings.swarm, read_root(settings.root))
-    return MemberFiles((data or data_dir()) / "members" / name)
+    return files_under(settings.swarm, root_digest(read_root(settings.root)), data=data)
+
+
+def files_under(swarm: str, root_digest: str, *, data: Path | None = None) -> MemberFiles:
+    """What is kept for the private swarm of this name under the root of this digest."""
+    return MemberFiles((data or data_dir()) / "members" / root_name(swarm, root_digest))
 
 
 def open_gate(
-    settings: Settings, identity: Identity, act: Act, *, clock: Callable[[], float] = time.time
+    settings: Settings,
+    identity: Identity,
+    act: Act,
+    key: Path,
+    *,
+    clock: Callable[[], float] = time.time,
 ) -> MemberGate | None:
     """The gate of this peer of a private swarm, with what is kept; None if the swarm isn't private.
 
-    Raises NotAMember if `identity` has no certificate here that permits `act` now, ConfigError and
-    MembershipFileError.
+    `key` is where the identity is kept. Raises NotAMember if `identity` has no certificate here
+    that permits `act` now, ConfigError and MembershipFileError.
     """
     files = member_files(settings)
     if files is None:
         return None
-    try:
-        membership = Membership(
-            settings.swarm,
-            settings.issuers,
-            kept=files.revocations(),
-            keep=lambda kept: files.keep_revocations(kept, settings.swarm, settings.issuers),
-        )
-    except BadEnvelope as error:
-        raise MembershipFileError(
-            f"{files.folder / 'revocations'}: {error}; if it is lost, remove it, and what was "
-            "revoked is fetched from the bootstrap peers"
-        ) from None
+    membership = files.membership(settings.swarm, settings.issuers)
     certificate = files.certificate(identity.peer_id)
     if not certificate:
         role = "host" if act is Act.SERVE else "client"
         raise NotAMember(
-            f"this machine's key, {identity.peer_id}, is no member of the private swarm "
+            f"the key {key}, {identity.peer_id}, is no member of the private swarm "
             f"{settings.swarm!r} yet; ask who runs it for an invite as a {role}, and run "
-            "`glasshive join TOKEN`"
+            f"`glasshive join TOKEN --key {shlex.quote(str(key))}`"
         )
     membership.admit(identity.peer_id, certificate, act, clock())
     return MemberGate(membership, clock, certificate)
+
+
+def is_let_in(settings: Settings, key: Path, act: Act) -> bool:
+    """Whether the configured swarm isn't private, or the key in the file `key` may do `act` in it.
+
+    Raises what `open_gate` does, but NotAMember, and KeyFileError.
+    """
+    if not settings.issuers:
+        return True
+    if not key.is_file():
+        return False
+    try:
+        open_gate(settings, Identity.load_or_create(key), act, key)
+    except NotAMember:
+        return False
+    return True
 
 
 def open_book(

@@ -53,16 +53,13 @@ def store_of(
     Copies of one root that other signers completed have one folder: a second would be a way back to
     older versions.
     """
-    folder = (data or data_dir()) / "trust" / root_name(swarm, root)
+    folder = (data or data_dir()) / "trust" / root_name(swarm, root_digest(root))
     return TrustStore(folder, swarm=swarm, root=root, clock=clock)
 
 
-def root_name(swarm: str, root: bytes) -> str:
-    """The name of a folder for what is kept of a swarm whose first root is this document.
-
-    Raises BadTrustDocument.
-    """
-    return hashlib.sha256(f"{swarm}\0{root_digest(root)}".encode()).hexdigest()[:32]
+def root_name(swarm: str, digest: str) -> str:
+    """The name of a folder for what is kept of a swarm whose first root has this digest."""
+    return hashlib.sha256(f"{swarm}\0{digest}".encode()).hexdigest()[:32]
 
 
 def own_rules(settings: Settings) -> HostRules | None:

@@ -19,7 +19,7 @@ from typing import Final, final
 import structlog
 
 from glasshive.dht.addresses import dialable
-from glasshive.dht.errors import RecordRefused, SwarmError
+from glasshive.dht.errors import RecordRefused, ShutOut, SwarmError
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.dht.trust_exchange import exchange_trust, serve_trust, versions_of
@@ -184,7 +184,8 @@ class TrustKeeper:
             await exchange_trust(self._transport, neighbour, self._store)
         except (SwarmError, SecurityError) as error:
             said = str(error)
-            if self._said.get(neighbour.peer_id) != said:
+            # Who isn't let in hears it from what keeps it a member.
+            if self._said.get(neighbour.peer_id) != said and not isinstance(error, ShutOut):
                 log.warning("trust_exchange_failed", peer=neighbour.peer_id, error=said)
         self._said[neighbour.peer_id] = said
         while len(self._said) > 256:

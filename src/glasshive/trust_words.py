@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,14 +37,26 @@ def confirm(yes: bool) -> None:
     """
     from glasshive.trust_folder import SigningRefused
 
+    ask(
+        "Sign this?",
+        yes,
+        lambda: SigningRefused(
+            "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
+            "shown above, and pass --yes"
+        ),
+    )
+
+
+def ask(question: str, yes: bool, unasked: Callable[[], Exception]) -> None:
+    """Return if the user says yes, or said so before.
+
+    Raises what `unasked` makes where there is no terminal to ask at, and Abort for a no.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SigningRefused(
-            "nothing was signed: there is no terminal to ask whether to sign this; look at what is "
-            "shown above, and pass --yes"
-        )
-    typer.confirm("Sign this?", abort=True)
+        raise unasked()
+    typer.confirm(question, abort=True)
 
 
 def say_terms(
@@ -129,7 +141,15 @@ def say_root_done(folder: TrustFolder) -> None:
 
 def say_publish(folder: TrustFolder) -> None:
     """How hosts get what is complete."""
-    say(f"bring it to the hosts: glasshive whitelist publish --folder {_quoted(folder.place)}")
+    from glasshive.security.membership import Act
+    from glasshive.settings import load_settings
+    from glasshive.swarm_members import is_let_in
+
+    settings = load_settings(folder.hive)
+    # The bootstrap peers of a private swarm take it from members only.
+    here = "" if is_let_in(settings, settings.client_key_path, Act.READ) else " --only-here"
+    place = _quoted(folder.place)
+    say(f"bring it to the hosts: glasshive whitelist publish --folder {place}{here}")
 
 
 def say_made(folder: TrustFolder, new: NewSwarm) -> None:

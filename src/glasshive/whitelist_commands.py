@@ -352,7 +352,7 @@ def _tell(settings: Settings, store: TrustStore) -> None:
     from glasshive.dht.hivemind_transport import HivemindTransport
     from glasshive.dht.transport import PeerAddress
     from glasshive.dht.trust_exchange import exchange_trust
-    from glasshive.security.errors import SecurityError
+    from glasshive.security.errors import NotAMember, SecurityError
     from glasshive.security.keys import Identity
     from glasshive.security.membership import Act
     from glasshive.swarm_members import open_gate
@@ -361,7 +361,14 @@ def _tell(settings: Settings, store: TrustStore) -> None:
     identity, gate = Identity.generate(), None
     if settings.issuers:
         identity = Identity.load_or_create(settings.client_key_path)
-        gate = open_gate(settings, identity, Act.READ)
+        try:
+            gate = open_gate(settings, identity, Act.READ, settings.client_key_path)
+        except NotAMember as error:
+            error.args = (
+                f"no bootstrap peer was told: {error}; or publish with --only-here, on the machine "
+                "of a bootstrap peer or host, who take it up there and tell the others",
+            )
+            raise
     told: list[str] = []
 
     async def tell() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from structlog.testing import capture_logs
 from tiny_llama import save_llama
 from transformers import LlamaForCausalLM
 from trust_documents import root_now, whitelist_now
@@ -27,8 +28,8 @@ from glasshive.client.errors import NoRoute, PeerFailed, PeerLost
 from glasshive.dht import messages
 from glasshive.dht.directory import find_records
 from glasshive.dht.errors import (
-    DirectoryUnavailable,
     PeerUnreachable,
+    ShutOut,
     StreamRefused,
     SwarmError,
     TransportError,
@@ -395,8 +396,12 @@ def test_who_is_thrown_out_is_out_and_others_notice_nothing(hive: LocalSwarm) ->
         finally:
             ends.set()
             thread.join(60)
-        with pytest.raises(DirectoryUnavailable, match="was revoked"):
+        with pytest.raises(ShutOut, match=r"doesn't let this key, .*, in: .* its key was revoked"):
             swarm.records()
+    with capture_logs() as logs, glasshive.connect(config_of(hive, "gone.key")) as swarm:
+        with pytest.raises(ShutOut):
+            swarm.records()
+    assert [one for one in logs if one["log_level"] == "warning"] == []  # the error says it all
     assert not failures
 
 

@@ -14,7 +14,7 @@ from glasshive.client.errors import NoRoute, PeerBusy, PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
-from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, UnknownModel
+from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, ShutOut, UnknownModel
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
@@ -211,6 +211,26 @@ def test_a_lost_peer_when_the_directory_is_gone_too(monkeypatch: pytest.MonkeyPa
         "gone; whether there is another route is not known: the bootstrap peer gave no directory"
         f"{ADVICE}"
     )
+
+
+def test_a_lost_peer_of_who_was_thrown_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+
+    def out(*args: object) -> list[PeerRecord]:
+        raise ShutOut("the swarm 'lab' doesn't let this key in: its key was revoked")
+
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    model: Any = runner_of(swarm)
+
+    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+        monkeypatch.setattr(swarm, "records", out)
+        raise PeerLost("peer X (blocks 0:2) was lost: gone", peer=route.records[0].peer_id)
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    with pytest.raises(ShutOut) as caught:
+        model.run(Experiment(), TraceOptions())
+    assert str(caught.value) == "the swarm 'lab' doesn't let this key in: its key was revoked"
+    assert isinstance(caught.value.__cause__, PeerLost)
 
 
 def test_a_lost_peer_when_the_deadline_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,19 @@ from joiners import ALICE, BOB, DAY, EVE, ISSUER, NOW
 from lab import Lab, address_of, certificate_of, removal_of
 
 from glasshive.dht import messages
+from glasshive.dht.directory import ask_directory
 from glasshive.dht.errors import (
+    DirectoryUnavailable,
     FrameTooLarge,
     MalformedMessage,
     NotLetIn,
+    ShutOut,
     StreamClosed,
     StreamRefused,
 )
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.messages import (
+    DIRECTORY_PROTOCOL,
     EDGE_PROTOCOL,
     JOIN_PROTOCOL,
     TRACE_PROTOCOL,
@@ -158,7 +162,7 @@ async def test_who_is_thrown_out_loses_its_streams() -> None:
     await streams[1].send("still here")
     assert (await streams[1].receive(5)).header == "still here"
     again = await alice.open_stream(address_of(bob), TRACE_PROTOCOL, 5)  # he was seen before
-    with pytest.raises(StreamRefused, match="the member this peer was revoked; ask an issuer"):
+    with pytest.raises(StreamRefused, match=r"this peer .*: its key was revoked; ask who runs"):
         await again.receive(5)
 
     # And the other way round: who opened it may be the first to hear of it.
@@ -168,6 +172,26 @@ async def test_who_is_thrown_out_loses_its_streams() -> None:
         await stream.receive(5)
     with pytest.raises(NotLetIn, match="was revoked"):
         await eve.open_stream(address_of(bob), TRACE_PROTOCOL, 5)
+
+
+@pytest.mark.asyncio
+async def test_who_is_shut_out_of_the_directory_is_told_why_and_no_more() -> None:
+    lab = Lab()
+    alice, _ = lab.member(ALICE, Role.CLIENT)
+    bob, his = lab.member(BOB, Role.HOST)
+    eve = lab.stranger(EVE)
+    await bob.serve(DIRECTORY_PROTOCOL, echo)
+    his.learn(removal_of(ALICE))
+    with pytest.raises(ShutOut) as caught:
+        await ask_directory(alice, [address_of(bob)])
+    assert str(caught.value) == (
+        f"the swarm {alice.swarm!r} doesn't let this key, {ALICE.peer_id}, in: the certificate of "
+        "this peer for swarm 'lab' doesn't hold any more: its key was revoked; ask who runs the "
+        "swarm to invite another key"
+    )
+    # One that is only away may let it in.
+    with pytest.raises(DirectoryUnavailable, match="its key was revoked"):
+        await ask_directory(alice, [address_of(bob), address_of(eve)])
 
 
 @pytest.mark.asyncio

@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from glasshive import cli, new_member
+from glasshive import cli, new_member, trust_words
 from glasshive.dht.errors import StreamRefused
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
@@ -33,10 +34,12 @@ from glasshive.security.keys import Identity
 from glasshive.security.membership import Act, Role
 from glasshive.settings import ConfigError, load_settings
 from glasshive.swarm_members import book_path, member_files, open_book, open_gate
+from glasshive.trust_folder import TrustFolderError
 
 PASSPHRASE = "correct horse battery staple"
 DAY = 86_400
 LAB = Path("lab")
+KEY = Path("some.key")
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +183,7 @@ def test_joining_makes_all_that_a_member_needs(
     assert settings.root.parent == tmp_path / "own"
     assert settings.root.read_bytes() == (LAB / "trust/1.root.json").read_bytes()
     identity = Identity.load_or_create(tmp_path / "data" / key)
-    gate = open_gate(settings, identity, act)
+    gate = open_gate(settings, identity, act, KEY)
     assert gate is not None
     gate.admit(identity.peer_id, gate.certificate, act)
     assert f"joined the private swarm 'lab' as a {role}, until " in said
@@ -220,6 +223,50 @@ def test_nothing_is_written_for_an_invite_that_does_not_hold(
     assert not (tmp_path / "own").exists()
 
 
+def test_a_key_that_is_a_member_spends_no_invite(desk: InviteBook, tmp_path: Path) -> None:
+    run("join", invited("host"))
+    (first,) = desk.members()
+    second = invited("host")
+    data = tmp_path / "data"
+    files = member_files(load_settings())
+    assert files is not None
+    certificate = files.folder / f"{first.peer_id}.certificate"
+    for elsewhere in ((), ("--config=other.toml",)):
+        assert refused(ConfigError, "join", second, *elsewhere) == (
+            f"the key {data}/host.key, {first.peer_id}, is a member of the private swarm 'lab' "
+            "already, as host, so the invite was not used; another peer on this machine joins "
+            f"with a key of its own: `glasshive join TOKEN --key {data}/host-2.key`. To join anew "
+            f"with this one, as when its config is lost, first remove {certificate}"
+        )
+    assert [one.used for one in desk.invites()][-1] == 0
+    run("join", second, "--key", data / "host-2.key")
+    key = Identity.load_or_create(data / "host-2.key")
+    assert open_gate(load_settings(), key, Act.SERVE, KEY) is not None
+    # In another role, and anew without what was kept, it joins.
+    run("join", invited("admin"), "--key", data / "host.key")
+    certificate.unlink()
+    run("join", invited("host"))
+
+
+def test_whose_certificate_does_not_hold_joins_again(desk: InviteBook) -> None:
+    run("join", invited("host"))
+    settings = load_settings()
+    files = member_files(settings)
+    assert files is not None
+    identity = Identity.load_or_create(settings.host_key_path)
+    ended = desk.enrol(identity.peer_id, Role.HOST, time.time() - 30 * DAY)
+    files.keep_certificate(identity.peer_id, ended)
+    run("join", invited("host"))
+    gate = open_gate(settings, identity, Act.SERVE, KEY)
+    assert gate is not None
+    by = gate.membership.admit(identity.peer_id, gate.certificate, Act.SERVE, time.time()).invite
+    gate.learn(desk.revoke(time.time(), invites=[by]))
+    with pytest.raises(MembershipRevoked):
+        open_gate(settings, identity, Act.SERVE, KEY)
+    run("join", invited("host"))
+    assert open_gate(settings, identity, Act.SERVE, KEY) is not None
+
+
 def test_a_config_of_another_swarm_is_left_alone(desk: InviteBook, tmp_path: Path) -> None:
     own = tmp_path / "own/hive.toml"
     own.parent.mkdir()
@@ -244,7 +291,7 @@ def test_two_swarms_of_one_name_keep_their_roots(desk: InviteBook, tmp_path: Pat
     (tmp_path / "own/x.json").write_bytes(Path("other/trust/1.root.json").read_bytes())
     config.write_text(text)
     assert "its own issuers and root" in refused(ConfigError, "join", invited("client"))
-    run("join", invited("client"), "--config=own/second.toml")
+    run("join", invited("client"), "--config=own/second.toml", "--key=second.key")
     assert first.root.read_bytes() == root
     assert (tmp_path / "own/x.json").read_bytes() != root
 
@@ -294,7 +341,43 @@ def test_members_and_invites_are_listed(desk: InviteBook) -> None:
     assert "revoked" in run("members", "--folder=lab")
 
 
-def test_who_is_revoked_is_named_first_and_only_with_consent(desk: InviteBook) -> None:
+def test_the_issuer_is_listed_as_what_it_is(desk: InviteBook) -> None:
+    desk.enrol(desk.issuer, Role.HOST, time.time())
+    run("join", invited("host"))
+    rows = run("members", "--folder=lab").splitlines()
+    roles = {one.peer_id: one.role for one in desk.members()}
+    assert set(roles.values()) == {Role.HOST}
+    for peer_id in roles:
+        (row,) = [one for one in rows if peer_id[-8:] in one]
+        assert row.split("│")[2].strip() == ("issuer" if peer_id == desk.issuer else "host")
+
+
+def test_a_folder_without_a_swarm_is_named(desk: InviteBook) -> None:
+    for command in (["invite", "host"], ["members"], ["revoke", desk.issuer]):
+        assert refused(TrustFolderError, *command, "--folder=none") == (
+            "there is no swarm in none: none/hive.toml is missing; name a swarm's folder with "
+            "--folder, or make one with `glasshive swarm init`"
+        )
+    assert refused(TrustFolderError, "invite", "host").startswith("there is no swarm in .: hive")
+
+
+def test_nobody_is_revoked_unasked(desk: InviteBook) -> None:
+    run("join", invited("host"))
+    (member,) = desk.members()
+    text = wrong_usage("revoke", member.peer_id, "--folder=lab")
+    assert (
+        "nothing was revoked: there is no terminal to ask whether to throw them out of 'lab' for "
+        "good; look at what is shown above, and pass --yes"
+    ) in text
+    assert f"{member.peer_id}, host" in text
+    assert not desk.members()[0].revoked
+
+
+def test_who_is_revoked_is_named_first_and_only_with_consent(
+    desk: InviteBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(trust_words, "sys", at_terminal)
     run("join", invited("host"))
     run("join", invited("client"))
     host, client = desk.members()
@@ -331,11 +414,17 @@ def test_a_key_without_a_certificate_is_no_member(desk: InviteBook) -> None:
     run("join", invited("host"))
     settings = load_settings()
     for act, role in ((Act.SERVE, "host"), (Act.TRACE, "client")):
-        with pytest.raises(NotAMember, match=f"ask who runs it for an invite as a {role}, and run"):
-            open_gate(settings, Identity.generate(), act)
+        stranger = Identity.generate()
+        with pytest.raises(NotAMember) as caught:
+            open_gate(settings, stranger, act, Path("my keys/host-2.key"))
+        assert str(caught.value) == (
+            f"the key my keys/host-2.key, {stranger.peer_id}, is no member of the private swarm "
+            f"'lab' yet; ask who runs it for an invite as a {role}, and run "
+            "`glasshive join TOKEN --key 'my keys/host-2.key'`"
+        )
     host = Identity.load_or_create(settings.host_key_path)
     with pytest.raises(NotAMember, match="is a host of swarm 'lab' and may not run traces"):
-        open_gate(settings, host, Act.TRACE)
+        open_gate(settings, host, Act.TRACE, KEY)
 
 
 @pytest.mark.asyncio
@@ -347,9 +436,9 @@ async def test_who_was_away_for_long_is_back_without_an_invite(desk: InviteBook)
     began = time.time() - 5 * DAY
     files.keep_certificate(identity.peer_id, desk.enrol(identity.peer_id, Role.CLIENT, began))
     with pytest.raises(NotAMember, match="expired"):
-        open_gate(settings, identity, Act.TRACE)
+        open_gate(settings, identity, Act.TRACE, KEY)
     await new_member.renew_ended(settings, identity)
-    assert open_gate(settings, identity, Act.TRACE) is not None
+    assert open_gate(settings, identity, Act.TRACE, KEY) is not None
     held = files.certificate(identity.peer_id)
     await new_member.renew_ended(settings, identity)
     assert files.certificate(identity.peer_id) == held  # it holds: nobody is asked
@@ -370,11 +459,11 @@ def test_what_was_revoked_is_kept_across_restarts(desk: InviteBook) -> None:
     for one in (ann, ben):
         certificate = desk.enrol(one.peer_id, Role.HOST, time.time())
         files.keep_certificate(one.peer_id, certificate)
-    gate = open_gate(settings, ann, Act.SERVE)
+    gate = open_gate(settings, ann, Act.SERVE, KEY)
     assert gate is not None
     gate.learn(desk.revoke(time.time(), peers=[ben.peer_id]))
     with pytest.raises(MembershipRevoked):
-        open_gate(settings, ben, Act.SERVE)
+        open_gate(settings, ben, Act.SERVE, KEY)
 
 
 def test_processes_of_one_machine_forget_nothing_of_each_other(desk: InviteBook) -> None:
@@ -384,18 +473,41 @@ def test_processes_of_one_machine_forget_nothing_of_each_other(desk: InviteBook)
     ann, ben = Identity.generate(), Identity.generate()
     for one in (ann, ben):
         files.keep_certificate(one.peer_id, desk.enrol(one.peer_id, Role.HOST, time.time()))
-    gates = [open_gate(settings, one, Act.SERVE) for one in (ann, ben)]
+    gates = [open_gate(settings, one, Act.SERVE, KEY) for one in (ann, ben)]
     old = desk.revoke(time.time(), peers=[Identity.generate().peer_id])
     new = desk.revoke(time.time(), peers=[Identity.generate().peer_id])
     for gate, signed in zip(gates, (new, old), strict=True):
         assert gate is not None
         gate.learn(signed)  # the one that began earlier hears of the older list later
-    again = open_gate(settings, ann, Act.SERVE)
+    again = open_gate(settings, ann, Act.SERVE, KEY)
     assert again is not None
     assert again.membership.lists == (new,)
     (files.folder / "revocations").write_bytes(b"damaged")
     with pytest.raises(MembershipFileError, match="revocations: the kept revocations of swarm"):
-        open_gate(settings, ann, Act.SERVE)
+        open_gate(settings, ann, Act.SERVE, KEY)
+
+
+def test_who_is_no_member_publishes_here_alone(desk: InviteBook, tmp_path: Path) -> None:
+    def bump() -> str:
+        run("whitelist", "bump", "--folder=lab")
+        return run("whitelist", "sign", "--folder=lab", "--yes", "--key=lab/keys/owner.key")
+
+    command = "bring it to the hosts: glasshive whitelist publish --folder lab"
+    key = tmp_path / "data/client.key"
+    assert bump().splitlines()[-1] == f"{command} --only-here"
+    assert not key.exists()
+    done = invoke("whitelist", "publish", "--folder=lab")
+    assert type(done.exception) is NotAMember
+    peer_id = Identity.load_or_create(key).peer_id
+    assert str(done.exception) == (
+        f"no bootstrap peer was told: the key {key}, {peer_id}, is no member of the private swarm "
+        f"'lab' yet; ask who runs it for an invite as a client, and run `glasshive join TOKEN "
+        f"--key {key}`; or publish with --only-here, on the machine of a bootstrap peer or host, "
+        "who take it up there and tell the others"
+    )
+    assert bump().splitlines()[-1] == f"{command} --only-here"  # the key is there, and no member
+    run("join", invited("client"))
+    assert bump().splitlines()[-1] == command
 
 
 def test_the_issuer_is_a_member_by_its_own_word() -> None:
@@ -404,7 +516,7 @@ def test_the_issuer_is_a_member_by_its_own_word() -> None:
     assert open_book(settings, key, Identity.generate()) is None
     book = open_book(settings, key, issuer)
     assert book is not None
-    assert open_gate(settings, issuer, Act.SERVE) is not None
+    assert open_gate(settings, issuer, Act.SERVE, KEY) is not None
     assert [one.peer_id for one in book.members()] == [issuer.peer_id]
 
 
@@ -426,5 +538,5 @@ def test_a_private_swarm_has_a_root() -> None:
 def test_a_public_swarm_asks_for_no_certificate() -> None:
     settings = load_settings(may_be_missing=True)
     assert member_files(settings) is None
-    assert open_gate(settings, Identity.generate(), Act.TRACE) is None
+    assert open_gate(settings, Identity.generate(), Act.TRACE, KEY) is None
     assert open_book(settings, Path("some.key"), Identity.generate()) is None

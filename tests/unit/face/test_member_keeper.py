@@ -56,6 +56,7 @@ class Swarm:
         book: InviteBook | None,
         period_seconds: float,
         keep: Callable[[bytes], None] | None = None,
+        warn_shut_out: bool = True,
     ) -> MemberKeeper:
         kept = self.kept.setdefault(identity.peer_id, [])
         keeper = MemberKeeper(
@@ -66,6 +67,7 @@ class Swarm:
             keep or kept.append,
             book=book,
             period_seconds=period_seconds,
+            warn_shut_out=warn_shut_out,
         )
         await self.ends.enter_async_context(keeper)
         return keeper
@@ -95,6 +97,25 @@ async def test_what_the_issuer_revokes_reaches_every_member(swarm: Swarm) -> Non
     for gate in (swarm.gate, hers):
         with pytest.raises(MembershipRevoked):
             gate.admit(EVE.peer_id, eves, Act.TRACE)
+
+
+@pytest.mark.asyncio
+async def test_who_is_shut_out_is_told_once_if_at_all(swarm: Swarm) -> None:
+    await swarm.open_desk(period_seconds=30)
+    for identity in (ALICE, BOB):
+        swarm.gate.learn(swarm.book.revoke(NOW, peers=[identity.peer_id]))
+    with capture_logs() as logs:
+        for identity, warns in ((ALICE, True), (BOB, False)):
+            gate = swarm.lab.gate(certificate_of(identity, Role.CLIENT))
+            transport = swarm.lab.network.transport(identity, gate=gate)
+            looked = await swarm._started(identity, transport, gate, None, 30, warn_shut_out=warns)
+            await looked._round()
+    said = [one for one in logs if one["event"] == "membership_not_kept"]
+    assert [one["about"] for one in said] == [ISSUER.peer_id]
+    assert said[0]["error"].endswith(
+        "not let in: the certificate of this peer for swarm 'lab' doesn't hold any more: its key "
+        "was revoked; ask who runs the swarm to invite another key"
+    )
 
 
 @pytest.mark.asyncio

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from glasshive import trust_keeper
 from glasshive.dht import trust_exchange
 from glasshive.dht.announcer import Announcer
-from glasshive.dht.errors import StreamRefused
+from glasshive.dht.errors import ShutOut, StreamRefused
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork
 from glasshive.dht.messages import TRUST_PROTOCOL
@@ -358,6 +358,26 @@ async def test_a_bootstrap_has_a_place_whoever_else_asks(
     await until(lambda: host.policy.version == 7)
     with pytest.raises(StreamRefused, match="busy"):
         await exchange_trust(stranger._transport, host_place, swarm.store("stranger"))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("kind", "warnings"), [(StreamRefused, 1), (ShutOut, 0)])
+async def test_who_is_shut_out_hears_it_elsewhere(
+    swarm: Swarm,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[StreamRefused],
+    warnings: int,
+) -> None:
+    async def refuse(*args: object) -> None:
+        raise kind("refused the stream: its reason")
+
+    monkeypatch.setattr(trust_keeper, "exchange_trust", refuse)
+    _, place = swarm.keeper(swarm.store("bootstrap"))
+    host, _ = swarm.keeper(swarm.store("host"), place)
+    with capture_logs() as logs:
+        await host.start()
+        await until(lambda: host._said)
+    assert [one["event"] for one in logs].count("trust_exchange_failed") == warnings
 
 
 @pytest.mark.asyncio
