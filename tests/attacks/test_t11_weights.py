@@ -44,7 +44,7 @@ from glasshive.peer.errors import HostError
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.served_model import ServedModel, make_manifest
 from glasshive.security.errors import BadManifest, NotAllowed
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import Manifest, ManifestFile, ModelId
 from glasshive.security.policy import Policy
 
@@ -118,11 +118,15 @@ async def test_weights_that_change_on_disk_are_not_what_runs_or_starts(
 # What a client is given -------------------------------------------------------------------------
 
 
+def anybody(client: PeerId) -> None:
+    """Every client gets files."""
+
+
 class Liar(FileServer):
     """A host that sends what it likes under the model's id."""
 
     def __init__(self, manifest: Manifest, files: dict[str, bytes]) -> None:
-        super().__init__(Path("/nowhere"), manifest, patience_seconds=5.0)
+        super().__init__(Path("/nowhere"), manifest, check_client=anybody, patience_seconds=5.0)
         self._files = files
 
     def _read(self, ask: AskFile) -> bytes | None:
@@ -159,7 +163,7 @@ async def test_a_peer_that_sends_other_files_is_left_for_the_next(
     liar, honest = (network.transport(Identity.generate()) for _ in range(2))
     client = network.transport(Identity.generate(), dht=False)
     await liar.serve(FILES_PROTOCOL, Liar(manifest, others | sent).answer)
-    server = FileServer(served.folder, manifest, patience_seconds=5.0)
+    server = FileServer(served.folder, manifest, check_client=anybody, patience_seconds=5.0)
     await honest.serve(FILES_PROTOCOL, server.answer)
     peers = [PeerAddress(one.peer_id, one.addresses) for one in (liar, honest)]
     with pytest.raises(BadModelFiles, match=f"no peer gave the files .*{liar.peer_id[-8:]}: "):
@@ -180,7 +184,7 @@ async def test_a_file_that_changed_since_it_was_hashed_is_not_sent(
     network = MemoryNetwork()
     home = network.transport(Identity.generate())
     client = network.transport(Identity.generate(), dht=False)
-    server = FileServer(folder, served.manifest, patience_seconds=5.0)
+    server = FileServer(folder, served.manifest, check_client=anybody, patience_seconds=5.0)
     await home.serve(FILES_PROTOCOL, server.answer)
 
     async def fetched() -> bytes:
