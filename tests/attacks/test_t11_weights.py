@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peer_records
 import pytest
 import torch
 from one_host import tiny_served
@@ -211,24 +212,8 @@ MODEL, OTHER = ModelId("ab" * 32), ModelId("cd" * 32)
 
 
 def record_of(identity: Identity, transport: Transport, **changes: Any) -> PeerRecord:
-    fields: dict[str, Any] = {
-        "model": MODEL,
-        "model_name": "tiny",
-        "start": 0,
-        "end": 2,
-        "n_blocks": 4,
-        "dtype": "float32",
-        "backend": "cpu",
-        "attention": "eager",
-        "throughput_tokens_per_second": 1.0,
-        "addresses": (),
-        "whitelist_version": 0,
-        "load": 0.0,
-        "software_version": "0",
-        "peer_id": identity.peer_id,
-        "expires_at_seconds": float(round(transport.now()) + 45),
-    }
-    return PeerRecord(**(fields | changes))
+    changes = {"expires_at_seconds": float(round(transport.now()) + 45)} | changes
+    return peer_records.record_of(identity, MODEL, **changes)
 
 
 @pytest.mark.asyncio

@@ -11,6 +11,7 @@ import hashlib
 import random
 from typing import Any
 
+import peer_records
 import pytest
 from soak import SEED, count
 
@@ -40,24 +41,11 @@ AT_A_TIME = 50  # in one call, as one may hold
 
 
 def record_of(identity: Identity, transport: Transport, **changes: Any) -> PeerRecord:
-    fields: dict[str, Any] = {
-        "model": MODEL,
-        "model_name": "tiny",
-        "start": 0,
-        "end": 2,
-        "n_blocks": 4,
-        "dtype": "float32",
-        "backend": "cpu",
-        "attention": "eager",
-        "throughput_tokens_per_second": 1.0,
+    usual = {
         "addresses": ("/ip4/127.0.0.1/tcp/4001",),
-        "whitelist_version": 0,
-        "load": 0.0,
-        "software_version": "0",
-        "peer_id": identity.peer_id,
         "expires_at_seconds": float(round(transport.now()) + 45),
     }
-    return PeerRecord(**(fields | changes))
+    return peer_records.record_of(identity, MODEL, **(usual | changes))
 
 
 def forged(rng: random.Random, transport: Transport) -> tuple[PeerId, bytes, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from peer_records import record_of
 
 from glasshive.dht.announcer import Announcer, announce, withdraw
 from glasshive.dht.directory import (
@@ -51,24 +52,7 @@ class Swarm:
         self.bootstrap = PeerAddress(BOB.peer_id, self.bob.addresses)
 
     def record(self, identity: Identity = ALICE, **changes: Any) -> PeerRecord:
-        fields: dict[str, Any] = {
-            "model": MODEL,
-            "model_name": "tiny",
-            "start": 0,
-            "end": 2,
-            "n_blocks": 4,
-            "dtype": "float32",
-            "backend": "cpu",
-            "attention": "eager",
-            "throughput_tokens_per_second": 1.0,
-            "addresses": (),
-            "whitelist_version": 0,
-            "load": 0.0,
-            "software_version": "0",
-            "peer_id": identity.peer_id,
-            "expires_at_seconds": self.clock() + 60,
-        }
-        return PeerRecord(**(fields | changes))
+        return record_of(identity, MODEL, **({"expires_at_seconds": self.clock() + 60} | changes))
 
 
 async def ask(swarm: Swarm, model: str | None = "tiny") -> list[PeerRecord]:
