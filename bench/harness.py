@@ -20,7 +20,6 @@ from rich.table import Table
 
 # The same in every arm and every process that is started from here.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,10 +328,15 @@ async def _host(process: _Process, options: ServeOptions) -> None:
             keeper = process.keeper(transport, store, own)
             policy = await keeper.start()
             ends.push_async_callback(keeper.close)
+        # A thread that ends: the OpenMP threads of a second one that lives keep those of the torch
+        # thread from spinning between kernels, for a tenth of the time of a pass.
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
-        served = await asyncio.get_running_loop().run_in_executor(
-            pool, _load, options, process.life.log_format == "pretty", policy
-        )
+        try:
+            served = await asyncio.get_running_loop().run_in_executor(
+                pool, _load, options, process.life.log_format == "pretty", policy
+            )
+        finally:
+            pool.shutdown(wait=False)
         from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
