@@ -10,21 +10,24 @@ SOURCES := $(shell find src graph security dht peer client -name '*.py' -not -pa
 $(VENV)/.deps: pyproject.toml constraints.txt
 	@echo "glasshive: making $(VENV); then pip installs torch and the rest: some minutes, only this once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt '.[demo,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --no-compile -c constraints.txt '.[demo,dev]'
 	touch $@ && touch $(VENV)/.installed  # with them the package itself has come
 
 # The package is installed as a wheel, as users get it; tests run against that, not the checkout.
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES) pyproject.toml
 	@echo "glasshive: installing the package: less than a minute"
 	rm -rf build
-	$(BIN)/pip install -q --no-deps --force-reinstall .
+	$(BIN)/pip install -q --no-compile --no-deps --force-reinstall .
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/glasshive demo
 
-test: lint types contracts quick swarm
+# mypy has one thread: beside it there is room for tests.
+test: lint contracts
+	$(MAKE) -j2 -Oline types quick
+	$(MAKE) swarm
 
 soak: $(VENV)/.installed
 	GLASSHIVE_SOAK=1 $(BIN)/python -m pytest tests --timeout 7200

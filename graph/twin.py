@@ -102,7 +102,7 @@ def outline_of(twin: nn.Module, config: Any) -> Outline:
     return _outline(_Kind(type(twin), text, dtype, attention, twin, config))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _outline(kind: _Kind) -> Outline:
     return scan(kind.twin, kind.config)
 

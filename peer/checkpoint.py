@@ -10,6 +10,7 @@ numbers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
@@ -228,9 +229,20 @@ def load_span_from(
     model.requires_grad_(False)
     model.eval()
     model.to(device)
+    if device.type == "cpu":
+        _leave_files(model)
     if shards is not None:
         shards.finish()
     return SpanModel(model, layout=built[0], start=start, end=end, dtype=dtype, device=device)
+
+
+def _leave_files(model: PreTrainedModel) -> None:
+    """Copy the weights, one after the other, out of the files that they are still mapped from.
+
+    A file that is changed in place would change what runs here; one cut short would end the host.
+    """
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        weight.data = weight.data.clone()
 
 
 def _conversion_errors(error: BaseException) -> str:

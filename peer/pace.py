@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Final
 
 import torch
@@ -58,8 +58,9 @@ def measure_pace(model: SpanModel, most_tokens: int | None) -> HostPace:
         )
 
 
+@cache
 def measure_graph_pace(device: torch.device) -> Pace:
-    """The pace of the ops of a graph on `device`."""
+    """The pace of the ops of a graph on `device`, measured once in a process."""
     dense: dict[DType, float] = {}
     others: list[float] = []
     for dtype in DType:

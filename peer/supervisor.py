@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS: Final = 1.0
 _MAX_LINE_BYTES: Final = 4096
-# OpenMP's threads wait for the next kernel: the GNU runtime's spin for 0.2 ms, which is longer than
-# the Python between two kernels, and then sleep; others' sleep at once. Sleeping between all kernels
+# How OpenMP's threads wait for the next kernel: the GNU runtime's spin for 0.2 ms, longer than the
+# Python between two kernels takes, then sleep; others' sleep at once. To sleep between all kernels
 # costs a tenth of a pass, and threads that spin for longer take the cores from whatever runs here.
 _WAITING_THREADS: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -5,7 +5,9 @@ comparison of hashes taken out of `Manifest.check_file` and of ids out of `decod
 client's files; with the look at `len(manifests)` taken out of `resolve`, the two manifests; with
 `Policy.allows_model` that is always true, the host whose weights changed; with the comparison of
 hashes taken out of `FileServer._read`, the file that changed; with that of shapes taken out of the
-loader, and that of names out of `_file_of_tensor`, the configurations and the index.
+loader, and that of names out of `_file_of_tensor`, the configurations and the index; with
+weights that stay mapped from their file, what changes in place (the shortened file ends the
+process).
 """
 
 from __future__ import annotations
@@ -87,6 +89,28 @@ def test_one_flipped_bit_is_another_model(served: ServedModel, folder: Path, nam
             policy.check_model(found, "tiny")  # what a host asks before it serves
         with pytest.raises(BadManifest, match="is not the file in the manifest"):
             served.manifest.check_file(name, tampered)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("left_bytes", [None, 0], ids=["overwritten", "shortened"])
+async def test_a_file_that_changes_in_place_changes_nothing_that_runs(
+    folder: Path, left_bytes: int | None
+) -> None:
+    async with Tenants(tiny_served(folder)) as tenants:
+        client = tenants.client()
+        before = await tenants.run(client, SAVED)
+        assert isinstance(before, dict)
+        weights = folder / "model.safetensors"
+        with weights.open("r+b") as file:
+            if left_bytes is None:
+                file.seek(weights.stat().st_size // 2)
+                file.write(bytes(weights.stat().st_size // 2))
+            else:
+                file.truncate(left_bytes)
+        after = await tenants.run(client, SAVED)
+        assert isinstance(after, dict)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.asyncio

@@ -62,8 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("stage", "signals"),
     [
-        ("starting", [signal.SIGTERM]),
-        ("connected", [signal.SIGHUP]),
+        ("starting", [signal.SIGHUP]),
         ("connected", [signal.SIGINT, signal.SIGINT, signal.SIGTERM]),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(one.name for one in value),
