@@ -127,6 +127,16 @@ def test_a_process_that_dies_is_started_again_where_it_listened(run: Run) -> Non
     assert "host_process_ended" in running.text
 
 
+def test_openmp_s_threads_wait_awake_a_little_and_as_the_user_says(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    say = 'print(*map(os.environ.get, ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")), flush=True)'
+    running = run(f"{say}\nserve()")
+    running.wait_for(lambda: "20000 ACTIVE" in running.text)
+
+
 def test_a_process_without_a_heartbeat_is_killed(run: Run) -> None:
     running = run("serve(0.2)\ntime.sleep(60)")
     running.wait_for(lambda: len(running.started) == 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,33 @@ async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found
     )
     assert ("find the swarm that this host began by\n" in said) == (not bootstraps)
     assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
+
+
+@pytest.mark.asyncio
+async def test_the_thread_that_loads_ends_when_it_has(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It left OpenMP threads behind, with which those of the torch thread never spin."""
+    loading: list[threading.Thread] = []
+    ended: list[bool] = []
+
+    async def serve(*args: object) -> None:
+        await asyncio.to_thread(loading[0].join, 5)
+        ended.append(not loading[0].is_alive())
+
+    def load(*args: object) -> ServedModel:
+        loading.append(threading.current_thread())
+        return served
+
+    monkeypatch.setattr(host_process, "_load", load)
+    one = process(tmp_path / "host.key", descriptor)
+    monkeypatch.setattr(one, "serve", serve)
+    await _host(one, options(served))
+    assert ended == [True]
 
 
 @pytest.mark.asyncio
