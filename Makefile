@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 
 # mypy has one thread: beside it there is room for tests.
 test: lint contracts
-	$(MAKE) -j2 -Oline types quick
+	$(MAKE) -j2 types quick
 	$(MAKE) swarm
 
 soak: $(VENV)/.installed
