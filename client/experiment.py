@@ -39,6 +39,7 @@ class TraceOptions:
     pass_rows: int = DEFAULT_PASS_ROWS
     deadline_seconds: float = 300.0
     retries: int = 2
+    route: frozenset[PeerId] | None = None
     avoid: frozenset[PeerId] = field(default_factory=frozenset)
     show_progress: bool | None = None
 
@@ -57,9 +58,9 @@ class TraceOptions:
             raise TraceError("; ".join(wrong), line=here())
 
 
-def peer_ids(given: object) -> frozenset[PeerId]:
-    """The peers that `avoid=` names. Raises TraceError for what is no collection of peer ids."""
-    wanted = "avoid= takes a set of whole peer ids, as in avoid={tracer.result.hops[0].peer}"
+def peer_ids(given: object, option: str) -> frozenset[PeerId]:
+    """The peers that an option names. Raises TraceError for what is no collection of peer ids."""
+    wanted = f"{option}= takes whole peer ids, as in {option}=[tracer.result.hops[0].peer]"
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
         raise TraceError(f"{wanted}; got {given!r:.40} ({type(given).__name__})", line=here())
     peers = list(given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -91,6 +91,7 @@ class Model(Module):
         pass_rows: int | None = None,
         deadline: float = 300.0,
         retries: int = 2,
+        route: Sequence[PeerId] | None = None,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
         progress: bool | None = None,
         **others: object,
@@ -100,8 +101,9 @@ class Model(Module):
         With a `prompt` the block is about this prompt; without one, `tracer.invoke(prompt)` blocks
         inside it each are about theirs. Invokes of equal length share forward passes of at most
         `pass_rows` rows; `batching="alone"` gives every invoke its own. `deadline` is in seconds;
-        `retries` is how often a trace that lost a peer is run again on another route. Raises
-        TraceError for any other option.
+        `retries` is how often a trace that lost a peer is run again on another route; `route` are
+        the peers that may see it, all but those of `avoid` if it is not given. Raises TraceError
+        for any other option.
         """
         if others:
             refuse_options(others)
@@ -109,7 +111,8 @@ class Model(Module):
             batching=batching,
             deadline_seconds=float(deadline),
             retries=retries,
-            avoid=peer_ids(avoid),
+            route=None if route is None else peer_ids(route, "route"),
+            avoid=peer_ids(avoid, "avoid"),
             show_progress=progress,
             **({} if pass_rows is None else {"pass_rows": pass_rows}),
         )

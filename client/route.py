@@ -57,16 +57,23 @@ def choose_route(
     n_blocks: int,
     *,
     avoid: Collection[PeerId] = (),
+    only: Collection[PeerId] | None = None,
     wanted: Wanted = _ANYTHING,
 ) -> Route:
     """A route over the `needed` blocks.
 
     The blocks from 0 on without a gap are covered by a chain in which each span starts where the
     one before it ended; single blocks behind them (the home of a head or a parameter) by any peer
-    behind the chain. Raises NoRoute, naming the missing blocks, who serves the rest, and the
-    commands that would serve what is missing of what is `wanted`.
+    behind the chain. With `only`, of these peers. Raises NoRoute, naming the missing blocks, who
+    serves the rest, and the commands that would serve what is missing of what is `wanted`.
     """
-    usable = [one for one in records if one.peer_id not in avoid and one.n_blocks == n_blocks]
+    usable = [
+        one
+        for one in records
+        if one.n_blocks == n_blocks
+        and one.peer_id not in avoid
+        and (only is None or one.peer_id in only)
+    ]
     depth = next(i for i in range(n_blocks + 1) if i not in needed)
     extra = sorted(block for block in needed if block > depth)
     best: tuple[tuple[int, int, float], list[PeerRecord]] | None = None
@@ -79,7 +86,7 @@ def choose_route(
                 if best is None or cost < best[0]:
                     best = cost, chain
     if best is None:
-        raise NoRoute(_why_none(usable, sorted(needed), avoid, n_blocks, wanted))
+        raise NoRoute(_why_none(usable, sorted(needed), avoid, only, n_blocks, wanted))
     return Route(tuple(best[1]))
 
 
@@ -137,13 +144,15 @@ def _why_none(
     records: Sequence[PeerRecord],
     needed: Sequence[int],
     avoid: Collection[PeerId],
+    only: Collection[PeerId] | None,
     n_blocks: int,
     wanted: Wanted,
 ) -> str:
     served = {block for one in records for block in range(one.start, one.end)}
     missing = [block for block in needed if block not in served]
     if missing:
-        text = f"no route: nobody serves blocks {_ranges(missing)}"
+        who = "nobody" if only is None else "no peer of route="
+        text = f"no route: {who} serves blocks {_ranges(missing)}"
     else:
         text = (
             "no route: every needed block is served, but no chain of spans of one dtype and "
@@ -152,20 +161,20 @@ def _why_none(
     kinds = by_kind(records)
     if len(kinds) > 1:
         text += f"; {kinds_text(records, n_blocks)}"
-    who = [
+    served_now = [
         f"{one.start}:{one.end} {one.dtype} {one.attention} by {one.peer_id[-8:]}"
         for one in sorted(records, key=lambda one: (one.start, one.end))
     ]
-    if len(who) > _MOST_NAMED:
-        who[_MOST_NAMED:] = [f"and {len(who) - _MOST_NAMED} more"]
+    if len(served_now) > _MOST_NAMED:
+        served_now[_MOST_NAMED:] = [f"and {len(served_now) - _MOST_NAMED} more"]
     lost = ""
     if avoid:
         many = "1 peer is" if len(avoid) == 1 else f"{len(avoid)} peers are"
         lost = f"; {many} left out, as lost, busy, revoked or named in avoid="
-    return (
-        f"{text} (served now: {', '.join(who) or 'nothing'}{lost}); start the missing part with "
-        f"{_commands(kinds, needed, n_blocks, wanted)}"
-    )
+    text = f"{text} (served now: {', '.join(served_now) or 'nothing'}{lost})"
+    if only is not None:
+        return f"{text}; name peers that serve all of them, or leave route= out"
+    return f"{text}; start the missing part with {_commands(kinds, needed, n_blocks, wanted)}"
 
 
 def _commands(

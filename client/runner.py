@@ -61,9 +61,9 @@ class ModelRunner:
         route without that peer, `retries` times at most and within the one deadline.
         """
         ends_at = time.monotonic() + options.deadline_seconds
-        avoid = set(options.avoid)
+        avoid, only = set(options.avoid), options.route
         try:
-            route = self._route(experiment, avoid, fresh=False, ends_at=ends_at)
+            route = self._route(experiment, avoid, only, fresh=False, ends_at=ends_at)
         except DeadlineExceeded:
             if time.monotonic() < ends_at:
                 raise
@@ -88,7 +88,7 @@ class ModelRunner:
                     self._advise(error, f"{_routes(attempt + 1)} tried, as retries={attempt} says")
                     raise
                 try:
-                    route = self._route(experiment, avoid, fresh=True, ends_at=ends_at)
+                    route = self._route(experiment, avoid, only, fresh=True, ends_at=ends_at)
                 except NoRoute as none:
                     self._advise(error, str(none).replace("no route", "no other route", 1))
                     raise error from none
@@ -105,7 +105,7 @@ class ModelRunner:
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
         """What it would take on the route that it would get now."""
-        route = self._route(experiment, set(options.avoid), fresh=False)
+        route = self._route(experiment, options.avoid, options.route, fresh=False)
         plan = self._plan(experiment, route)
         return {
             "route": [f"{one.start}:{one.end} {one.peer_id}" for one in route.records],
@@ -218,28 +218,32 @@ class ModelRunner:
         self,
         experiment: Experiment,
         avoid: Collection[PeerId],
+        only: Collection[PeerId] | None,
         *,
         fresh: bool,
         ends_at: float = math.inf,
     ) -> Route:
-        """A route without the peers of `avoid`, and without lost ones if it can be had.
+        """A route of the peers of `only`, without those of `avoid`, and without lost ones if it can
+        be had.
 
         `ends_at`, on the monotonic clock, is until when the directory may be asked.
         """
         needed = needed_blocks(experiment.graph, experiment.outline)
         if not fresh:
             with contextlib.suppress(NoRoute):  # what is known may be old
-                return self._choose(self._records(fresh=False, ends_at=ends_at), needed, avoid)
+                known = self._records(fresh=False, ends_at=ends_at)
+                return self._choose(known, needed, avoid, only)
         known = self._records(fresh=True, ends_at=ends_at)
         with contextlib.suppress(NoRoute):
-            return self._choose(known, needed, avoid)
-        return self._choose(known, needed, avoid, also_lost=True)
+            return self._choose(known, needed, avoid, only)
+        return self._choose(known, needed, avoid, only, also_lost=True)
 
     def _choose(
         self,
         known: list[PeerRecord],
         needed: Collection[int],
         avoid: Collection[PeerId],
+        only: Collection[PeerId] | None,
         *,
         also_lost: bool = False,
     ) -> Route:
@@ -252,7 +256,7 @@ class ModelRunner:
             }
         kind = Kind(self._dtype, "none", self._attention)
         wanted = Wanted(self._name, kind, self._swarm.where.hosts)
-        return choose_route(known, needed, self._n_blocks, avoid=left_out, wanted=wanted)
+        return choose_route(known, needed, self._n_blocks, avoid=left_out, only=only, wanted=wanted)
 
     def _remember_lost(self, peer: PeerId, route: Route) -> None:
         now = self._swarm.transport.now()

@@ -14,7 +14,7 @@ from tiny_models import HIDDEN, IDS, OTHER, Setting
 from told import told
 
 import glasshive
-from glasshive.client.errors import NotInATrace, NotSaved, TraceError
+from glasshive.client.errors import NoRoute, NotInATrace, NotSaved, TraceError
 from glasshive.graph.errors import NotYet
 
 # Tracers -----------------------------------------------------------------------------------------
@@ -237,23 +237,24 @@ def test_a_saved_value_goes_to_another_model(one_llama: Setting, gpt2: Any) -> N
 # Options -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["avoid", "route"])
 @pytest.mark.parametrize(
-    ("avoid", "text"),
+    ("peers", "text"),
     [
         ("12D3KooW", "got '12D3KooW' (str)"),
         (5, "got 5 (int)"),
-        (None, "got None (NoneType)"),
+        (True, "got True (bool)"),
         ({"a": 1}, "got {'a': 1} (dict)"),
         ([3], "got one of type int: got no peer id of 1 to 64 characters"),
         (["3xKqTf9s"], "got one '3xKqTf9s': 3xKqTf9s is not the id of an Ed25519 key"),
         (["l0l"], "got one 'l0l': 'l0l' is not base58"),
     ],
 )
-def test_peers_to_avoid_that_are_none(one_llama: Setting, avoid: Any, text: str) -> None:
+def test_peers_that_are_none(one_llama: Setting, option: str, peers: Any, text: str) -> None:
     with pytest.raises(TraceError) as caught:
-        one_llama.model.trace(IDS, avoid=avoid)
+        one_llama.model.trace(IDS, **{option: peers})
     assert str(caught.value).startswith("test_errors_habits.py:")
-    wanted = "avoid= takes a set of whole peer ids, as in avoid={tracer.result.hops[0].peer}; "
+    wanted = f"{option}= takes whole peer ids, as in {option}=[tracer.result.hops[0].peer]; "
     assert wanted + text in str(caught.value)
 
 
@@ -266,6 +267,22 @@ def test_a_peer_that_is_avoided(one_llama: Setting) -> None:
             one_llama.model.lm_head.output.save()
     assert "nobody serves blocks 2:4" in str(caught.value)
     assert "1 peer is left out, as lost, busy, revoked or named in avoid=" in str(caught.value)
+
+
+def test_a_route_is_of_the_peers_that_are_named(one_llama: Setting) -> None:
+    with one_llama.model.trace(IDS) as tracer:
+        free = one_llama.model.lm_head.output.save()
+    peers = [hop.peer for hop in tracer.result.hops]
+    with one_llama.model.trace(IDS, route=list(reversed(peers))) as again:
+        bound = one_llama.model.lm_head.output.save()
+    assert [hop.peer for hop in again.result.hops] == peers
+    assert torch.equal(free, bound)
+    for named, missing in ((peers[:2], "4:6"), ([], "0:6")):
+        with pytest.raises(NoRoute) as caught:
+            with one_llama.model.trace(IDS, route=named):
+                one_llama.model.lm_head.output.save()
+        assert f"no route: no peer of route= serves blocks {missing} (" in str(caught.value)
+        assert str(caught.value).endswith("name peers that serve all of them, or leave route= out")
 
 
 # Spellings that work -----------------------------------------------------------------------------

@@ -87,9 +87,23 @@ def test_a_peer_to_avoid() -> None:
     route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id})
     assert route.records == (spare,)
     with pytest.raises(
-        NoRoute, match="1 peer is left out, as lost, busy, revoked or named in avoid="
+        NoRoute, match=r"1 peer is left out, as lost, busy, revoked or named in avoid="
     ):
         choose_route([lost], ALL, BLOCKS, avoid={lost.peer_id})
+
+
+def test_peers_to_take_and_no_others() -> None:
+    better, mine = record(0, 30), record(0, 30, load=0.9)
+    route = choose_route([better, mine], ALL, BLOCKS, only={mine.peer_id})
+    assert route.records == (mine,)
+    parts = [record(0, 10), record(10, 20), record(20, 30)]
+    only = {one.peer_id for one in parts}
+    assert choose_route([*parts, better], ALL, BLOCKS, only=only).records == tuple(parts)
+    assert spans([*parts, better], range(10), only=only) == ["0:10"]
+    with pytest.raises(NoRoute, match="no peer of route= serves blocks 20:30"):
+        choose_route([*parts[:2], better], ALL, BLOCKS, only=only)
+    with pytest.raises(NoRoute, match=r"1 peer is left out, .*; name peers that serve all of them"):
+        choose_route(parts, ALL, BLOCKS, only=only, avoid={parts[0].peer_id})
 
 
 def test_what_is_missing_and_who_serves_the_rest() -> None:
