@@ -96,10 +96,13 @@ def outline_of(twin: nn.Module, config: Any) -> Outline:
     """What `scan` gives, and found once in this process for all twins of one kind."""
     dtype = next(twin.parameters()).dtype
     attention = str(getattr(twin.config, "_attn_implementation", None))
-    # Where it was read from is no part of what it says.
+    return _outline(_Kind(type(twin), config_text(config), dtype, attention, twin, config))
+
+
+def config_text(config: Any) -> str:
+    """What a configuration says, equal for equal ones wherever they were read from."""
     plain = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return _outline(_Kind(type(twin), text, dtype, attention, twin, config))
+    return json.dumps(plain, sort_keys=True, default=str)
 
 
 @functools.lru_cache(maxsize=32)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from glasshive.graph.memory import is_out_of_memory
+from glasshive.graph.twin import config_text
 from glasshive.peer.checkpoint import (
     HF_ATTENTION,
     Attention,
@@ -35,6 +36,7 @@ from glasshive.peer.errors import ModelTypeRefused
 from glasshive.peer.span_cache import SpanCache
 from glasshive.peer.span_model import SpanModel
 
+_MOST_REMEMBERED = 64
 _BLOCKS = 6
 _MOST_BLOCKS = 12
 _MOST_PARAMETERS = 60_000_000
@@ -51,15 +53,22 @@ _POSITIONS = re.compile(r"max_position|n_positions|n_ctx|max_seq_len|seq_length"
 _KEPT = re.compile(r"kernel|state|multiple|group")
 _WIDTH = re.compile(r"size|dim|rank|width|n_embd|n_inner|d_model|d_ff|d_inner|d_ssm|intermediate")
 
+# What was tested in this process: class and text of the configuration, and the attention.
+_passed: set[tuple[type, str, str]] = set()
+
 
 def self_test(config: PreTrainedConfig, attention: Attention = "sdpa") -> None:
     """Raise `ModelTypeRefused`, saying why, unless models of this kind split exactly.
 
-    Runs on the CPU in float32, on random weights, in about half a second, and leaves the random
-    state of torch as it was. Raises `UnsupportedAttention` where the class lacks the backend.
+    Runs on the CPU in float32, on random weights, in about half a second, once in a process for
+    each configuration, and leaves the random state of torch as it was. Raises
+    `UnsupportedAttention` where the class lacks the backend.
     """
     check_attention(model_class_for(config), attention)
     _refuse_growing_rope(config)
+    kind = type(config), config_text(config), attention
+    if kind in _passed:
+        return
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), _one_thread():
         torch.manual_seed(0)
         try:
@@ -74,6 +83,8 @@ def self_test(config: PreTrainedConfig, attention: Attention = "sdpa") -> None:
                 config,
                 f"running it over spans fails with {type(error).__name__}: {first_line(error)}",
             ) from error
+    if len(_passed) < _MOST_REMEMBERED:
+        _passed.add(kind)
 
 
 @contextmanager

@@ -85,13 +85,11 @@ def load_served_model(
     device: torch.device | str,
     attention: Attention = "sdpa",
     manifest: Manifest | None = None,
-    self_tested: bool = False,
     on_hashing: OnProgress = lambda done, total: None,
     on_loading: OnProgress = lambda done, total: None,
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
-    `self_tested`: it was checked in this process, with this attention, for another span.
     Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test,
     UnsupportedModel and NotEnoughMemory.
     """
@@ -99,8 +97,7 @@ def load_served_model(
     checkpoint = Checkpoint(folder)
     chosen = span or Span(0, checkpoint.n_blocks)
     try:
-        if not self_tested:
-            self_test(checkpoint.config, attention)
+        self_test(checkpoint.config, attention)
         known = manifest or make_manifest(folder, name, on_hashing)
         model = checkpoint.load_span(
             chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading

@@ -60,7 +60,6 @@ def local(
             device=device,
             attention=attention,
             manifest=manifest,
-            self_tested=start > 0,
         )
         for start, end in itertools.pairwise(bounds)
     ]

@@ -27,6 +27,23 @@ def test_any_number_of_blocks_is_tested(n_blocks: int) -> None:
     self_test(LlamaConfig(**{**TINY, "num_hidden_layers": n_blocks}))
 
 
+def test_one_configuration_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[str] = []
+    compare = module._compare
+
+    def counted(config: Any, whole: Any, attention: Any) -> None:
+        tested.append(attention)
+        compare(config, whole, attention)
+
+    monkeypatch.setattr(module, "_passed", set())
+    monkeypatch.setattr(module, "_compare", counted)
+    for _ in range(2):
+        self_test(LlamaConfig(**TINY))
+        self_test(LlamaConfig(**TINY), "eager")
+        self_test(LlamaConfig(**{**TINY, "num_attention_heads": 2}))
+    assert tested == ["sdpa", "eager", "sdpa"]
+
+
 def test_a_model_of_seventy_billion_parameters_is_tested_small() -> None:
     self_test(
         LlamaConfig(
@@ -57,6 +74,7 @@ def test_a_cache_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None
             fresh = SpanCache(config, 0, config.num_hidden_layers).layers
             self.layers = [*fresh[:start], *self.hosted, *fresh[end:]]
 
+    monkeypatch.setattr(module, "_passed", set())
     monkeypatch.setattr("glasshive.peer.span_model.SpanCache", PlainCache)
     with pytest.raises(ModelTypeRefused, match="cached decoding over spans differs"):
         self_test(LlamaConfig(**TINY))
