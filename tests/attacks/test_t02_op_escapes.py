@@ -2,6 +2,20 @@
 
 A graph can name only what stands in the table, with only the arguments of its signature; and no
 argument of the right kind, however odd, may end the peer's process.
+
+Seen failing, each alone: with names that `find_op` takes without their last `_`, the names of
+torch; with `add_` or `empty_like` in the table, the words that no op may have; with the look at
+what is left of the keywords taken out of `OpSpec.complete`, the undeclared arguments; with the
+count taken out of `check_args`, one argument more (`complete` counts before, which alone changes
+nothing); with `Parameter.accepts` not asked, devices as words, and with dtypes of any name, those
+as dtypes; with `zeros_like` or `full` that give memory as it comes, the memory of the freed. Of
+what ended torch's process: `div` and `lcm` of torch itself end this one, and so does `sdpa` with
+all of its checks of shapes taken out (one alone is backed by the others); with the dims, the
+double dims or the last size not looked at in `graph/kernels_matrices.py`, that transform's; with
+the shapes not looked at in `_binary_cross_entropy`, its own. Not seen failing: the transforms of no
+elements or of another dtype, which torch refuses by itself; with `rand_like` that gives undrawn
+memory, the memory of the freed; and the fuzzer, whose 12,000 calls came upon none of `div`, `lcm`,
+`sdpa`, dims and shapes so changed.
 """
 
 from __future__ import annotations
@@ -79,15 +93,19 @@ def test_every_undeclared_torch_argument_is_refused() -> None:
     pairs = undeclared()
     assert len({name for name, argument in pairs if argument == "out"}) == len(OPS)
     for name, argument in pairs:
-        with pytest.raises(UnknownOp):
-            OPS[name].complete((), {argument: Ref(NodeId(0))})
+        given = [Ref(NodeId(0))] * len(OPS[name].params)
+        with pytest.raises(UnknownOp, match=f" got {argument}, which it has not$"):
+            OPS[name].complete(given, {argument: Ref(NodeId(0))})
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_one_argument_more_is_refused(name: str) -> None:
-    args: list[object] = [None] * (len(OPS[name].params) + 1)
-    with pytest.raises((UnknownOp, BadGraph)):
+    wanted = len(OPS[name].params)
+    args: list[object] = [None] * (wanted + 1)
+    with pytest.raises(UnknownOp, match=f" got {wanted + 1} arguments"):
         decode_graph(message(name, *args))
+    with pytest.raises(UnknownOp, match=f" got {wanted + 1} arguments"):
+        OPS[name].complete([Ref(NodeId(0))] * (wanted + 1))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +160,7 @@ SPECTRUM = torch.zeros(3, 4, dtype=torch.complex64)
         ("div", (LEAST.int() * 0 - 2**31, -1, "trunc"), False),
         ("lcm", (LEAST, LEAST), False),
         ("lcm", (LEAST, MINUS), False),
+        ("lcm", (LEAST, 5 * -MINUS), False),
         ("gcd", (LEAST, MINUS), False),
         ("remainder", (LEAST, -1), False),
         ("fmod", (LEAST, -1), False),

@@ -1,4 +1,20 @@
-"""T4: small graphs that would take much memory or time. Each is refused before anything runs."""
+"""T4: small graphs that would take much memory or time. Each is refused before anything runs.
+
+Seen failing, each alone, in `graph/budget.py`: with the comparison of bytes at once taken out, 18
+of the bombs; with that of FLOPs, "flops by many products" and "isin"; with that of saves, "expand
+and save"; with values that take nothing, those of an `expand`, the outer sum and `unfold`; with
+workspaces that are not charged, "outer loss", "attention" and "convolution by itself", and with
+that of one rule at zero, its own; with constants that take nothing, the one that is not there; with
+values that die at once, both kinds of tensors that are kept, and with views that keep nothing
+alive, the second; with values that never die, the honest work; with errors that name no node, what
+`infer` refuses. With the rank left out of `spec_of` in `graph/kernels.py`, the dimensions; with the
+length of ints left out of `Parameter.accepts`, the axes; with all of the message made before it is
+read, the empty things; with shapes inferred on the CPU, "cat of one value" took its memory (the
+rest was not waited for).
+
+What is far too large is refused by torch as well, or by more than one comparison: the rest of the
+bombs failed with none of these alone.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +122,7 @@ BOMBS: dict[str, Callable[[], Graph]] = {
     "complete qr": after_read(("reshape", H, (-1, 1)), ("linalg_qr", ref(1), "complete")),
     "cdist": after_read(("reshape", H, (-1, 1)), ("cdist", ref(1), ref(1), 1.0)),
     "isin": after_read(
-        ("expand", H, (2**8, 4, 64, 512)), ("isin", ref(1), ref(1), False)
+        ("expand", H, (2**5, 4, 64, 512)), ("isin", ref(1), ref(1), False)
     ),
     "attention": after_read(
         ("reshape", H, (1, 1, -1, 1)), ("sdpa", ref(1), ref(1), ref(1), None, False, None, False)
@@ -124,22 +140,45 @@ BOMBS: dict[str, Callable[[], Graph]] = {
     "fft to a long row": after_read(
         ("complex", H, H), ("fft_c2r", ref(1), (2,), "none", 2**40)
     ),
-    "a constant that is not there": lambda: graph_of(Const(bytes(32), F32, (2**31,))),
-    "too many dimensions": doubling("stack", lambda r: ((r, r), 0), 30),
+    "a constant that is not there": lambda: graph_of(Const(bytes(32), F32, (2**29,))),
+    "a constant beyond all limits": lambda: graph_of(Const(bytes(32), F32, (2**31,))),
+    "too many dimensions": doubling("stack", lambda r: ((r,), 0), 30),
     "tensors kept to the end": lambda: graph_of(
         READ,
         *(Op("mul", (H, float(i))) for i in range(4000)),
-        Op("cat", (tuple(ref(i + 1) for i in range(4000)), 0)),
+        *(Op("add", (ref(4000 + i), ref(4000 - i), 1)) for i in range(4000)),
+    ),
+    "tensors kept by their views": lambda: graph_of(
+        READ,
+        *(
+            node
+            for i in range(4000)
+            for node in (Op("mul", (H, float(i))), Op("select", (ref(1 + 2 * i), 2, 0)))
+        ),
+        Op("cat", (tuple(ref(2 + 2 * i) for i in range(4000)), 0)),
     ),
 }  # fmt: skip
+
+
+def honest() -> Graph:
+    return graph_of(
+        READ,
+        Op("repeat", (H, (2, 1, 1))),
+        Op("expand", (H, (8, 4, 64, 512))),
+        Op("clone", (ref(2),)),
+        Op("full", ((512, 512), 0.1, F32)),
+        Op("reshape", (H, (-1, 512))),
+        Op("mm", (ref(5), ref(4))),
+        Op("topk", (ref(6), 10, -1, True, True)),
+        Op("pick", (ref(7), 0)),
+        Save(ref(8), "top"),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> None:
     """Torch loads its Python meta kernels at the first call; that is no part of an attack."""
-    for bomb in BOMBS.values():
-        with pytest.raises(GraphError):
-            admit(bomb(), MODEL, BUDGET)
+    admit(honest(), MODEL, BUDGET)
 
 
 @pytest.mark.parametrize("name", list(BOMBS))
@@ -149,7 +188,7 @@ def test_is_refused_before_anything_runs(name: str) -> None:
     with pytest.raises((OverBudget, ShapeMismatch, BadGraph)) as caught:
         admit(decode_graph(encode_graph(graph)), MODEL, BUDGET)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
-    assert grown_kib < 32 * 1024
+    assert grown_kib < 32 * 1024, grown_kib
     assert caught.value.node is not None
     assert len(str(caught.value)) < 600
 
@@ -173,21 +212,9 @@ def test_there_are_at_least_25_kinds() -> None:
 
 
 def test_honest_work_is_admitted() -> None:
-    """The same ops at honest sizes: the budget is not simply zero."""
-    graph = graph_of(
-        READ,
-        Op("repeat", (H, (2, 1, 1))),
-        Op("expand", (H, (8, 4, 64, 512))),
-        Op("clone", (ref(2),)),
-        Op("full", ((512, 512), 0.1, F32)),
-        Op("reshape", (H, (-1, 512))),
-        Op("mm", (ref(5), ref(4))),
-        Op("topk", (ref(6), 10, -1, True, True)),
-        Op("pick", (ref(7), 0)),
-        Save(ref(8), "top"),
-    )
-    bill = admit(graph, MODEL, BUDGET)
-    assert bill.saved_bytes == 256 * 10 * 4
+    """The same ops at honest sizes: the budget is not simply zero, and what is let go is free."""
+    assert admit(honest(), MODEL, BUDGET).saved_bytes == 256 * 10 * 4
+    admit(doubling("mul", lambda r: (r, 2.0), 4000)(), MODEL, BUDGET)
 
 
 def test_the_largest_message_of_empty_things_takes_little_memory() -> None:

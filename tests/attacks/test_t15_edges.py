@@ -3,6 +3,18 @@
 Or a client has a host dial somebody who never said to be a peer. One real host runs part 1 of a
 plan of three, or part 0; the tests are its client and the other two. Each attack is refused and
 named; the trace goes on, or ends with the name of who broke the protocol.
+
+Seen failing, each alone: with the peer's id or the receiver's part left out of
+`HostedTrace.refusal`, the first two tests; with the look at what is awaited, the hop that is
+skipped, and at what is still to come, the one that is repeated; with traces that the host does not
+forget, the edge of one that ended (and the run hung); with the sender left out of `_park_next`, the
+value of another part; with `parked.done()`, the value that comes twice; with the order of passes,
+or the spec, the values that break it, and with that of axes in `peer/memory_order.py`, theirs; with
+the host left out of `TraceRequest`, the host that is not on the plan; with the index left out of
+`Host._admitted`, the part of another; with each of four rules taken out of `check_part`, the
+circles; with each comparison taken out of `planned_peers._where`, with `dialable` not asked, or
+records verified as of 15 s ago, nobody who is dialled; with members dialled like the public, those
+of a private swarm; with an address read as no record, the one that is no request.
 """
 
 from __future__ import annotations

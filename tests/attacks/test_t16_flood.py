@@ -1,6 +1,13 @@
 """T16: floods, slow senders and silent streams against a host, beside an honest client.
 
 Everything is counted; time is a clock that the test moves.
+
+Seen failing, each alone: with no rate of new streams, the first three tests; with refusals that
+nobody counts, the first and that of refusals; with no charge for who was told busy, or a debt
+without an end, that of who asks on; with no count of traces, or of streams, by address, that of
+many keys; with this machine as an address like others, the class, and with members counted by
+address, the members; with no floor under a frame, the one that drips; with no wait for the first
+frame, or one that goes on for later frames, the silent streams.
 """
 
 from __future__ import annotations
