@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# pip compiles nothing here, which takes a minute: each module is compiled when it is first imported,
+# and must be kept then, or every process that starts would do it all again.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(shell find src graph security dht peer client -name '*.py' -not -path '*/__pycache__/*')
 
 .PHONY: demo test soak lint types contracts quick unit attacks conformance swarm bench clean
