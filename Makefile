@@ -46,14 +46,15 @@ types: $(VENV)/.installed
 contracts: $(VENV)/.installed
 	$(BIN)/lint-imports
 
-# Two processes of one thread each: a test is faster beside another than on two threads. All but
-# the tests with processes of their own, in one go: starting pytest and what it imports takes long.
+# Processes of one thread each: a test is faster beside another than on two threads; and one more
+# than cores, as some tests wait. All but the tests with processes of their own, in one go: starting
+# pytest and what it imports takes long.
 QUICK := unit attacks conformance
 quick: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 3 --dist worksteal
 
 $(QUICK): $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$@ -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$@ -n 3 --dist worksteal
 
 # Its hosts are processes of their own, and tests of one file share a swarm.
 swarm: $(VENV)/.installed

@@ -9,7 +9,9 @@ A frame is ``struct('>II')`` (header length, body length), the header in msgpack
 
 Rules:
 
-1. Both lengths are checked against the stream's limits before anything is allocated.
+1. Both lengths are checked against the stream's limits before anything is read. Memory is taken as
+   bytes come, whatever was announced, and what unfinished frames hold is bounded, of each remote
+   and in all (`glasshive.dht.unfinished_frames`).
 2. The header is plain data (`glasshive.security.plain`): no extension types, bounded in depth and
    in elements, the keys of a map differ. What it means is for the caller to check.
 3. A header length of 0 marks a refusal: the body is one line of ASCII, at most 200 bytes, and
@@ -44,6 +46,7 @@ from glasshive.dht.errors import (
     StreamRefused,
     TransportError,
 )
+from glasshive.dht.unfinished_frames import UnfinishedFrames
 from glasshive.security.errors import MalformedData
 from glasshive.security.keys import PeerId
 from glasshive.security.plain import Plain, decode_plain, encode_plain
@@ -93,7 +96,7 @@ class FrameLimits:
     """What one stream accepts and sends."""
 
     header_bytes: int = 1024 * 1024
-    body_bytes: int = 16 * 1024 * 1024
+    body_bytes: int = 8 * 1024 * 1024
     header_depth: int = 16
     header_elements: int = 65_536
     # A client gives up a slice of 256 KiB after 12 s of silence, so that less than 22 kB/s
@@ -166,6 +169,8 @@ class Stream:
         """Where the other side comes from (`dht.addresses.origin_of`), where it was accepted."""
         self.told_busy = False
         """Set by a handler that had to say that this peer is busy."""
+        self.unfinished: UnfinishedFrames | None = None
+        """What counts the bytes of its frames that are still coming, where it was accepted."""
         self._reader = reader
         self._writer = writer
         self._why_lost = why_lost
@@ -311,30 +316,39 @@ class Stream:
                 "accepted; the stream was ended"
             )
         floor = _Floor(limits, self._clock)
-        packed = bytes(await self._receive_bytes(header_bytes, floor))
-        try:
-            header = decode_plain(
-                packed,
-                max_bytes=limits.header_bytes,
-                max_depth=limits.header_depth,
-                max_elements=limits.header_elements,
-            )
-        except MalformedData as error:
-            raise BadFrame(f"the header of a frame from {self.peer_id}: {error}") from None
-        return Frame(header, await self._receive_bytes(body_bytes, floor))
+        with self._one_more() as hold:
+            packed = bytes(await self._receive_bytes(header_bytes, floor, hold))
+            try:
+                header = decode_plain(
+                    packed,
+                    max_bytes=limits.header_bytes,
+                    max_depth=limits.header_depth,
+                    max_elements=limits.header_elements,
+                )
+            except MalformedData as error:
+                raise BadFrame(f"the header of a frame from {self.peer_id}: {error}") from None
+            return Frame(header, await self._receive_bytes(body_bytes, floor, hold))
 
-    async def _receive_bytes(self, count: int, floor: _Floor) -> bytearray:
-        data = bytearray(count)
-        view = memoryview(data)
-        filled = 0
-        while filled < count:
+    def _one_more(self) -> contextlib.AbstractContextManager[Callable[[int], str | None]]:
+        """See UnfinishedFrames.one_more; what this peer asked for itself is not counted."""
+        if self.unfinished is None:
+            return contextlib.nullcontext(lambda n_bytes: None)
+        return self.unfinished.one_more(self.peer_id, self.origin)
+
+    async def _receive_bytes(
+        self, count: int, floor: _Floor, hold: Callable[[int], str | None]
+    ) -> bytearray:
+        data = bytearray()
+        while len(data) < count:
             part = await floor.keep(
-                self._reader.read(min(count - filled, SLICE_BYTES)), self.peer_id
+                self._reader.read(min(count - len(data), SLICE_BYTES)), self.peer_id
             )
             if not part:
                 raise EOFError
-            view[filled : filled + len(part)] = part
-            filled += len(part)
+            if (too_many := hold(len(part))) is not None:
+                await self.refuse(f"{BUSY}{too_many}")
+                raise BadFrame(f"{self.peer_id} was told that {too_many}; its stream was ended")
+            data += part
         return data
 
     async def refuse(self, reason: str) -> None:

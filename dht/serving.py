@@ -24,6 +24,7 @@ from glasshive.dht.framing import Stream
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.token_buckets import TokenBuckets
 from glasshive.dht.transport import StreamHandler
+from glasshive.dht.unfinished_frames import UnfinishedFrames
 from glasshive.security.keys import PeerId
 
 __all__ = ["HandlerTasks", "StreamLimits"]
@@ -74,6 +75,7 @@ class HandlerTasks:
         self._open_from: Counter[str] = Counter()
         self._refusing: Counter[PeerId] = Counter()
         self._new = TokenBuckets(limits.new_per_second, limits.burst, clock)
+        self.unfinished = UnfinishedFrames()
         self._closed = False
 
     def __len__(self) -> int:
@@ -88,6 +90,7 @@ class HandlerTasks:
         None if there are too many even for a refusal.
         """
         stream.origin = origin_of(address)
+        stream.unfinished = self.unfinished
         refusal = self._refusal(stream)
         if refusal is None:
             task = asyncio.create_task(self._run(stream, handler, protocol))

@@ -106,6 +106,12 @@ async def stdin_ended() -> None:
         transport.close()
 
 
+def _environment() -> dict[str, str]:
+    """This process's own, with `_WAITING_THREADS` unless the user has said how threads wait."""
+    chosen = any(name in os.environ for name in _WAITING_THREADS)
+    return {**({} if chosen else _WAITING_THREADS), **os.environ}
+
+
 def _killed(why: str) -> None:
     log.error("host_process_killed", extra={"why": why})
 
@@ -230,7 +236,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(writing,),
                 start_new_session=True,
-                env={**_WAITING_THREADS, **os.environ},
+                env=_environment(),
             )
         except BaseException:
             os.close(reading)

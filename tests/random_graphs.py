@@ -14,12 +14,12 @@ from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import ShapeMismatch
 from glasshive.graph.graph import Arg, Const, Graph, Node, NodeId, Op, Ref, Save
 from glasshive.graph.kernels import infer, run_op
-from glasshive.graph.ops import OPS, Parameter
+from glasshive.graph.ops import OPS, OpSpec, Parameter
 from glasshive.graph.run import Interpreter
-from glasshive.graph.tensors import TensorSpec
+from glasshive.graph.tensors import Specs, TensorSpec
 
 _SIDE = 48
-_LEAVES = [
+LEAVES = [
     torch.randn(_SIDE, _SIDE),
     torch.randn(4, _SIDE, _SIDE),
     torch.randn(_SIDE),
@@ -57,12 +57,35 @@ def _random_arg(param: Parameter, values: list[NodeId], rng: random.Random) -> A
     return kinds[param.kind]()
 
 
+def random_args(
+    spec: OpSpec, values: Mapping[NodeId, TensorSpec], rng: random.Random
+) -> tuple[tuple[Arg, ...], Specs] | None:
+    """Arguments among `values`, and what comes of them; None if admission would not take them."""
+    args = tuple(_random_arg(param, list(values), rng) for param in spec.params)
+    if any(param.kind == "operand" for param in spec.params) and not any(
+        isinstance(arg, Ref) for arg in args
+    ):
+        return None
+
+    def resolve(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return tuple(map(resolve, arg))
+        return values[arg.node] if isinstance(arg, Ref) else arg
+
+    try:
+        result = infer(spec.name, resolve(args))
+    except ShapeMismatch:
+        return None
+    parts = result if isinstance(result, tuple) else (result,)
+    return None if sum(part.nbytes for part in parts) > _MOST_BYTES else (args, result)
+
+
 def random_graph(rng: random.Random) -> tuple[Graph, dict[NodeId, Tensor]]:
     """A graph of some 20 ops that admission takes, and the values of its reads."""
     nodes: dict[NodeId, Node] = {}
     specs: dict[NodeId, Any] = {}
     values: dict[NodeId, Tensor] = {}
-    for leaf in _LEAVES:
+    for leaf in LEAVES:
         node_id = NodeId(len(nodes))
         name = node_id.to_bytes(32, "big")
         nodes[node_id] = Const(name, DType(str(leaf.dtype)[6:]), tuple(leaf.shape))
@@ -70,28 +93,15 @@ def random_graph(rng: random.Random) -> tuple[Graph, dict[NodeId, Tensor]]:
         values[node_id] = leaf
     names = [name for name in OPS if name != "pick"]
     for _ in range(400):
-        if len(nodes) >= len(_LEAVES) + 20:
+        if len(nodes) >= len(LEAVES) + 20:
             break
         spec = OPS[rng.choice(names)]
         usable = [i for i, s in specs.items() if isinstance(s, TensorSpec)]
-        args = tuple(_random_arg(param, usable, rng) for param in spec.params)
-        if any(param.kind == "operand" for param in spec.params) and not any(
-            isinstance(arg, Ref) for arg in args
-        ):
+        found = random_args(spec, {i: specs[i] for i in usable}, rng)
+        if found is None:
             continue
-
-        def resolve(arg: Any, specs: dict[NodeId, Any] = specs) -> Any:
-            if isinstance(arg, tuple):
-                return tuple(map(resolve, arg))
-            return specs[arg.node] if isinstance(arg, Ref) else arg
-
-        try:
-            result = infer(spec.name, resolve(args))
-        except ShapeMismatch:
-            continue
+        args, result = found
         parts = result if isinstance(result, tuple) else (result,)
-        if sum(part.nbytes for part in parts) > _MOST_BYTES:
-            continue
         node_id = NodeId(len(nodes))
         nodes[node_id] = Op(spec.name, args)
         specs[node_id] = result

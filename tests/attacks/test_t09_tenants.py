@@ -19,14 +19,19 @@ from typing import Final
 
 import pytest
 import torch
+from random_graphs import LEAVES, random_args
 from soak import SEED, count
 from tenants import BLOCK, LAST, SEQ, Tenants, name_of
 
 from glasshive.dht.errors import SwarmError
 from glasshive.dht.memory_transport import MemoryTransport
 from glasshive.dht.messages import Accepted, Cancel, Failed, encode
+from glasshive.graph import kernels
 from glasshive.graph.dtypes import DType
 from glasshive.graph.graph import Const, Node, NodeId, Op, Read, Ref, Save, Site, Write
+from glasshive.graph.kernels import KERNELS
+from glasshive.graph.kernels import spec_of as spec_of_tensor
+from glasshive.graph.ops import OPS
 from glasshive.peer.served_model import ServedModel
 
 PAIRS: Final = count(50, 1000)
@@ -224,3 +229,82 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(served: ServedModel) -> No
             assert not any(holds(saved, mine) for saved in b.saves), (number, kind.__name__)
             seen |= {kind.__name__, *b.failures}
     assert {"ShapeMismatch", "OverBudget", "Busy"} <= seen
+
+
+def broken(kernel: Callable[..., object], error: Exception) -> Callable[..., object]:
+    """The kernel, which fails where it would compute; shapes are inferred on the meta device."""
+
+    def fails(*args: object, **keywords: object) -> object:
+        of_no_data = str(keywords.get("device")) == "meta"
+        if of_no_data or any(tensor.is_meta for tensor in tensors_in(args)):
+            return kernel(*args, **keywords)
+        raise error
+
+    return fails
+
+
+def tensors_in(args: object) -> list[torch.Tensor]:
+    """The tensors among an op's arguments, at any depth."""
+    if isinstance(args, tuple | list):
+        return [tensor for arg in args for tensor in tensors_in(arg)]
+    return [args] if isinstance(args, torch.Tensor) else []
+
+
+ERRORS: Final = (RuntimeError, KeyError, AssertionError, MemoryError, torch.OutOfMemoryError)
+
+
+def of_op(name: str, rng: random.Random) -> Nodes:
+    """What B asks for: this op, of the model's states and constants, behind a write."""
+    halves = torch.zeros(4, 25, dtype=torch.complex64)  # of 48 numbers, for `fft_c2r`
+    leaves = [torch.zeros(1, SEQ, HIDDEN), torch.zeros(4, 2), halves, *LEAVES]
+    specs = {NodeId(i): spec_of_tensor(leaf) for i, leaf in enumerate(leaves)}
+    tries = (random_args(OPS[name], specs, rng) for _ in range(20_000))
+    found = next((one for one in tries if one is not None), None)
+    assert found is not None, name
+    graph = Nodes()
+    states = graph.read(BLOCK)
+    graph.write(BLOCK, graph.const(torch.full((1, SEQ, HIDDEN), 4.0)), "inplace")
+    made: dict[NodeId, Ref] = {NodeId(0): states}
+
+    def placed(arg: object) -> object:
+        if isinstance(arg, tuple):
+            return tuple(map(placed, arg))
+        if not isinstance(arg, Ref):
+            return arg
+        if arg.node not in made:
+            made[arg.node] = graph.const(leaves[arg.node])
+        return made[arg.node]
+
+    result = graph.op(name, *map(placed, found[0]))
+    graph.save(graph.op("pick", result, 0) if OPS[name].outputs > 1 else result, "never")
+    return graph
+
+
+@pytest.mark.asyncio
+async def test_a_gets_what_it_gets_alone_whichever_op_fails(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every op of the table fails in B's graph, as it never should; A's graph has none."""
+    rng = random.Random(SEED)
+    graph = Nodes()
+    graph.save(graph.read(BLOCK), "first")
+    graph.write(BLOCK, graph.const(torch.full((1, SEQ, HIDDEN), 0.25)), "set")
+    graph.save(graph.read(LAST), "last")
+    async with Tenants(served) as tenants:
+        alice, eve = tenants.client(), tenants.client()
+
+        async def run_a() -> dict[str, bytes]:
+            saved = await tenants.run(alice, graph.nodes, graph.constants)
+            assert isinstance(saved, dict), saved
+            return bits(saved)
+
+        alone = await run_a()
+        for number, name in enumerate(sorted(set(OPS) - {"pick"})):
+            error = ERRORS[number % len(ERRORS)]("a kernel's own words")
+            monkeypatch.setattr(kernels, "KERNELS", KERNELS | {name: broken(KERNELS[name], error)})
+            b = Neighbour(tenants, eve, rng, 0.0)
+            beside = asyncio.create_task(b.run(of_op(name, rng), b.ids()))
+            assert await run_a() == alone, name
+            await beside
+            assert b.failures, (name, b.saves)
+            assert await run_a() == alone, name

@@ -36,7 +36,7 @@ pytestmark = [
 
 MODEL = ModelId(hashlib.sha256(b"manifest").hexdigest())
 KEY = block_key(MODEL, 0)
-RECORDS = count(200, 1000)
+RECORDS = count(100, 1000)
 AT_A_TIME = 50  # in one call, as one may hold
 
 

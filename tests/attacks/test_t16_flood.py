@@ -7,12 +7,14 @@ nobody counts, the first and that of refusals; with no charge for who was told b
 without an end, that of who asks on; with no count of traces, or of streams, by address, that of
 many keys; with this machine as an address like others, the class, and with members counted by
 address, the members; with no floor under a frame, the one that drips; with no wait for the first
-frame, or one that goes on for later frames, the silent streams.
+frame, or one that goes on for later frames, the silent streams; with memory for all that a frame
+announces, or no count of what unfinished ones hold, the last.
 """
 
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -24,6 +26,7 @@ from glasshive.dht.framing import FrameLimits, Stream
 from glasshive.dht.memory_transport import MemoryTransport
 from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Need, decode
 from glasshive.dht.serving import BUSY_TOKENS, REFUSALS_PER_REMOTE, StreamLimits
+from glasshive.dht.unfinished_frames import UnfinishedLimits
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.plain import encode_plain
@@ -250,3 +253,51 @@ async def test_a_stream_on_which_nothing_comes_ends_soon(served: ServedModel) ->
         await tenants.until(lambda: asyncio.get_running_loop().time() > later)
         await tenants.begin(stream)
         assert isinstance(await tenants.saves(stream), dict)
+
+
+def begun(announced: int, sent: int) -> bytes:
+    """The bytes of a frame of which that much of its body has come, of what was announced."""
+    packed = encode_plain([1])
+    return len(packed).to_bytes(4, "big") + announced.to_bytes(4, "big") + packed + bytes(sent)
+
+
+@pytest.mark.asyncio
+async def test_what_a_frame_announces_takes_no_memory_and_what_comes_is_bounded(
+    served: ServedModel,
+) -> None:
+    limits = UnfinishedLimits()
+    body_bytes = FrameLimits().body_bytes
+    async with Tenants(served) as tenants:
+        unfinished = tenants.home._tasks.unfinished
+        # All that one key may open, each with nearly nothing of the longest frame that there is.
+        eve = tenants.client()
+        idle = [await tenants.open(eve) for _ in range(StreamLimits().per_remote)]
+        tracemalloc.start()
+        for stream in idle:
+            stream._writer.write(begun(body_bytes, 1))
+        await tenants.until(lambda: unfinished.held_bytes >= 2 * len(idle))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak_bytes < body_bytes / 2
+        assert unfinished.held_bytes <= 4 * len(idle)
+        for stream in idle:
+            stream.reset()
+        await tenants.until(lambda: unfinished.held_bytes == 0)
+
+        # All of it but the last byte, on as many as find room, and one more.
+        mallory = tenants.client()
+        n_full = limits.per_remote_bytes // body_bytes
+        full = [await tenants.open(mallory) for _ in range(n_full)]
+        for stream in full:
+            stream._writer.write(begun(body_bytes, body_bytes - 2))
+        await tenants.until(lambda: unfinished.held_bytes >= n_full * (body_bytes - 2))
+        more = await tenants.open(mallory)
+        more._writer.write(begun(body_bytes, body_bytes - 2))
+        with pytest.raises(StreamBusy, match=f"of yours hold {limits.per_remote_bytes} bytes"):
+            await more.receive(10)
+        assert unfinished.held_bytes <= limits.per_remote_bytes
+        # The neighbour notices nothing, and of who has left nothing stays.
+        assert isinstance(await tenants.run(tenants.client()), dict)
+        for stream in full:
+            stream.reset()
+        await tenants.until(lambda: unfinished.held_bytes == 0)

@@ -127,14 +127,17 @@ def test_a_process_that_dies_is_started_again_where_it_listened(run: Run) -> Non
     assert "host_process_ended" in running.text
 
 
-def test_openmp_s_threads_wait_awake_a_little_and_as_the_user_says(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("policy", "seen"), [(None, "20000 PASSIVE"), ("ACTIVE", "None ACTIVE")])
+def test_openmp_s_threads_wait_awake_a_little_or_as_the_user_says(
+    run: Run, monkeypatch: pytest.MonkeyPatch, policy: str | None, seen: str
 ) -> None:
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     say = 'print(*map(os.environ.get, ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")), flush=True)'
     running = run(f"{say}\nserve()")
-    running.wait_for(lambda: "20000 ACTIVE" in running.text)
+    running.wait_for(lambda: seen in running.text)
 
 
 def test_a_process_without_a_heartbeat_is_killed(run: Run) -> None:

@@ -16,7 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import glasshive
 from glasshive import connection, trust_keeper
-from glasshive.dht import directory, framing, hardening, messages, records, serializer, serving
+from glasshive.dht import (
+    directory,
+    framing,
+    hardening,
+    messages,
+    records,
+    serializer,
+    serving,
+    unfinished_frames,
+)
 from glasshive.graph import codec, dtypes, order, plan_codec, tensors
 from glasshive.peer import const_cache, file_server, host, memory_book, seen_requests
 from glasshive.peer.host_limits import HostLimits
@@ -351,13 +360,16 @@ def test_files_of_the_protocol_are_the_code() -> None:
 
 
 FRAMES, LIMITS, HOST = framing.FrameLimits(), codec.GraphLimits(), HostLimits()
-STREAMS = serving.StreamLimits()
+STREAMS, UNFINISHED = serving.StreamLimits(), unfinished_frames.UnfinishedLimits()
 
 
 @pytest.mark.parametrize(
     "text",
     [
         f"header {FRAMES.header_bytes // MIB} MiB, body {FRAMES.body_bytes // MIB} MiB",
+        f"than {UNFINISHED.per_remote_bytes // MIB} MiB of one remote peer, "
+        f"{UNFINISHED.per_origin_bytes // MIB} MiB from one address and "
+        f"{UNFINISHED.in_all_bytes // MIB} MiB in all",
         f"At most {FRAMES.header_depth} containers deep and {FRAMES.header_elements:,} elements",
         f"at most {framing.MAX_REFUSAL_BYTES} bytes, that says why",
         f"({STREAMS.per_remote} per remote peer, {STREAMS.per_origin} from one address, "
