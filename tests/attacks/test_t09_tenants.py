@@ -4,7 +4,7 @@ A's bytes alone against A's bytes beside a hostile B, of random kinds; and what 
 holds nothing of the other's.
 
 Seen failing, each alone: with hooks that stay on the modules after their stage, and with hooks that
-stay only where the pass has failed (`Executor._forward`), the test. Not seen failing: with reads
+stay only where the pass has failed (`Executor._forward`), both tests. Not seen failing: with reads
 that are never copied, which changes what A gets alone in the same way.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from soak import SEED, count
+from soak import SEED, SOAK, count
 from tenants import IDS, Tenants, name_of
 
 import glasshive
@@ -80,7 +80,7 @@ def nodes_of(name: str, rng: random.Random) -> list[Node]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(0 if SOAK else 600)
 async def test_a_failure_says_nothing_of_the_machine_and_the_log_nothing_of_the_data(
     served: ServedModel, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,6 +78,8 @@ def test_nothing_outside_reaches_code(path: Path) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
             assert not names & {"pickle", "marshal", "shelve", "cloudpickle", "dill"}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            assert "load" not in {alias.name for alias in node.names}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec", "compile", "__import__")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -91,20 +93,28 @@ NAMED_ELSEWHERE = {
     "dht/member_calls.py": "handlers of hivemind, in a table of the file",
     "dht/messages.py": "fields of our own dataclasses",
     "peer/span_model.py": "attributes and blocks of the model that the host itself has loaded",
+    "client/lowering.py": "torch's own names of the call that the researcher made",
+    "client/prompts.py": "attributes of the tokenizer, in a tuple of the file",
+    "client/swarm.py": "fields of a record, in a tuple of the file",
+    "src/glasshive/__init__.py": "what the package exports, in a table of the file",
 }
-HOSTS_RUN = [one for one in SOURCES if one.parent.name in ("graph", "dht", "security", "peer")]
+# What finds things by their names, and which argument is the name; of `vars` and `globals` any.
+BY_NAME = {
+    **dict.fromkeys(("getattr", "setattr", "delattr", "hasattr"), 1),
+    **dict.fromkeys(("attrgetter", "import_module"), 0),
+    **dict.fromkeys(("vars", "globals"), 99),
+}
 
 
-@pytest.mark.parametrize("path", HOSTS_RUN, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_name_from_outside_reaches_an_attribute(path: Path) -> None:
     """Modules are found by `get_submodule`, at paths that the outline of the twin has."""
     dynamic = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2]
-        in ("getattr", "setattr", "delattr", "hasattr", "vars", "globals", "attrgetter")
-        and not (len(node.args) > 1 and isinstance(node.args[1], ast.Constant))
+        and (place := BY_NAME.get(ast.unparse(node.func).rpartition(".")[2])) is not None
+        and not (len(node.args) > place and isinstance(node.args[place], ast.Constant))
     ]
     assert bool(dynamic) == (path.relative_to(ROOT).as_posix() in NAMED_ELSEWHERE), dynamic
 
