@@ -1,7 +1,7 @@
 """T9: what one tenant gets depends on its own request only, whoever else is on the host.
 
-A's bytes alone against A's bytes beside a hostile B, of random kinds; and what either has saved
-holds nothing of the other's.
+A's bytes alone against A's bytes beside a hostile B, of random kinds; and neither what either has
+saved nor what its kernels are given and give holds anything of the other's.
 
 Seen failing, each alone: with hooks that stay on the modules after their stage, and with hooks that
 stay only where the pass has failed (`Executor._forward`), both tests. Not seen failing: with reads
@@ -14,8 +14,9 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from glasshive.graph.graph import Const, Node, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.kernels import KERNELS
 from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.ops import OPS
+from glasshive.peer import executor
+from glasshive.peer.executor import Executor
 from glasshive.peer.served_model import ServedModel
 
 PAIRS: Final = count(50, 1000)
@@ -197,15 +200,48 @@ def holds(saves: Saves, sentinel: float) -> bool:
     return any(bool((tensor == torch.tensor(sentinel)).any()) for tensor in saves.values())
 
 
+class Handed:
+    """Searches the tensors that each tenant's kernels are given, and give, for the other's mark."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.mine = self.theirs = math.nan
+        self.searched: Counter[bool] = Counter()  # whether A's
+        self.found: list[tuple[bool, str]] = []
+        self._of_a = False
+        run, self._run_op = Executor.run, executor.run_op
+
+        def run_stage(one: Executor, *args: Any) -> None:
+            mark = name_of(torch.full((HIDDEN,), self.mine))
+            nodes = one._part.graph.nodes.values()
+            self._of_a = any(isinstance(node, Const) and node.digest == mark for node in nodes)
+            run(one, *args)
+
+        patch.setattr(Executor, "run", run_stage)
+        patch.setattr(executor, "run_op", self._search)
+
+    def _search(self, name: str, args: Sequence[Any], **keywords: Any) -> object:
+        result = self._run_op(name, args, **keywords)
+        foreign = self.theirs if self._of_a else self.mine
+        for tensor in tensors_in([*args, result]):
+            self.searched[self._of_a] += 1
+            if holds({name: tensor}, foreign):
+                self.found.append((self._of_a, name))
+        return result
+
+
 @pytest.mark.asyncio
-async def test_a_gets_what_it_gets_alone_beside_any_b(served: ServedModel) -> None:
+async def test_a_gets_what_it_gets_alone_beside_any_b(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(SEED)
     seen: set[str] = set()
+    handed = Handed(monkeypatch)
     async with Tenants(served) as tenants:
         alice, eve = tenants.client(), tenants.client()
         for number in range(PAIRS):
             # Of no number that comes about by itself, and exact in float32.
             mine, theirs = 4096.5 + 2 * number, 8192.5 + 2 * number
+            handed.mine, handed.theirs = mine, theirs
             graph = of_a(draw, mine)
             ids = torch.tensor([[draw.randrange(64) for _ in range(SEQ)]])
 
@@ -227,8 +263,10 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(served: ServedModel) -> No
                 assert bits(saved) == alone, (number, kind.__name__)
                 assert not holds(saved, theirs)
             assert not any(holds(saved, mine) for saved in b.saves), (number, kind.__name__)
+            assert not handed.found, (number, kind.__name__)
             seen |= {kind.__name__, *b.failures}
     assert {"ShapeMismatch", "OverBudget", "Busy"} <= seen
+    assert min(handed.searched[True], handed.searched[False]) > PAIRS
 
 
 def broken(kernel: Callable[..., object], error: Exception) -> Callable[..., object]:
