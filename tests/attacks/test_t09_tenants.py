@@ -4,7 +4,8 @@ A's bytes alone against A's bytes beside a hostile B, of random kinds; and neith
 saved nor what its kernels are given and give holds anything of the other's.
 
 Seen failing, each alone: with hooks that stay on the modules after their stage, and with hooks that
-stay only where the pass has failed (`Executor._forward`), both tests. Not seen failing: with reads
+stay only where the pass has failed (`Executor._forward`), both tests; with a
+kernel that gives B a constant of A's which B never saves, the first. Not seen failing: with reads
 that are never copied, which changes what A gets alone in the same way.
 """
 
