@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,6 +40,7 @@ from glasshive.graph.graph import (
     refs,
 )
 from glasshive.graph.ops import OPS, CostRule
+from glasshive.graph.shape_keys import shape_key
 from glasshive.graph.tensors import SpecArg as SpecArg
 from glasshive.graph.tensors import Specs, TensorSpec
 
@@ -152,6 +153,20 @@ def admit(
     return _Admission(graph, model, budget, given, keep, resident_bytes).run(sequence)
 
 
+_FREE: Final = Cost(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What one node adds to the bill. `specs` is None for an effect."""
+
+    specs: Specs | None
+    held_bytes: int
+    workspace_bytes: int
+    flops: int
+    seconds: float
+
+
 class _Admission:
     """One walk over one graph."""
 
@@ -175,11 +190,12 @@ class _Admission:
         self._flops = 0
         self._seconds = 0.0
         self._saved_bytes = 0
+        self._ops: dict[Hashable, _Entry] = {}  # those that the graph had so far
 
     def run(self, sequence: list[NodeId]) -> Bill:
         dying = self._dying(sequence)
         for node_id in self._graph.imports:
-            self._hold(node_id)
+            self._hold(node_id, _held_bytes(self._specs[node_id]))
         self._charge(sequence[0] if sequence else NodeId(0), "what comes in", 0)
         consts: dict[bytes, TensorSpec] = {}
         for node_id in sequence:
@@ -201,16 +217,17 @@ class _Admission:
         for position, node_id in enumerate(sequence):
             node = self._graph.nodes[node_id]
             try:
-                cost = self._cost(node_id, node)
+                entry = self._entry(node)
             except GraphError as error:
                 if error.node is None:
                     raise type(error)(f"node {node_id}: {error}", node=node_id) from None
                 raise
-            if node_id in self._specs:
-                self._hold(node_id)
-            self._flops += cost.flops + cost.dense_flops
-            self._seconds += self._budget.pace.seconds(cost)
-            self._charge(node_id, _in_words(node), cost.workspace_bytes)
+            if entry.specs is not None:
+                self._specs[node_id] = entry.specs
+                self._hold(node_id, entry.held_bytes)
+            self._flops += entry.flops
+            self._seconds += entry.seconds
+            self._charge(node_id, _in_words(node), entry.workspace_bytes)
             for dead in dying.get(position, ()):
                 self._live_bytes -= self._live.pop(dead, 0)
         return Bill(self._peak_bytes, self._flops, self._saved_bytes, self._seconds, self._specs)
@@ -235,10 +252,7 @@ class _Admission:
             dying.setdefault(position, []).append(node_id)
         return dying
 
-    def _hold(self, node_id: NodeId) -> None:
-        node = self._graph.nodes.get(node_id)
-        shares_all = isinstance(node, Const) or (isinstance(node, Op) and node.name == "pick")
-        held_bytes = 0 if shares_all else sum(map(_held_bytes, _parts(self._specs[node_id])))
+    def _hold(self, node_id: NodeId, held_bytes: int) -> None:
         self._live[node_id] = held_bytes
         self._live_bytes += held_bytes
 
@@ -275,32 +289,41 @@ class _Admission:
                 node=node_id,
             )
 
-    def _cost(self, node_id: NodeId, node: Node) -> Cost:
-        """What `node` takes; its specs, if it has a value, are noted."""
+    def _entry(self, node: Node) -> _Entry:
         if isinstance(node, Op):
             args = self._spec_args(node.args)
-            specs = self._model.infer(node.name, args)
-            self._specs[node_id] = specs
-            return cost_of(node.name, args, specs)
+            key = shape_key(node.name, args)
+            known = self._ops.get(key)
+            if known is None:
+                specs = self._model.infer(node.name, args)
+                cost = cost_of(node.name, args, specs)
+                known = self._ops[key] = self._entered(cost, specs, shared=node.name == "pick")
+            return known
         if isinstance(node, Call):
             spec, cost = self._model.call(node, self._spec_args(node.args))
-            self._specs[node_id] = spec
-            return cost
+            return self._entered(cost, spec)
         if isinstance(node, Read):
-            self._specs[node_id] = self._model.read(node)
-        elif isinstance(node, Param):
-            self._specs[node_id] = self._model.param(node)
-        elif isinstance(node, Const):
-            self._specs[node_id] = TensorSpec(node.dtype, node.shape)
-        else:
-            return self._cost_of_effect(node)
-        return Cost(0, 0)
+            return self._entered(_FREE, self._model.read(node))
+        if isinstance(node, Param):
+            return self._entered(_FREE, self._model.param(node))
+        if isinstance(node, Const):  # charged before all else
+            return self._entered(_FREE, TensorSpec(node.dtype, node.shape), shared=True)
+        return self._entered(self._cost_of_effect(node))
+
+    def _entered(self, cost: Cost, specs: Specs | None = None, *, shared: bool = False) -> _Entry:
+        return _Entry(
+            specs,
+            0 if shared or specs is None else _held_bytes(specs),
+            cost.workspace_bytes,
+            cost.flops + cost.dense_flops,
+            self._budget.pace.seconds(cost),
+        )
 
     def _cost_of_effect(self, node: Write | Skip | Save) -> Cost:
         value = self._tensor(node.value)
         if isinstance(node, Save):
             self._saved_bytes += value.nbytes
-            return Cost(0, 0)
+            return _FREE
         if isinstance(node, Write):
             wanted = self._model.read(Read(node.site, node.invoke))
             if value != wanted:
@@ -316,7 +339,7 @@ class _Admission:
         return spec
 
     def _spec_args(self, args: tuple[Arg, ...]) -> tuple[SpecArg, ...]:
-        return tuple(self._spec_arg(arg) for arg in args)
+        return tuple([self._spec_arg(arg) for arg in args])  # a list, which is faster
 
     def _spec_arg(self, arg: Arg) -> SpecArg:
         if isinstance(arg, Ref):
@@ -324,12 +347,15 @@ class _Admission:
         return self._spec_args(arg) if isinstance(arg, tuple) else arg
 
 
+_SHARING: Final = frozenset(name for name, op in OPS.items() if op.cost in ("view", "cast"))
+
+
 def _may_share(node: Node) -> bool:
-    return isinstance(node, Op) and OPS[node.name].cost in ("view", "cast")
+    return isinstance(node, Op) and node.name in _SHARING
 
 
-def _held_bytes(spec: TensorSpec) -> int:
-    return -(-spec.nbytes // _GRAIN_BYTES) * _GRAIN_BYTES
+def _held_bytes(specs: Specs) -> int:
+    return sum(-(-spec.nbytes // _GRAIN_BYTES) * _GRAIN_BYTES for spec in _parts(specs))
 
 
 def _parts(specs: Specs) -> tuple[TensorSpec, ...]:

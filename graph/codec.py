@@ -44,7 +44,7 @@ from glasshive.graph.graph import (
     Write,
 )
 from glasshive.graph.msgpack_scan import scan
-from glasshive.graph.ops import INT_MAX, INT_MIN, OPS, OpSpec, check_args, find_op
+from glasshive.graph.ops import INT_MAX, INT_MIN, OpSpec, check_args, find_op
 from glasshive.graph.tensors import MAX_RANK, check_spec
 
 VERSION: Final = 1
@@ -324,10 +324,8 @@ class _Decoder:
         except (BadGraph, UnknownOp, NotYet) as error:
             raise type(error)(f"node {number}: {error}", node=number) from None
         self._nodes[NodeId(number)] = node
-        if kind not in _EFFECTS:
+        if kind not in _EFFECTS and number not in self._groups:
             self._known[number] = Ref(NodeId(number))
-        if kind == _OP and (spec := OPS[fields[2]]).outputs > 1:
-            self._groups[number] = spec
         return number
 
     # One method for each kind, with the fields as parameters
@@ -361,6 +359,8 @@ class _Decoder:
         check_args(spec, op.args)
         if spec.name == "pick":
             self._check_pick(op.args)
+        if spec.outputs > 1:
+            self._groups[self._current] = spec
         return op
 
     def call(self, module: object, args: object) -> Call:
@@ -436,13 +436,15 @@ class _Decoder:
 
     def _ref(self, value: object, allow_groups: bool = False) -> Ref:
         found = self._known.get(value) if type(value) is int else None
-        if found is None or found.node >= self._current:
+        if found is not None and found.node < self._current:
+            return found
+        if type(value) is not int or value not in self._groups:
             raise BadGraph(f"a ref to {_short(value)}, which is no value of an earlier node")
-        if value in self._groups and not allow_groups:
+        if not allow_groups:
             raise BadGraph(
                 f"a ref to node {value}, which has several outputs; pick takes one of them"
             )
-        return found
+        return Ref(NodeId(value))
 
     def _args(self, args: object, *, allow_groups: bool = False) -> tuple[Arg, ...]:
         if type(args) is not tuple or len(args) > self._limits.node_args:

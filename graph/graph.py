@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType, TypeAlias
+from typing import Final, Literal, NewType, TypeAlias
 
 from glasshive.graph.dtypes import DType
 
@@ -126,6 +126,9 @@ class Save:
 
 
 Node: TypeAlias = Read | Write | Skip | Op | Call | Param | Const | Save
+# Tuples, as a union would be made anew at each look.
+_WITH_ARGS: Final = (Op, Call)
+_EFFECTS: Final = (Write, Skip, Save)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +145,21 @@ class Graph:
 def refs(node: Node) -> list[NodeId]:
     """The ids of the values that `node` takes, in order, with repeats."""
     found: list[NodeId] = []
-    if isinstance(node, Op | Call):
+    if isinstance(node, _WITH_ARGS):
         _add_refs(node.args, found)
-    elif isinstance(node, Write | Skip | Save):
+    elif isinstance(node, _EFFECTS):
         found.append(node.value.node)
     return found
 
 
 def _add_refs(args: tuple[Arg, ...], found: list[NodeId]) -> None:
     for arg in args:
-        if isinstance(arg, Ref):
+        if type(arg) is Ref:
             found.append(arg.node)
-        elif isinstance(arg, tuple):
+        elif type(arg) is tuple:
             _add_refs(arg, found)
 
 
 def is_effect(node: Node) -> bool:
     """Whether `node` has no value of its own: nothing may name it."""
-    return isinstance(node, Write | Skip | Save)
+    return isinstance(node, _EFFECTS)

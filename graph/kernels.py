@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -29,8 +29,14 @@ from glasshive.graph.kernels_layers import LAYERS, LOSSES
 from glasshive.graph.kernels_matrices import FOURIER, MATRICES
 from glasshive.graph.kernels_random import DRAWS, SHAPES_OF_DRAWS
 from glasshive.graph.kernels_reductions import ALONG_A_DIMENSION, REDUCTIONS
-from glasshive.graph.kernels_shapes import MAKERS, NEW_TENSORS, VIEWS_AND_COPIES
+from glasshive.graph.kernels_shapes import (
+    MAKERS,
+    NEW_TENSORS,
+    SHAPES_OF_JOINS,
+    VIEWS_AND_COPIES,
+)
 from glasshive.graph.ops import OPS, find_op
+from glasshive.graph.shape_keys import shape_key
 from glasshive.graph.tensors import MAX_RANK, Bytes, SpecArg, Specs, TensorSpec, check_elements
 
 Kernel: TypeAlias = Callable[..., Any]
@@ -51,8 +57,12 @@ KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
         **LOSSES,
     }
 )
-# The shapes of results that torch's meta device cannot give.
-_SHAPES: Final[Mapping[str, Kernel]] = {**SHAPES_OF_DRAWS, **SHAPES_OF_SEARCHES}
+# The shapes of results that torch's meta device cannot give, or not soon.
+_SHAPES: Final[Mapping[str, Kernel]] = {
+    **SHAPES_OF_DRAWS,
+    **SHAPES_OF_SEARCHES,
+    **SHAPES_OF_JOINS,
+}
 _WITH_DTYPES: Final = frozenset(
     name for name, op in OPS.items() if any(param.kind == "dtype" for param in op.params)
 )
@@ -133,7 +143,7 @@ def _seen(arg: object) -> str:
 # Shapes ----------------------------------------------------------------------------------------
 
 _INFERRED_MAX: Final = 65_536
-_inferred: dict[tuple[Any, ...], Specs] = {}
+_inferred: dict[Hashable, Specs] = {}
 _inferred_lock = threading.Lock()
 
 
@@ -142,9 +152,9 @@ def infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
 
     `args` are those of a checked node, with specs in place of refs. Nothing is computed or
     allocated. Raises ShapeMismatch if torch refuses, and if the shape would depend on data. Known
-    answers are kept, under a key that tells 1 from 1.0 from True.
+    answers are kept.
     """
-    key = (name, *map(_key, args))
+    key = shape_key(find_op(name).name, args)
     found = _inferred.get(key)
     if found is None:
         found = _infer(name, args)
@@ -155,15 +165,7 @@ def infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
     return found
 
 
-def _key(arg: SpecArg) -> object:
-    kind = type(arg)
-    if kind is tuple:
-        return tuple(map(_key, arg))  # type: ignore[arg-type]
-    return arg if kind is TensorSpec else (kind, arg)
-
-
 def _infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
-    find_op(name)
     if name == "pick":
         group, index = args
         if (
@@ -177,7 +179,8 @@ def _infer(name: str, args: tuple[SpecArg, ...]) -> Specs:
     try:
         with torch.no_grad():
             rule = _SHAPES.get(name)
-            metas = [_to_meta(arg) for arg in args]
+            made: dict[TensorSpec, Tensor] = {}  # one for all arguments that are alike
+            metas = [_to_meta(arg, made) for arg in args]
             if rule is not None:
                 result = rule(*metas)
             else:
@@ -213,11 +216,13 @@ def _spec_seen(arg: SpecArg) -> str:
     return _seen(arg)
 
 
-def _to_meta(arg: SpecArg) -> Any:
+def _to_meta(arg: SpecArg, made: dict[TensorSpec, Tensor]) -> Any:
     if isinstance(arg, TensorSpec):
-        return torch.empty(arg.shape, dtype=_TORCH_DTYPES[arg.dtype], device="meta")
+        if arg not in made:
+            made[arg] = torch.empty(arg.shape, dtype=_TORCH_DTYPES[arg.dtype], device="meta")
+        return made[arg]
     if isinstance(arg, tuple):
-        return tuple(_to_meta(item) for item in arg)
+        return tuple(_to_meta(item, made) for item in arg)
     return _TORCH_DTYPES[arg] if isinstance(arg, DType) else arg
 
 

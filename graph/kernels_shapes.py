@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -41,6 +42,24 @@ def _one_hot(a: Tensor, classes: int) -> Tensor:
     return zeros.scatter_(-1, a.unsqueeze(-1), 1)
 
 
+def _shape_joined(tensors: Sequence[Tensor], dim: int) -> Any:
+    """As torch.cat: torch's own rule is Python code that looks at each of thousands in turn."""
+    joined = []
+    for tensor, times in Counter(tensors).items():
+        sizes = list(tensor.shape)
+        if times > 1 and -tensor.dim() <= dim < tensor.dim():
+            sizes[dim] *= times
+        joined.append(tensor.new_empty(sizes))
+    return torch.cat(joined, dim)
+
+
+def _shape_stacked(tensors: Sequence[Tensor], dim: int) -> Any:
+    stacked = torch.stack(list(Counter(tensors)), dim)
+    sizes = list(stacked.shape)
+    sizes[dim] = len(tensors)
+    return stacked.new_empty(sizes)
+
+
 VIEWS_AND_COPIES: Final[Mapping[str, Callable[..., Any]]] = {
     "pick": lambda group, index: group[index],
     "reshape": torch.reshape,
@@ -69,6 +88,11 @@ VIEWS_AND_COPIES: Final[Mapping[str, Callable[..., Any]]] = {
     "constant_pad_nd": torch.constant_pad_nd,
 }
 
+# Each has arguments that are alike as one tensor.
+SHAPES_OF_JOINS: Final[Mapping[str, Callable[..., Any]]] = {
+    "cat": _shape_joined,
+    "stack": _shape_stacked,
+}
 
 # These take no tensor, so they are told the device.
 MAKERS: Final = frozenset({"full", "arange", "linspace", "eye"})

@@ -91,14 +91,14 @@ class Parameter:
 
     def accepts(self, arg: Arg) -> bool:
         """Whether `arg` is of this parameter's kind: a bool is no int, an int is no float."""
+        kind = self.kind
+        if type(arg) is Ref:
+            return kind == "value" or kind == "operand"
         if arg is None:
             return self.optional
-        kind = self.kind
         if kind == "value":
-            return type(arg) is Ref
-        if kind == "operand":
-            return type(arg) is Ref or _is_scalar(arg)
-        if kind == "scalar":
+            return False
+        if kind == "operand" or kind == "scalar":
             return _is_scalar(arg)
         if kind == "int":
             return _is_int(arg)
@@ -222,7 +222,7 @@ def check_args(spec: OpSpec, args: tuple[Arg, ...]) -> None:
             raise UnknownOp(
                 f"{spec.signature} got {_in_words(arg)} for {param.name}; {param.wanted} is wanted"
             )
-    if Ref not in map(type, args) and any(param.kind == "operand" for param in spec.params):
+    if Ref not in map(type, args) and "operand" in {param.kind for param in spec.params}:
         raise UnknownOp(f"{spec.signature} got numbers only; one value of the graph is wanted")
 
 

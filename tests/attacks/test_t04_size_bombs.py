@@ -63,6 +63,7 @@ def doubling(name: str, args: Callable[[Ref], tuple[Arg, ...]], times: int) -> C
 
 
 H = ref(0)
+FOUR_MIB = Op("repeat", (H, (8, 1, 1)))
 BOMBS: dict[str, Callable[[], Graph]] = {
     "full": after_read(("full", (2**50,), 0, F32)),
     "full of many sizes": after_read(("full", (2**20, 2**20, 2**20), 0, F32)),
@@ -145,17 +146,19 @@ BOMBS: dict[str, Callable[[], Graph]] = {
     "too many dimensions": doubling("stack", lambda r: ((r,), 0), 30),
     "tensors kept to the end": lambda: graph_of(
         READ,
-        *(Op("mul", (H, float(i))) for i in range(4000)),
-        *(Op("add", (ref(4000 + i), ref(4000 - i), 1)) for i in range(4000)),
+        FOUR_MIB,
+        *(Op("mul", (ref(1), float(i))) for i in range(300)),
+        *(Op("add", (ref(301 + i), ref(301 - i), 1)) for i in range(300)),
     ),
     "tensors kept by their views": lambda: graph_of(
         READ,
+        FOUR_MIB,
         *(
             node
-            for i in range(4000)
-            for node in (Op("mul", (H, float(i))), Op("select", (ref(1 + 2 * i), 2, 0)))
+            for i in range(300)
+            for node in (Op("mul", (ref(1), float(i))), Op("select", (ref(2 + 2 * i), 2, 0)))
         ),
-        Op("cat", (tuple(ref(2 + 2 * i) for i in range(4000)), 0)),
+        Op("cat", (tuple(ref(3 + 2 * i) for i in range(300)), 0)),
     ),
 }  # fmt: skip
 

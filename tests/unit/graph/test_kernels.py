@@ -6,6 +6,7 @@ Each example spells the torch call by hand; the kernels' own table is never cons
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -734,6 +735,27 @@ def test_many_threads_may_infer_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.join(timeout=30)
     assert not wrong
+
+
+def test_joins_of_few_shapes_are_inferred_as_torch_joins_them() -> None:
+    rng = random.Random(0)
+    shapes = [(2, 3), (2, 3), (2, 3), (0,), (2, 0), (5,), (2, 4), (), (2, 3, 1), (0, 3)]
+    dtypes = [F32, F32, F32, I64, DType.BOOL, DType.BFLOAT16]
+    joined = 0
+    for _ in range(3_000):
+        few = [spec(*rng.choice(shapes), dtype=rng.choice(dtypes)) for _ in range(2)]
+        args = tuple(rng.choice(few) for _ in range(rng.randint(1, 5)))
+        name, dim = rng.choice(["cat", "stack"]), rng.randint(-3, 3)
+        tensors = tuple(torch.zeros(one.shape, dtype=to_torch_dtype(one.dtype)) for one in args)
+        try:
+            wanted = spec_of(run_op(name, (tensors, dim)))
+        except ShapeMismatch:
+            with pytest.raises(ShapeMismatch):
+                infer(name, (args, dim))
+        else:
+            assert infer(name, (args, dim)) == wanted, (name, args, dim)
+            joined += 1
+    assert joined > 500
 
 
 def test_terabytes_are_inferred_without_allocating() -> None:
