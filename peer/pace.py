@@ -1,4 +1,4 @@
-"""How fast this host computes, measured once at its start.
+"""How fast this host computes, measured once: a process in another's place takes over its figures.
 
 What a part may take is bounded in seconds of this host's own time: from the bound follow what
 admission refuses, and the moment from which a stage that still runs is a runaway.
@@ -6,6 +6,7 @@ admission refuses, and the moment from which a stage that still runs is a runawa
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,34 @@ class HostPace:
         """
         longer = 1 + seq / (6 * self.hidden_size)
         return batch * seq * longer / self.tokens_per_second
+
+    def to_json(self) -> str:
+        """One line, for the process that comes in this one's place."""
+        return json.dumps(
+            {
+                "tokens_per_second": self.tokens_per_second,
+                "hidden_size": self.hidden_size,
+                "flops_per_second": self.graph.flops_per_second,
+                "drawn_numbers_per_second": self.graph.drawn_numbers_per_second,
+                "dense_flops_per_second": {
+                    dtype.value: pace for dtype, pace in self.graph.dense_flops_per_second.items()
+                },
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> HostPace:
+        """What `to_json` gave."""
+        said = json.loads(line)
+        dense = {
+            DType.from_name(name): pace for name, pace in said["dense_flops_per_second"].items()
+        }
+        return cls(
+            said["tokens_per_second"],
+            said["hidden_size"],
+            Pace(dense, said["flops_per_second"], said["drawn_numbers_per_second"]),
+        )
 
 
 def measure_pace(model: SpanModel, most_tokens: int | None) -> HostPace:

@@ -13,12 +13,11 @@ from torch import nn
 from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import Span
-from glasshive.graph.twin import build_twin, outline_of
-from glasshive.peer.checkpoint import HF_ATTENTION, Attention, Checkpoint
+from glasshive.peer.blueprint import Blueprint
+from glasshive.peer.checkpoint import Attention, Checkpoint
 from glasshive.peer.device import find_device
 from glasshive.peer.errors import NotEnoughMemory
 from glasshive.peer.pace import HostPace, measure_pace
-from glasshive.peer.self_test import self_test
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.manifest import CLIENT_FILES, Manifest, ManifestFile
 
@@ -85,26 +84,28 @@ def load_served_model(
     device: torch.device | str,
     attention: Attention = "sdpa",
     manifest: Manifest | None = None,
+    blueprint: Blueprint | None = None,
+    pace: HostPace | None = None,
     on_hashing: OnProgress = lambda done, total: None,
     on_loading: OnProgress = lambda done, total: None,
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
-    Raises NoSuchDevice, what Checkpoint raises, ModelTypeRefused from the self-test,
-    UnsupportedModel and NotEnoughMemory.
+    `manifest`, `blueprint` (of this folder, dtype and attention) and `pace` (of this span on this
+    device) are made here if nobody has them. Raises NoSuchDevice, what Blueprint.of raises, and
+    NotEnoughMemory.
     """
     device = find_device(device)
     checkpoint = Checkpoint(folder)
     chosen = span or Span(0, checkpoint.n_blocks)
     try:
-        self_test(checkpoint.config, attention)
+        blueprint = blueprint or Blueprint.of(folder, dtype, attention)
         known = manifest or make_manifest(folder, name, on_hashing)
         model = checkpoint.load_span(
             chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading
         )
-        twin = build_twin(checkpoint.config, dtype, HF_ATTENTION[attention])
-        outline = outline_of(twin, checkpoint.config)
-        pace = measure_pace(model, outline.max_positions_tokens)
+        outline = blueprint.outline
+        pace = pace or measure_pace(model, outline.max_positions_tokens)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -115,4 +116,4 @@ def load_served_model(
             "running them takes more; serve fewer blocks with --blocks, or in a smaller number "
             "format with --dtype, or end what else takes memory"
         ) from error
-    return ServedModel(name, folder, known, chosen, model, twin, outline, attention, pace)
+    return ServedModel(name, folder, known, chosen, model, blueprint.twin, outline, attention, pace)

@@ -12,11 +12,12 @@ that decides how long. Rules:
 4. When it ends uninvited it is started again, after a pause that doubles at each failure in a row.
    If the first one ends before it was ready it has said why: then the supervisor ends with its exit
    code. So it does after several in a row that were never ready, such as when their port is taken.
-5. Once the host process is ready a spare one is started, which imports what takes seconds, and
-   waits. It takes the place of the one that ends: a line ``go ADDRESS`` on its standard input,
-   where ADDRESS is the one to listen at.
+5. Once the host process is ready a spare one is started, which does all that takes seconds and
+   needs no weights, and waits. It takes the place of the one that ends: a line ``go ADDRESS PACE``
+   on its standard input, where ADDRESS is the one to listen at.
 
-Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS`` once.
+Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS PACE`` once. PACE is what
+the process has measured; the supervisor doesn't read it.
 """
 
 from __future__ import annotations
@@ -73,23 +74,33 @@ class Reporter:
         """The process is alive; its pass is this much over its deadline (0 or less: in time)."""
         self._write(f"beat {overdue_seconds:.3f}\n")
 
-    def ready(self, address: str) -> None:
-        """The process serves, listening at `address` (a multiaddr without the peer id)."""
+    def ready(self, address: str, pace: str = "") -> None:
+        """The process serves, listening at `address` (a multiaddr without the peer id).
+
+        `pace`, one line, is for the process that may come in its place.
+        """
         self.is_ready = True
-        self._write(f"ready {address}\n")
+        self._write(f"ready {address} {pace}\n")
 
     def _write(self, line: str) -> None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._descriptor, line.encode())
 
 
-def wait_for_turn() -> str | None:
-    """As a spare process: the address to listen at once it is its turn.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the process before this one had: where it listened, and its pace, empty if unsaid."""
 
-    None if whoever started it has gone.
-    """
-    word, _, address = sys.stdin.buffer.readline(_MAX_LINE_BYTES).decode().strip().partition(" ")
-    return address if word == "go" else None
+    address: str
+    pace: str
+
+
+def wait_for_turn() -> Turn | None:
+    """As a spare process: its turn, once that has come. None if whoever started it has gone."""
+    line = sys.stdin.buffer.readline(_MAX_LINE_BYTES).decode().strip()
+    word, _, rest = line.partition(" ")
+    address, _, pace = rest.partition(" ")
+    return Turn(address, pace) if word == "go" else None
 
 
 async def stdin_ended() -> None:
@@ -146,6 +157,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._listen: str | None = None
+        self._pace = ""
         self._was_ready = False  # any process of this supervisor
         self._is_ready = False  # the one that runs, or ran last
 
@@ -263,7 +275,7 @@ class Supervisor:
         stdin = started.process.stdin
         if started.process.returncode is None and stdin is not None:
             with contextlib.suppress(ConnectionError):
-                stdin.write(f"go {self._listen}\n".encode())
+                stdin.write(f"go {self._listen} {self._pace}\n".encode())
                 await stdin.drain()
                 return started
         await self._discard(started)
@@ -311,7 +323,8 @@ class Supervisor:
                 word, _, rest = line.decode("ascii", "replace").strip().partition(" ")
                 if word == "ready":
                     self._was_ready = self._is_ready = True
-                    self._listen = rest or self._listen
+                    address, _, self._pace = rest.partition(" ")
+                    self._listen = address or self._listen
                     if self._spare is None:
                         self._spare = asyncio.create_task(self._start_spare())
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:

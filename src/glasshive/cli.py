@@ -87,7 +87,7 @@ SpareOption = Annotated[
     bool,
     typer.Option(
         "--spare/--no-spare",
-        help="Keep a process ready (some 0.4 GB) that takes over when one has to be ended.",
+        help="Keep a process ready (some 0.5 GB) that takes over when one has to be ended.",
     ),
 ]
 StdinOption = Annotated[bool, typer.Option("--until-stdin-ends", hidden=True)]
@@ -192,17 +192,20 @@ def serve(
         _check_can_listen(listen, settings.announce, settings)
         find_model(model)  # before a process is started for it
         _supervise(settings.host_key, default, settings, until_stdin_ends, spare=spare)
-    from glasshive.host_process import Life, ServeOptions, run_host, wait_ready
+    from glasshive import host_process
 
-    if stand_by:
-        listen = wait_ready()
-    run_host(
-        Life(
+    options = host_process.ServeOptions(model, span, dtype, device, attention, name)
+    inherited = host_process.stand_by(options) if stand_by else None
+    if inherited:
+        listen = inherited.listen
+    host_process.run_host(
+        host_process.Life(
             *(settings, settings.host_key_path, listen, log_format, report_descriptor),
             announce=settings.announce,
             key_in_use=key_in_use,
         ),
-        ServeOptions(model, span, dtype, device, attention, name),
+        options,
+        inherited,
     )
 
 

@@ -46,8 +46,12 @@ from glasshive.terminal import LogFormat, byte_bar, console, print_error
 from glasshive.trust_keeper import TrustKeeper
 
 if TYPE_CHECKING:
+    import torch
+
     from glasshive.dht.records import PeerRecord
     from glasshive.peer.accounts import Accounts
+    from glasshive.peer.blueprint import Blueprint
+    from glasshive.peer.pace import HostPace
     from glasshive.peer.served_model import ServedModel
     from glasshive.peer.serving import Serving
 
@@ -86,23 +90,49 @@ class ServeOptions:
     name: str | None
 
 
-def run_host(life: Life, options: ServeOptions) -> NoReturn:
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What a host that takes another's place has before it begins. `pace` None: it never said."""
+
+    listen: str
+    blueprint: Blueprint
+    pace: HostPace | None
+
+
+def run_host(life: Life, options: ServeOptions, inherited: Inherited | None = None) -> NoReturn:
     """Be a host until told to stop, and end the process: 0 after a clean stop, 1 after an error."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    _run(life, lambda process: _host(process, options))
+    _run(life, lambda process: _host(process, options, inherited))
 
 
-def wait_ready() -> str:
-    """As a spare process: import what a host needs, which takes seconds, and wait for the turn.
+def stand_by(options: ServeOptions) -> Inherited:
+    """As a spare process: do what takes seconds and needs no weights, and wait for the turn.
 
-    Returns the address to listen at. Ends the process if its supervisor has gone.
+    Ends the process if its supervisor has gone.
     """
     importlib.import_module("glasshive.peer.serving")
+    from glasshive.peer.blueprint import Blueprint
+    from glasshive.peer.pace import HostPace
+
     hivemind_setup.prepare()
-    address = wait_for_turn()
-    if address is None:
+    with _thread_that_ends() as thread:
+        dtype = _number_format(options)
+        blueprint = thread.submit(
+            Blueprint.of, find_model(options.model), dtype, options.attention
+        ).result()
+    turn = wait_for_turn()
+    if turn is None:
         sys.exit(0)
-    return address
+    return Inherited(turn.address, blueprint, HostPace.from_json(turn.pace) if turn.pace else None)
+
+
+def _thread_that_ends() -> ThreadPoolExecutor:
+    """For work with torch before there is a torch thread.
+
+    The OpenMP threads of a second one that lives keep those of the torch thread from spinning
+    between kernels, for a tenth of the time of a pass.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
 
 
 def run_bootstrap(life: Life) -> NoReturn:
@@ -197,10 +227,13 @@ class _Process:
             )
 
     async def serve(
-        self, transport: HivemindTransport, refresh: Callable[[bool], None] = lambda lost: None
+        self,
+        transport: HivemindTransport,
+        refresh: Callable[[bool], None] = lambda lost: None,
+        pace: HostPace | None = None,
     ) -> None:
         """Until told to stop, with a new network daemon whenever the old one has died."""
-        self.reporter.ready(transport.listening[0])
+        self.reporter.ready(transport.listening[0], pace.to_json() if pace else "")
         while True:
             events = [asyncio.create_task(event.wait()) for event in (self.stop, transport.lost)]
             try:
@@ -309,7 +342,7 @@ async def _bootstrap(process: _Process) -> None:
         log.info("stopped")
 
 
-async def _host(process: _Process, options: ServeOptions) -> None:
+async def _host(process: _Process, options: ServeOptions, inherited: Inherited | None) -> None:
     settings = process.life.settings
     # Before anybody is waited for.
     _check(options)
@@ -328,15 +361,13 @@ async def _host(process: _Process, options: ServeOptions) -> None:
             keeper = process.keeper(transport, store, own)
             policy = await keeper.start()
             ends.push_async_callback(keeper.close)
-        # A thread that ends: the OpenMP threads of a second one that lives keep those of the torch
-        # thread from spinning between kernels, for a tenth of the time of a pass.
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        thread = _thread_that_ends()
         try:
             served = await asyncio.get_running_loop().run_in_executor(
-                pool, _load, options, process.life.log_format == "pretty", policy
+                thread, _load, options, process.life.log_format == "pretty", policy, inherited
             )
         finally:
-            pool.shutdown(wait=False)
+            thread.shutdown(wait=False)
         from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
@@ -363,7 +394,9 @@ async def _host(process: _Process, options: ServeOptions) -> None:
             _say_reach(process, transport)
             await serving.start()
             _say_ready(process, serving)
-            await process.serve(transport, lambda lost: serving.refresh(again=lost))
+            await process.serve(
+                transport, lambda lost: serving.refresh(again=lost), pace=served.pace
+            )
         finally:
             await serving.close()
             log.info("stopped")
@@ -383,21 +416,27 @@ def _check(options: ServeOptions) -> None:
         check_span(*options.blocks, Checkpoint(folder).n_blocks, name)
 
 
-def _load(options: ServeOptions, show: bool, policy: Policy) -> ServedModel:
+def _number_format(options: ServeOptions) -> torch.dtype:
     from glasshive.graph.dtypes import DType
     from glasshive.graph.kernels import to_torch_dtype
+    from glasshive.peer.device import find_device
+
+    if options.dtype != "auto":
+        return to_torch_dtype(DType.from_name(options.dtype))
+    on_gpu = find_device(options.device).type == "cuda"
+    return to_torch_dtype(DType.BFLOAT16 if on_gpu else DType.FLOAT32)
+
+
+def _load(
+    options: ServeOptions, show: bool, policy: Policy, inherited: Inherited | None
+) -> ServedModel:
     from glasshive.graph.plan import Span
     from glasshive.manifest_cache import known_manifest, model_name
-    from glasshive.peer.device import find_device
     from glasshive.peer.served_model import load_served_model
     from glasshive.security.manifest import ModelId
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
-    device = find_device(options.device)
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
         manifest = known_manifest(folder, name, on_hashing)
     policy.check_model(ModelId(manifest.model_id), name)
@@ -406,10 +445,12 @@ def _load(options: ServeOptions, show: bool, policy: Policy) -> ServedModel:
             folder,
             name,
             Span(*options.blocks) if options.blocks else None,
-            dtype=to_torch_dtype(DType.from_name(dtype)),
-            device=device,
+            dtype=_number_format(options),
+            device=options.device,
             attention=options.attention,
             manifest=manifest,
+            blueprint=inherited.blueprint if inherited else None,
+            pace=inherited.pace if inherited else None,
             on_loading=on_loading,
         )
 

@@ -150,9 +150,10 @@ def test_a_pass_that_never_ends_is_killed_and_the_next_request_served(
     assert torch.equal(after[0], before)
     (killed,) = served.events("host_process_killed")
     assert "s past its deadline" in killed["why"]
-    assert len(served.events("ready")) == 2
+    first, second = served.events("ready")
+    assert first["tokens_per_second"] == second["tokens_per_second"]  # as it took them over
     # Printed, not asserted.
-    ready_seconds = at(served.events("ready")[1]) - at(killed)
+    ready_seconds = at(second) - at(killed)
     served_seconds = served_at - at(killed)
     print(f"ready {ready_seconds:.2f} s, this client {served_seconds:.2f} s after")
 

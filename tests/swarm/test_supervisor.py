@@ -242,9 +242,9 @@ def test_a_process_ends_when_its_supervisor_is_killed(run: Run) -> None:
 
 # It waits for its turn, says where it is to listen, and serves for a while.
 SPARE = """
-address = wait_for_turn()
-print("turn of", os.getpid(), address, flush=True)
-serve(60 if address else 0)
+turn = wait_for_turn()
+print("turn of", os.getpid(), turn and (turn.address, turn.pace), flush=True)
+serve(60 if turn else 0)
 """
 
 
@@ -253,7 +253,7 @@ def test_a_spare_process_takes_the_place_of_one_that_ends(run: Run) -> None:
     running = run(
         """
         out = open("/proc/self/fd/1").name
-        reporter.ready("/ip4/127.0.0.1/tcp/4001")
+        reporter.ready("/ip4/127.0.0.1/tcp/4001", '{"a":1, "b":2}')
         while b"spare" not in open(out, "rb").read():
             reporter.beat(0)
             time.sleep(0.02)
@@ -264,7 +264,8 @@ def test_a_spare_process_takes_the_place_of_one_that_ends(run: Run) -> None:
     running.wait_for(lambda: "turn of" in running.text)
     (_, address), (spare, kind) = running.started[:2]
     assert (address, kind) == ("-", "spare")
-    assert f"turn of {spare} /ip4/127.0.0.1/tcp/4001" in running.text
+    handed = ("/ip4/127.0.0.1/tcp/4001", '{"a":1, "b":2}')
+    assert f"turn of {spare} {handed}" in running.text
     running.wait_for(lambda: len(running.started) == 3)  # there is another one for the next time
     assert running.started[2][1] == "spare"
     running.process.send_signal(signal.SIGINT)

@@ -41,6 +41,13 @@ def admission(served: ServedModel, pace: HostPace, seconds: float) -> Admission:
     return Admission(served.outline, served.twin, budget, pace)
 
 
+def test_a_pace_is_taken_over_as_it_is(served: ServedModel) -> None:
+    line = served.pace.to_json()
+    assert HostPace.from_json(line) == served.pace
+    assert not set("\r\n") & set(line), "a report is one line"
+    assert len(line) < 2048, "and the supervisor reads no longer ones than twice that"
+
+
 def test_a_host_measures_its_pace(served: ServedModel) -> None:
     for pace in (served.pace, measure_pace(served.model, None)):
         dense = pace.graph.dense_flops_per_second
