@@ -1,17 +1,23 @@
-"""Certificates in the DHT's own calls, and a bound on what one call may ask for.
+"""Certificates in the DHT's own calls, and bounds on what one call may ask for at a time.
 
 hivemind has a place for credentials in each request and response of its DHT (`auth`), and an
 `authorizer` that fills and judges them. But that sees a message only, not from whom it came, and a
 certificate counts for the peer alone that the transport has proved. So requests are judged where
 the caller's id is known, in the handlers of its protocol, and responses by an authorizer for each
 peer that is called.
+
+A store of a thousand records, each with a signature to verify, would have the loop to itself for a
+tenth of a second and more. So they are judged one by one, and whatever else waits runs between.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+from collections.abc import Iterator
 from typing import Any, Final
 
+from glasshive.dht.errors import RecordRefused
 from glasshive.dht.hardening import too_many_keys
 from glasshive.dht.member_gate import MemberGate
 from glasshive.security.errors import NotAMember
@@ -20,6 +26,7 @@ from glasshive.security.membership import Act
 
 __all__ = ["call_guard", "patch_calls"]
 
+_RECORD_FIELDS: Final = ("keys", "subkeys", "values", "expiration_time", "in_cache")
 _ACTS: Final = {"rpc_ping": Act.READ, "rpc_find": Act.READ, "rpc_store": Act.ANNOUNCE}
 
 
@@ -72,6 +79,7 @@ def patch_calls() -> None:
 
     if "_glasshive" in DHTProtocol.__dict__:
         return
+    DHTProtocol.rpc_store = _one_by_one(DHTProtocol.rpc_store)
     for name, act in _ACTS.items():
         setattr(DHTProtocol, name, _judged(DHTProtocol.__dict__[name], act))
     stock_stub = DHTProtocol.get_stub
@@ -101,3 +109,46 @@ def _judged(stock: Any, act: Act) -> Any:
         return await stock(self, request, context)
 
     return handler
+
+
+def _one_by_one(stock: Any) -> Any:
+    """The handler of a store, which gives the loop to others before it looks at a record."""
+    from hivemind.dht.routing import DHTID
+
+    @functools.wraps(stock)
+    async def rpc_store(self: Any, request: Any, context: Any) -> Any:
+        records = [getattr(request, name) for name in _RECORD_FIELDS]
+        if len(set(map(len, records))) != 1:
+            raise RecordRefused("a store request whose lists are not of one length")
+        answer = await stock(self, type(request)(peer=request.peer), context)  # who called
+        for key, subkey, value, expires_at, in_cache in zip(*records, strict=True):
+            storage = self.cache if in_cache else self.storage
+            taken = []
+            for entry in _entries(self, subkey, value, expires_at):
+                await asyncio.sleep(0)
+                taken.append(
+                    self._validate_record(key, *entry)
+                    and storage.store_subkey(
+                        DHTID.from_bytes(key), self.serializer.loads(entry[0]), *entry[1:]
+                    )
+                )
+            answer.store_ok.append(all(taken))
+        return answer
+
+    return rpc_store
+
+
+def _entries(
+    node: Any, subkey: bytes, value: bytes, expires_at: float
+) -> Iterator[tuple[bytes, bytes, float]]:
+    """(subkey, value, expiry) of a record, and of all those of a dictionary: a key passed on."""
+    if subkey != node.IS_DICTIONARY:
+        yield subkey, value, expires_at
+        return
+    from hivemind.dht.storage import DictionaryDHTValue
+
+    dictionary = node.serializer.loads(value)
+    if not isinstance(dictionary, DictionaryDHTValue):
+        raise RecordRefused("a stored dictionary that is none")
+    for name, entry in list(dictionary.items()):
+        yield node.serializer.dumps(name), entry.value, entry.expiration_time

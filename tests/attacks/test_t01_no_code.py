@@ -1,7 +1,8 @@
 """T1: whatever graph a client sends, running it opens, imports, starts and compiles nothing.
 
 Python tells an audit hook of each such event, also of those that C code asks for through it. Seen
-failing with a kernel that opens a file, one that imports a module, and one that calls `eval`.
+failing with a kernel that opens a file, one that imports a module, and one that calls `eval`; the
+model's pass with an `open` in a hook of the executor.
 """
 
 from __future__ import annotations
@@ -10,20 +11,27 @@ import random
 import sys
 import threading
 from collections import Counter
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import pytest
 from random_graphs import random_graph, run_graph
 from soak import SEED, count
+from tenants import BLOCK, LAST, Tenants
 
 from glasshive.graph import kernels
 from glasshive.graph.budget import Budget, Surroundings, admit
 from glasshive.graph.codec import decode_graph, encode_graph
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph, GraphError
-from glasshive.graph.graph import Const, Graph, Node, NodeId, Op
+from glasshive.graph.graph import Const, Graph, Node, NodeId, Op, Read, Ref, Save, Write
 from glasshive.graph.kernels import infer
+from glasshive.graph.ops import OPS
+from glasshive.peer.executor import Executor
+from glasshive.peer.served_model import ServedModel
 
 GRAPHS = count(600, 100_000)
+PASSES = count(100, 10_000)
 EVENTS = (
     "open",
     "import",
@@ -108,6 +116,44 @@ def test_no_graph_opens_imports_starts_or_compiles_anything() -> None:
         used |= {node.name for node in graph.nodes.values() if isinstance(node, Op)}
     assert WATCH.seen == Counter()
     assert len(used) > 150
+
+
+@pytest.mark.asyncio
+async def test_nor_does_a_model_s_pass_around_it(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a host: reads and edits of both kinds, and any op of one tensor between them."""
+    rng = random.Random(SEED)
+    names = [name for name, op in OPS.items() if [p.kind for p in op.params] == ["value"]]
+    stock = Executor.run
+
+    def watched(*args: Any) -> None:
+        with WATCH:
+            stock(*args)
+
+    async def passes(names: Sequence[str]) -> int:
+        """How many of the traces, each with one of the ops, were served to their end."""
+        done = 0
+        for name in names:
+            site = rng.choice([BLOCK, LAST])
+            nodes = [
+                Read(site, 0),
+                Op(name, (Ref(NodeId(0)),)),
+                Op("to", (Ref(NodeId(1)), DType.FLOAT32)),
+                Write(site, 0, Ref(NodeId(2)), rng.choice(["set", "inplace"])),
+                Save(Ref(NodeId(2)), "s"),
+            ]
+            done += isinstance(await tenants.run(client, nodes), dict)
+        return done
+
+    async with Tenants(served) as tenants:
+        client = tenants.client()
+        await passes(names)  # torch and transformers import at the first call
+        monkeypatch.setattr(Executor, "run", watched)
+        WATCH.seen.clear()
+        assert await passes([rng.choice(names) for _ in range(PASSES)]) > PASSES // 2
+    del WATCH.seen["object.__getattr__"]  # transformers looks at the parameters of its own blocks
+    assert WATCH.seen == Counter()
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,77 @@ def test_requests_with_too_many_keys_are_refused() -> None:
     asyncio.run(main())
 
 
+def test_others_run_between_the_records_of_a_store() -> None:
+    hardening.patch_storage()
+    member_calls.patch_calls()
+    from hivemind.dht.protocol import DHTProtocol
+    from hivemind.dht.routing import DHTID
+    from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+    from hivemind.proto import dht_pb2
+
+    class Node:
+        IS_DICTIONARY = DHTProtocol.IS_DICTIONARY
+        serializer = DHTProtocol.serializer
+        authorizer = None
+        node_info = dht_pb2.NodeInfo(node_id=b"n")
+
+        def __init__(self) -> None:
+            self.storage, self.cache = DHTLocalStorage(), DHTLocalStorage()
+            self.pinged = 0
+
+        async def rpc_ping(self, request: Any, context: Any) -> None:
+            self.pinged += request.peer.node_id == b"caller"
+
+        def _validate_record(self, key: bytes, subkey: bytes, value: bytes, expiry: float) -> bool:
+            return value == b"good"
+
+    def store(*records: tuple[bytes, bytes]) -> Any:
+        return dht_pb2.StoreRequest(
+            keys=[DHTID(7).to_bytes()] * len(records),
+            subkeys=[subkey for subkey, _ in records],
+            values=[value for _, value in records],
+            expiration_time=[FAR] * len(records),
+            in_cache=[False] * len(records),
+            peer=dht_pb2.NodeInfo(node_id=b"caller"),
+        )
+
+    async def main() -> None:
+        node, passed, name = Node(), 0, Node.serializer.dumps
+
+        async def others() -> None:
+            nonlocal passed
+            while True:
+                await asyncio.sleep(0)
+                passed += 1
+
+        beside = asyncio.create_task(others())
+        single = [(name(f"{i}"), b"good" if i % 2 else b"bad") for i in range(100)]
+        answer = await DHTProtocol.rpc_store(node, store(*single), None)
+        assert list(answer.store_ok) == [False, True] * 50
+        assert passed > 90
+        whole = DictionaryDHTValue()
+        for i in range(200):
+            whole.store(f"of {i}", b"bad" if i == 9 else b"good", FAR)
+        together = store((Node.IS_DICTIONARY, Node.serializer.dumps(whole)), (name("x"), b"good"))
+        answer = await DHTProtocol.rpc_store(node, together, None)
+        assert list(answer.store_ok) == [False, True]
+        assert passed > 290
+        beside.cancel()
+        kept = node.storage.get(DHTID(7)).value
+        assert len(kept) == 50 + 199 + 1
+        assert kept.get("1") == (b"good", FAR)
+        assert kept.get("of 9") is None
+        assert node.pinged == 2
+        assert answer.peer.node_id == b"n"
+        together.in_cache.append(False)
+        with pytest.raises(RecordRefused, match="not of one length"):
+            await DHTProtocol.rpc_store(node, together, None)
+        with pytest.raises(RecordRefused, match="dictionary that is none"):
+            await DHTProtocol.rpc_store(node, store((Node.IS_DICTIONARY, name(5))), None)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("claimed", [math.inf, math.nan, FAR * 10])
 def test_the_expiry_of_an_answer_follows_from_its_entries(claimed: float) -> None:
     from hivemind.dht.storage import DictionaryDHTValue
