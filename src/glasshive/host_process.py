@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
 import os
 import signal
 import sys
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
-from pydantic import ByteSize
 
 from glasshive.dht import hivemind_setup
-from glasshive.dht.addresses import is_beyond
 from glasshive.dht.directory import serve_directory
 from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, SwarmError
 from glasshive.dht.hivemind_transport import HivemindTransport
@@ -29,6 +26,17 @@ from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.errors import GlasshiveError
 from glasshive.host_accounts import open_accounts
+from glasshive.host_words import (
+    say_alone,
+    say_audit_log,
+    say_memory,
+    say_moved,
+    say_policy,
+    say_reach,
+    say_ready,
+    say_whitelist,
+    say_withdrawn,
+)
 from glasshive.joining import join
 from glasshive.member_keeper import keep_member
 from glasshive.models import ModelUnavailableError, find_model
@@ -48,8 +56,6 @@ from glasshive.trust_keeper import TrustKeeper
 if TYPE_CHECKING:
     import torch
 
-    from glasshive.dht.records import PeerRecord
-    from glasshive.peer.accounts import Accounts
     from glasshive.peer.blueprint import Blueprint
     from glasshive.peer.pace import HostPace
     from glasshive.peer.served_model import ServedModel
@@ -314,9 +320,9 @@ async def _bootstrap(process: _Process) -> None:
         await serve_directory(transport)
         if store is not None:
             await ends.enter_async_context(process.keeper(transport, store))
-            _say_whitelist(process, store)
-        _say_reach(process, transport)
-        _say_moved(process, transport)
+            say_whitelist(process.life, store)
+        say_reach(process.life, transport)
+        say_moved(process.life, transport)
         address = transport.addresses[0]
         if process.life.log_format == "json":
             log.info("ready", address=address, swarm=transport.swarm)
@@ -342,13 +348,15 @@ async def _bootstrap(process: _Process) -> None:
         log.info("stopped")
 
 
-async def _host(process: _Process, options: ServeOptions, inherited: Inherited | None) -> None:
+async def _host(
+    process: _Process, options: ServeOptions, inherited: Inherited | None = None
+) -> None:
     settings = process.life.settings
     # Before anybody is waited for.
     _check(options)
     store, own = open_store(settings), own_rules(settings)
     process.say_key()
-    _say_alone(process)
+    say_alone(process.life)
     async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as ends:
         transport = await ends.enter_async_context(process.transport())
         identity = Identity.load_or_create(process.life.key)
@@ -386,14 +394,14 @@ async def _host(process: _Process, options: ServeOptions, inherited: Inherited |
         )
         if keeper is not None:
             keeper.on_policy = lambda new: _apply(process, serving, new)
-        _say_policy(process, serving.host.policy)
-        _say_audit_log(process, accounts)
-        _say_memory(process, serving.host.memory_bytes)
+        say_policy(process.life, serving.host.policy)
+        say_audit_log(process.life, accounts)
+        say_memory(process.life, serving.host.memory_bytes)
         process.overdue_seconds = lambda: serving.host.overdue_seconds
         try:
-            _say_reach(process, transport)
+            say_reach(process.life, transport)
             await serving.start()
-            _say_ready(process, serving)
+            say_ready(process.life, serving)
             await process.serve(
                 transport, lambda lost: serving.refresh(again=lost), pace=served.pace
             )
@@ -459,174 +467,6 @@ def _apply(process: _Process, serving: Serving, policy: Policy) -> None:
     """Have the host keep to a policy that came while it runs, and say so."""
     was_withdrawn = serving.record.withdrawn
     serving.apply(policy)
-    _say_policy(process, serving.host.policy)
+    say_policy(process.life, serving.host.policy)
     if serving.record.withdrawn != was_withdrawn:
-        _say_withdrawn(process, serving.record, policy)
-
-
-def _say_withdrawn(process: _Process, record: PeerRecord, policy: Policy) -> None:
-    """That the model may not be served any more, or again, and what this host does about it."""
-    if process.life.log_format == "json":
-        event = "model_not_allowed" if record.withdrawn else "model_allowed_again"
-        log.warning(event, model=record.model_name, model_id=record.model, policy=policy.who)
-        return
-    if record.withdrawn:
-        text = (
-            f"{record.model_name} ({record.model}) may not be served any more by {policy.source}: "
-            "the record is withdrawn and no trace is taken; it is announced again as soon as a "
-            "whitelist has the model. Ctrl-C stops"
-        )
-    else:
-        text = f"{record.model_name} may be served again by {policy.source}: it is announced again"
-    console.print(text, markup=False)
-
-
-def _say_policy(process: _Process, policy: Policy) -> None:
-    """Exactly what others can and cannot run here, and who signed that."""
-    if process.life.log_format == "json":
-        log.info(
-            "policy",
-            policy=policy.who,
-            whitelist_version=policy.version,
-            signers=list(policy.signers),
-            rules=policy.describe(),
-        )
-        return
-    for line in policy.describe():
-        console.print(line, markup=False, highlight=False)
-
-
-def _say_memory(process: _Process, memory_bytes: int) -> None:
-    """How much memory traces may take, and whether that is less than was wanted."""
-    wanted = process.life.settings.memory
-    is_less = wanted is not None and memory_bytes < wanted
-    if process.life.log_format == "json":
-        log.info("memory", memory_bytes=memory_bytes, wanted_bytes=wanted)
-        return
-    console.print(
-        f"traces take at most {ByteSize(memory_bytes).human_readable()} of memory, all together"
-        + (", since no more is free" if is_less else "")
-    )
-
-
-def _say_audit_log(process: _Process, accounts: Accounts) -> None:
-    """That who runs what is written down here."""
-    if accounts.audit_log is None:
-        return
-    folder = str(accounts.audit_log.folder)
-    if process.life.log_format == "json":
-        log.info("audit_log", folder=folder)
-        return
-    console.print(
-        f"who runs which graph is written down in {folder}; `glasshive audit show` reads it",
-        markup=False,
-    )
-
-
-def _say_whitelist(process: _Process, store: TrustStore) -> None:
-    """Which whitelist a bootstrap peer, which runs nothing itself, has for others."""
-    version = store.highest_version
-    if process.life.log_format == "json":
-        log.info("whitelist", version=version, root_version=store.root.version)
-    elif version:
-        console.print(f"hosts get whitelist {version} of the swarm from here", highlight=False)
-    else:
-        console.print(
-            "no whitelist of the swarm was published yet, so its hosts allow reads and little "
-            "else; who signs for it runs\n"
-            "  glasshive whitelist publish --folder FOLDER",
-            markup=False,
-        )
-
-
-def _say_reach(process: _Process, transport: HivemindTransport) -> None:
-    """Who can come from other machines, and where: before this peer is announced."""
-    addresses = [one for one in transport.addresses if is_beyond(one)]
-    if not addresses:
-        return
-    members = bool(process.life.settings.issuers)
-    if process.life.log_format == "json":
-        log.warning("reachable", addresses=addresses, members_only=members)
-        return
-    who = "members of this swarm" if members else "strangers"
-    console.print(
-        f"other machines reach this one: {who} may ask it for what is allowed, under\n  "
-        + "\n  ".join(addresses),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _say_moved(process: _Process, transport: HivemindTransport) -> None:
-    """That a bootstrap peer is named where it doesn't listen, so that nobody would find it."""
-    settings, config = process.life.settings, process.life.config
-    named = [one for one in settings.bootstraps if one.endswith(f"/p2p/{transport.peer_id}")]
-    ports = [one.split("/")[3:5] for one in (*transport.addresses, *transport.listening)]
-    if not named or any(one.split("/")[3:5] in ports for one in named):
-        return
-    address = transport.addresses[0]
-    if process.life.log_format == "json":
-        log.warning("moved", config=str(config), named=named, address=address)
-        return
-    corrected = dict.fromkeys(address if one in named else one for one in settings.bootstraps)
-    old_invites = "; invites made before hold the old address, so make them anew"
-    console.print(
-        f"{config} names this peer at {', '.join(named)}, and it doesn't listen at that port: who "
-        "looks for it there won't find it. In that file, and in its copies, write\n"
-        f"  bootstraps = {json.dumps(list(corrected))}\n"
-        "or start this peer at the port that is named" + (old_invites if settings.issuers else ""),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _say_alone(process: _Process) -> None:
-    """That a host without a bootstrap joins nobody: before it loads for minutes."""
-    if process.life.settings.bootstraps:
-        return
-    if process.life.log_format == "json":
-        log.warning("begins_a_swarm", swarm=process.life.settings.swarm)
-        return
-    console.print(
-        "no bootstrap peer is given, so this host begins a swarm of its own, with nobody else in "
-        "it; to join one that is there, stop this with Ctrl-C and add\n"
-        "  --bootstrap ADDRESS\n"
-        "where ADDRESS is what its `glasshive bootstrap` or `glasshive serve` printed",
-        markup=False,
-    )
-
-
-def _say_ready(process: _Process, serving: Serving) -> None:
-    record = serving.record
-    if process.life.log_format == "json":
-        log.info(
-            "ready",
-            model=record.model_name,
-            model_id=record.model,
-            blocks=f"{record.start}:{record.end}",
-            n_blocks=record.n_blocks,
-            dtype=record.dtype,
-            backend=record.backend,
-            attention=record.attention,
-            tokens_per_second=round(record.throughput_tokens_per_second),
-            peer=record.peer_id,
-            address=record.addresses[0],
-            bootstraps=len(process.life.settings.bootstraps),
-        )
-        return
-    console.print(
-        f"serving [bold]{record.model_name}[/] blocks [bold]{record.start}:{record.end}[/] of "
-        f"{record.n_blocks}: {record.dtype}, {record.attention} attention, {record.backend}, "
-        f"{record.throughput_tokens_per_second:.0f} tokens/s\n"
-        f"model   {record.model}\naddress {record.addresses[0]}"
-    )
-    if not process.life.settings.bootstraps:
-        console.print(
-            "other hosts and clients find the swarm that this host began by\n"
-            f"  --bootstrap {record.addresses[0]}",
-            markup=False,
-            soft_wrap=True,
-        )
-    console.print("ready; Ctrl-C withdraws the record and stops")
+        say_withdrawn(process.life, serving.record, policy)

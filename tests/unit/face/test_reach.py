@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ from lab import gate_now
 
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import MODELS_KEY, PeerRecord
-from glasshive.host_process import Life, _Process, _say_reach
+from glasshive.host_process import Life
+from glasshive.host_words import say_reach
 from glasshive.security.keys import Identity
 from glasshive.security.membership import Role
 from glasshive.settings import ConfigError, Settings, load_settings
@@ -24,26 +23,18 @@ from glasshive.trust_keeper import TrustKeeper
 WAN = "/ip4/203.0.113.7/tcp/31331"
 
 
-@pytest.fixture
-def descriptor() -> Iterator[int]:
-    reading, writing = os.pipe()
-    yield writing
-    os.close(reading)
-    os.close(writing)
-
-
 @pytest.mark.parametrize("members", [False, True])
 def test_who_can_come_and_where_is_said(
-    members: bool, descriptor: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    members: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     identity = Identity.generate()
     transport = MemoryNetwork().transport(identity)
     settings = Settings(issuers=(identity.peer_id,) if members else ())
-    process = _Process(Life(settings, tmp_path / "key", WAN, "pretty", descriptor))
-    _say_reach(process, transport)
+    life = Life(settings, tmp_path / "key", WAN, "pretty", -1)
+    say_reach(life, transport)
     assert capfd.readouterr().err == ""  # loopback: nobody comes
     transport.addresses = (f"{WAN}/p2p/{identity.peer_id}", *transport.addresses)
-    _say_reach(process, transport)
+    say_reach(life, transport)
     assert capfd.readouterr().err == (
         f"other machines reach this one: {'members of this swarm' if members else 'strangers'} may "
         f"ask it for what is allowed, under\n  {WAN}/p2p/{identity.peer_id}\n"

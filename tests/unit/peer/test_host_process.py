@@ -17,7 +17,7 @@ import torch
 from signers import NOW, WHITELIST
 from trust_documents import root_now, whitelist_now
 
-from glasshive import host_process
+from glasshive import host_process, host_words
 from glasshive.dht.directory import find_records
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.graph.ops import OPS
@@ -28,8 +28,8 @@ from glasshive.host_process import (
     _bootstrap,
     _host,
     _Process,
-    _say_moved,
 )
+from glasshive.host_words import say_moved
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
@@ -62,7 +62,7 @@ def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -
         yield home.transport
 
     monkeypatch.setattr(_Process, "transport", transport)
-    monkeypatch.setattr(host_process, "_load", lambda options, show, policy: served)
+    monkeypatch.setattr(host_process, "_load", lambda *arguments: served)
     return home
 
 
@@ -169,7 +169,7 @@ async def test_the_thread_that_loads_ends_when_it_has(
     loading: list[threading.Thread] = []
     ended: list[bool] = []
 
-    async def serve(*args: object) -> None:
+    async def serve(*args: object, **more: object) -> None:
         await asyncio.to_thread(loading[0].join, 5)
         ended.append(not loading[0].is_alive())
 
@@ -284,9 +284,9 @@ def test_a_bootstrap_says_that_its_config_names_another_port(
     life = Life(settings, tmp_path / "key", at, log_format, -1, config=config)
     events: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        host_process, "log", SimpleNamespace(warning=lambda event, **what: events.append(what))
+        host_words, "log", SimpleNamespace(warning=lambda event, **what: events.append(what))
     )
-    _say_moved(SimpleNamespace(life=life), where)  # type: ignore[arg-type]
+    say_moved(life, where)  # type: ignore[arg-type]
     said = capfd.readouterr().err
     if port == 31330:
         assert said == ""
