@@ -144,6 +144,16 @@ class Account:
             if ended:
                 self._settle()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside it, within `computing`, the device may work for others."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.compute_seconds -= time.perf_counter() - began
+
     def saved(self, n_bytes: int) -> None:
         """So much was made for the client; to be called while `computing`."""
         self.saved_bytes += n_bytes

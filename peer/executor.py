@@ -57,6 +57,8 @@ _START = -1
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 Bucket: TypeAlias = list[NodeId]
+Aside: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
+GiveWay: TypeAlias = Callable[[Aside], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class _Bypass:
         self, module: nn.Module, give: Callable[..., Tensor], is_off: Callable[[], bool]
     ) -> None:
         self._module = module
+        self._before = module.__dict__.get("forward")  # another trace's, which has given way
         run = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -113,14 +116,18 @@ class _Bypass:
 
     def remove(self) -> None:
         """Let the module run again."""
-        del self._module.forward
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before
 
 
 class Executor:
     """One trace on one peer. `consts` are the user's tensors by digest.
 
     No node is begun later than `stage_seconds` by `clock` after its stage was. `on_step` is called
-    before each, and before each module that is watched.
+    before each, and before each block; `give_way` is too, and may run stages of other traces on the
+    same model inside the context that it is given: what they take is not this stage's time.
     """
 
     def __init__(
@@ -134,6 +141,7 @@ class Executor:
         *,
         stage_seconds: float = math.inf,
         on_step: Callable[[], None] = lambda: None,
+        give_way: GiveWay = lambda aside: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
@@ -144,6 +152,7 @@ class Executor:
         self._outbox = outbox
         self._stage_seconds = stage_seconds
         self._on_step = on_step
+        self._give_way = give_way
         self._clock = clock
         self._ends_at = math.inf
         self._values = Interpreter(
@@ -161,7 +170,7 @@ class Executor:
                     self._users[ref].add(node_id)
         self._skipped: dict[tuple[str, int], Tensor] = {}
         self._last_write: NodeId | None = None
-        self._calling = False
+        self._is_off = False  # its hooks: a module runs on the side, or another trace's stage
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -253,8 +262,12 @@ class Executor:
                 yield module.register_forward_hook(after, prepend=True)
         for index in range(self._model.start, self._model.end):
             block = self._model.module.get_submodule(self._model.block_path(index))
-            yield block.register_forward_pre_hook(lambda module, args: self._go_on())
+            yield block.register_forward_pre_hook(self._before_block)
         yield from self._skip_modules(stage)  # last, so that they come before the others
+
+    def _before_block(self, module: nn.Module, args: Any) -> None:
+        if not self._is_off:
+            self._go_on()
 
     def _reaches_indices(self, node_id: NodeId) -> bool:
         """Whether the model may take for an index what this node gives it, as an embedding does.
@@ -269,6 +282,18 @@ class Executor:
             return True
         return not to_torch_dtype(self._leaf(node).dtype).is_floating_point
 
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside it, stages of other traces may run on the same modules."""
+        began = self._clock()
+        self._is_off = True
+        try:
+            with self._model.paused():
+                yield
+        finally:
+            self._is_off = False
+        self._ends_at += self._clock() - began
+
     def _go_on(self) -> None:
         """Return if the stage may go on."""
         if self._cancelled:
@@ -279,6 +304,7 @@ class Executor:
                 "s, far more than this peer had reckoned with; split the work over several traces"
             )
         self._on_step()
+        self._give_way(self._aside)
 
     def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""
@@ -293,7 +319,7 @@ class Executor:
             module = self._model.module.get_submodule(path)
             if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
                 give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
-                yield _Bypass(module, give, lambda: self._calling)
+                yield _Bypass(module, give, lambda: self._is_off)
             else:  # other rows need it, or its output holds more than the value: it runs
                 give = functools.partial(self._put_skipped, path, sorted(invokes), leaf)
                 yield module.register_forward_hook(give, prepend=True)
@@ -304,7 +330,7 @@ class Executor:
     def _put_skipped(
         self, path: str, invokes: list[int], leaf: Leaf, module: nn.Module, args: Any, output: Any
     ) -> Any:
-        if self._calling:
+        if self._is_off:
             return None
         whole = leaf_of(output, leaf.path).clone()
         for invoke in invokes:
@@ -326,7 +352,7 @@ class Executor:
 
     def _input_hook(self, stage: Stage, event: int, bucket: Bucket) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._calling:
+            if self._is_off:
                 return None
             tree = self._at_event(stage, event, bucket, {"args": args, "kwargs": kwargs})
             return (tree["args"], tree["kwargs"])
@@ -335,7 +361,7 @@ class Executor:
 
     def _output_hook(self, stage: Stage, event: int, bucket: Bucket) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return None if self._calling else self._at_event(stage, event, bucket, output)
+            return None if self._is_off else self._at_event(stage, event, bucket, output)
 
         return hook
 
@@ -519,7 +545,7 @@ class Executor:
         module = self._model.module.get_submodule(node.module)
         # Copies: a module may give its argument back, or change it in place.
         args = [copy_in_order(arg) for arg in self._values.arguments(node.args)]
-        self._calling = True
+        self._is_off = True
         try:
             guard = GuardedOps() if self._model.guarded else contextlib.nullcontext()
             with self._model.paused(), guard:
@@ -528,7 +554,7 @@ class Executor:
             reason = str(error).split("\n", 1)[0]
             raise ShapeMismatch(f"{node.module}(...): {reason}") from error
         finally:
-            self._calling = False
+            self._is_off = False
         if not isinstance(result, Tensor):
             raise NotASite(
                 f"{node.module}(...) gives a {type(result).__name__}; only modules that give one "

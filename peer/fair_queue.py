@@ -61,6 +61,19 @@ class FairQueue(Generic[W]):
         self._level_seconds = max(self._level_seconds, self._had_seconds[client])
         return client, work
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits. From any thread."""
+        return not self._waiting
+
+    def is_ahead(self, client: PeerId, seconds: float) -> bool:
+        """Whether somebody waits who was given less than `client`, by more than so much."""
+        if not self._waiting:
+            return False
+        least_seconds = min(map(self._had_seconds.__getitem__, self._waiting))
+        had_seconds = self._had_seconds.get(client, self._level_seconds)
+        return had_seconds - least_seconds > seconds
+
     def charge(self, client: PeerId, seconds: float) -> None:
         """The client was given so much."""
         had_seconds = self._had_seconds.get(client, self._level_seconds)

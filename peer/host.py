@@ -341,6 +341,7 @@ class Host:
                 step_seconds=limits.runaway_seconds(bill.seconds),
             ),
             on_step=self._torch.step,
+            give_way=self._torch.give_way,
             stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=ends_at,
             clock=self._clock,

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 from torch import Tensor
@@ -53,7 +54,7 @@ from glasshive.peer.errors import (
     NeighbourLost,
     TraceEnded,
 )
-from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.executor import Aside, Executor, GiveWay, PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import PeerId
@@ -98,6 +99,7 @@ class HostedTrace:
     transport: Transport
     run_on_torch: RunOnTorch
     on_step: Callable[[], None]
+    give_way: GiveWay
     stage_seconds: float
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
@@ -125,6 +127,7 @@ class HostedTrace:
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
             on_step=self.on_step,
+            give_way=self._give_way,
             clock=self.clock,
         )
 
@@ -283,6 +286,15 @@ class HostedTrace:
             ) from None
 
     # Called on the torch thread -------------------------------------------------------------
+
+    def _give_way(self, aside: Aside) -> None:
+        self.give_way(partial(self._resting, aside))
+
+    @contextlib.contextmanager
+    def _resting(self, aside: Aside) -> Iterator[None]:
+        """Inside it, the device works for other traces, not on this one's account."""
+        with self.account.resting(), aside():
+            yield
 
     def saved(self, name: str, value: Tensor) -> None:
         """A value for the client (Outbox)."""

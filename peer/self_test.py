@@ -5,6 +5,7 @@ compared with the whole Hugging Face model by `torch.equal`: a forward pass, a l
 cached decoding. Two more passes show that the comparison means something: leaving a span out must
 change the result, and the cached result must be the one that recomputing gives, while two
 sequences are decoded in turn (a model that keeps state outside its cache would mix tenants up).
+The same is asked of a pass between whose blocks others run, as a stage gives way to other tenants.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from glasshive.graph.memory import is_out_of_memory
@@ -127,8 +128,51 @@ def _compare(config: PreTrainedConfig, whole: PreTrainedModel, attention: Attent
         raise _refused(config, "a forward pass over spans differs from the whole model's")
     if torch.equal(_chain([spans[0], spans[2]], prompt), plain):
         raise _refused(config, "leaving out a block changes nothing, so nothing can be compared")
+    _compare_interrupted(config, spans, prompt, plain)
     _compare_padded(config, whole, spans, prompt)
     _compare_decoding(config, whole, spans, prompt)
+
+
+def _compare_interrupted(
+    config: PreTrainedConfig, spans: list[SpanModel], prompt: Tensor, plain: Tensor
+) -> None:
+    """Between any two blocks another pass, of another length, runs whole on the same modules."""
+    given, hidden = _tokens(config, _PROMPT_TOKENS - 4), prompt
+    for span in spans:
+        alone = _run(span, given)
+        with _other_pass(span, given) as results:
+            hidden = _run(span, hidden)
+        if not all(torch.equal(one, alone) for one in results):
+            raise _refused(config, "a pass between two blocks of another one differs")
+        given = alone
+    if not torch.equal(hidden, plain):
+        raise _refused(
+            config, "a pass between whose blocks others run differs: it keeps state in its modules"
+        )
+
+
+@contextmanager
+def _other_pass(span: SpanModel, given: Tensor) -> Iterator[list[Tensor]]:
+    """Inside it, whatever runs is interrupted before each block by a pass of `given`."""
+    results: list[Tensor] = []
+    inside = False
+
+    def run(block: nn.Module, args: Any) -> None:
+        nonlocal inside
+        if inside:
+            return
+        inside = True
+        with span.paused():
+            results.append(_run(span, given))
+        inside = False
+
+    blocks = [span.module.get_submodule(span.block_path(i)) for i in range(span.start, span.end)]
+    hooks = [block.register_forward_pre_hook(run) for block in blocks]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _compare_padded(
@@ -177,6 +221,16 @@ def _compare_decoding(
             f"cached decoding is off by {off_by:.1e} from recomputing the sequence (the context "
             f"counts for {context_counts_for:.1e}), so it keeps state outside its cache",
         )
+
+
+def _run(span: SpanModel, given: Tensor) -> Tensor:
+    """What one span makes of token ids, if it is the first, or hidden states."""
+    result = span.run(
+        input_ids=given if span.is_first else None, hidden=None if span.is_first else given
+    )
+    if result is None:
+        raise ModelTypeRefused("a span returned nothing although no hook ended its forward")
+    return result
 
 
 def _chain(

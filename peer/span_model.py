@@ -281,13 +281,17 @@ class SpanModel:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context the span's own two hooks do nothing: for calling a hosted module on
-        the side, from inside a hook, while the span runs."""
-        before, self._running = self._running, False
+        """Within this context the span's own two hooks do nothing, and another pass may run whole.
+
+        For what runs on the side, from inside a hook, while the span runs: calling a hosted module,
+        or somebody else's pass between two blocks of this one.
+        """
+        before = self._received, self._captured, self._running
+        self._received, self._captured, self._running = None, None, False
         try:
             yield
         finally:
-            self._running = before
+            self._received, self._captured, self._running = before
 
     def owns(self, path: str, side: Literal["input", "output"] = "output") -> bool:
         """Whether the module at `path` runs here on the values that the whole model would give it.

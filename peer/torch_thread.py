@@ -1,8 +1,9 @@
 """The one thread of a peer that computes. Kernels release the interpreter's lock, loops don't wait.
 
-Work of different tenants interleaves stage by stage, fairly by client (glasshive.peer.fair_queue).
-A kernel can't be interrupted from within, so the thread says when its work ought to have come a
-step further: the supervisor ends a process whose work is overdue.
+Work of different tenants takes turns, fairly by client (glasshive.peer.fair_queue): stage by stage,
+and within a long stage wherever that gives way to those who had less. A kernel can't be interrupted
+from within, so the thread says when its work ought to have come a step further: the supervisor ends
+a process whose work is overdue.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Final
 
 from glasshive.dht.outcome import forget_outcome
 from glasshive.peer.fair_queue import FairQueue
 from glasshive.security.keys import PeerId
 
+# By how much another client must have had less for a stage to give way to its work.
+TURN_SECONDS: Final = 0.01
+
 
 @dataclass(eq=False, slots=True)
 class _Work:
+    client: PeerId
     trace_id: bytes
     run: Callable[[], None]
     step_seconds: float
     done: Future[None] = field(default_factory=Future)
+    charged_until: float = 0.0  # by the clock
 
 
 class TorchThread:
@@ -40,7 +48,7 @@ class TorchThread:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         self._lock = threading.Lock()  # of the queue
         self._queue: FairQueue[_Work] = FairQueue(waiting_per_client)
-        self._running: _Work | None = None
+        self._running: list[_Work] = []  # the last one runs, the one before it has given way
         self._due_at: float | None = None
 
     @property
@@ -58,7 +66,7 @@ class TorchThread:
         nothing by `step` for longer than `step_seconds` is overdue. A cancelled caller stops
         waiting at once; work that has begun runs on to its end.
         """
-        one = _Work(trace_id, work, step_seconds)
+        one = _Work(client, trace_id, work, step_seconds)
         with self._lock:
             self._queue.put(client, one)
         self._pool.submit(self._run_next)
@@ -71,13 +79,33 @@ class TorchThread:
 
     def step(self) -> None:
         """Called by work, on the thread: it has come a step further, and the next has its time."""
-        if self._running is not None:
-            self._due_at = self._clock() + self._running.step_seconds
+        if self._running:
+            self._due_at = self._clock() + self._running[-1].step_seconds
+
+    def give_way(self, aside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Called by work, on the thread, wherever other work may run to its end in between.
+
+        It runs inside `aside()`, and doesn't give way itself: no more than two passes hold memory.
+        """
+        if self._queue.is_empty or len(self._running) != 1:
+            return
+        work = self._running[0]
+        while True:
+            self._charge(work)
+            with self._lock:
+                ahead = self._queue.is_ahead(work.client, TURN_SECONDS)
+                next_one = self._queue.take() if ahead else None
+            if next_one is None:
+                return
+            with aside():
+                self._run(next_one[1])
+            work.charged_until = self._clock()
+            self.step()
 
     def after(self, trace_id: bytes, then: Callable[[], None]) -> None:
         """Call `then` on the loop when no work of that trace runs: now, if none does."""
-        running = self._running
-        if running is None or running.trace_id != trace_id:
+        running = next((one for one in list(self._running) if one.trace_id == trace_id), None)
+        if running is None:
             then()
             return
         ended = asyncio.wrap_future(running.done)
@@ -95,21 +123,30 @@ class TorchThread:
         """Run what is next in the queue: it was called once for each thing that was put there."""
         with self._lock:
             next_one = self._queue.take()
-        if next_one is None or not next_one[1].done.set_running_or_notify_cancel():
+        if next_one is not None:
+            self._run(next_one[1])
+
+    def _run(self, work: _Work) -> None:
+        if not work.done.set_running_or_notify_cancel():
             return
-        client, work = next_one
-        self._running = work
-        began = self._clock()
+        self._running.append(work)
+        work.charged_until = self._clock()
         self.step()
         error: BaseException | None = None
         try:
             work.run()
         except BaseException as raised:
             error = raised
-        self._running = self._due_at = None
-        with self._lock:
-            self._queue.charge(client, max(self._clock() - began, 0.0))
+        self._running.pop()
+        self._due_at = None
+        self._charge(work)
         if error is None:
             work.done.set_result(None)
         else:
             work.done.set_exception(error)
+
+    def _charge(self, work: _Work) -> None:
+        now = self._clock()
+        with self._lock:
+            self._queue.charge(work.client, max(now - work.charged_until, 0.0))
+        work.charged_until = now

@@ -6,7 +6,7 @@ the comparison of seconds taken out of `graph/budget.py`, the catalogue and the 
 FLOPs, the catalogue; with each rule of cost that these kinds have made to be one FLOP a number, its
 kind; with the comparison of seconds taken out of `Admission._count`, the passes; with the look at
 the clock taken out of `peer/executor.py`, the stage; with `step` and `_due_at` each left empty in
-`peer/torch_thread.py`, the step.
+`peer/torch_thread.py`, the step; with stages that give way to nobody, the short trace.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import asyncio
 import math
 import re
 import threading
+from typing import Any
 
 import pytest
+import torch
 from tenants import IDS, LAST, SAVED, Tenants
+from waits import wait_for
 
 from glasshive.dht.messages import Accepted, Failed
 from glasshive.graph.budget import Bill, Budget, Cost, Pace, Surroundings, admit
@@ -28,6 +31,7 @@ from glasshive.graph.kernels import infer
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.tensors import TensorSpec
+from glasshive.peer import executor
 from glasshive.peer.admission import Admission
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.pace import HostPace
@@ -201,27 +205,61 @@ async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
 
 
 @pytest.mark.asyncio
+async def test_a_short_trace_is_served_in_the_middle_of_a_long_one(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alice's op takes a second by the clock, and her next one waits until Bob has been served."""
+    now = 0.0
+    begun, bob_is_served = threading.Event(), threading.Event()
+    stock = executor.run_op
+
+    async with Tenants(served, clock=lambda: now) as tenants:
+        alice, bob = tenants.client(), tenants.client()
+
+        def run_op(name: str, *args: Any, **how: Any) -> Any:
+            nonlocal now
+            if name == "sinh":
+                begun.set()
+                wait_for(lambda: not tenants.host._torch._queue.is_empty, "Bob waits for his turn")
+                now += 1.0
+            if name == "cosh":
+                assert bob_is_served.wait(30)
+            return stock(name, *args, **how)
+
+        monkeypatch.setattr(executor, "run_op", run_op)
+        long = [Read(LAST, 0), Op("sinh", (A,)), Op("cosh", (B,)), Save(Ref(NodeId(2)), "s")]
+        running = asyncio.create_task(tenants.run(alice, long))
+        assert await asyncio.to_thread(begun.wait, 30)
+        assert isinstance(await tenants.run(bob, SAVED), dict)
+        bob_is_served.set()
+        found = await running
+        assert isinstance(found, dict)
+        (plain,) = (await tenants.run(alice, [Read(LAST, 0), Save(A, "s")])).values()  # type: ignore[union-attr]
+        assert torch.equal(found["s"], plain.sinh().cosh())
+
+
+@pytest.mark.asyncio
 async def test_each_step_has_its_time_anew() -> None:
     """What the supervisor asks for: a process whose step is overdue is killed."""
     now = 0.0
-    torch = TorchThread(2, lambda: now)
+    thread = TorchThread(2, lambda: now)
     stepped, go = threading.Event(), threading.Event()
 
     def work() -> None:
         nonlocal now
         now = 9.0
-        assert torch.overdue_seconds == -1.0
-        torch.step()
-        assert torch.overdue_seconds == -10.0
+        assert thread.overdue_seconds == -1.0
+        thread.step()
+        assert thread.overdue_seconds == -10.0
         now = 25.0
         stepped.set()
         assert go.wait(30)
 
     alice = Identity.generate().peer_id
-    running = asyncio.create_task(torch.run(alice, b"one", work, 10.0))
+    running = asyncio.create_task(thread.run(alice, b"one", work, 10.0))
     assert await asyncio.to_thread(stepped.wait, 30)
-    assert torch.overdue_seconds == 6.0
+    assert thread.overdue_seconds == 6.0
     go.set()
     await asyncio.wait_for(running, 30)
-    assert torch.overdue_seconds == 0.0
-    torch.close()
+    assert thread.overdue_seconds == 0.0
+    thread.close()

@@ -214,8 +214,12 @@ class Handed:
         def run_stage(one: Executor, *args: Any) -> None:
             mark = name_of(torch.full((HIDDEN,), self.mine))
             nodes = one._part.graph.nodes.values()
+            before = self._of_a  # of the stage that gave way to this one
             self._of_a = any(isinstance(node, Const) and node.digest == mark for node in nodes)
-            run(one, *args)
+            try:
+                run(one, *args)
+            finally:
+                self._of_a = before
 
         patch.setattr(Executor, "run", run_stage)
         patch.setattr(executor, "run_op", self._search)

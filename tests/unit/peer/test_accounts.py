@@ -49,6 +49,7 @@ from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer import accounts
 from glasshive.peer import executor as executor_module
 from glasshive.peer.accounts import Account, Accounts
 from glasshive.peer.errors import TraceEnded
@@ -379,6 +380,18 @@ def test_what_has_ended_computes_no_more() -> None:
         pass
     with pytest.raises(TraceEnded), account.computing():
         pytest.fail("the device worked for a trace that has ended")
+
+
+def test_time_in_which_others_computed_is_not_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(accounts.time, "perf_counter", lambda: now)
+    account = Account(Accounts(), ALICE.peer_id, bytes(16), None, None)
+    with account.computing():
+        now += 2.0
+        with account.resting():
+            now += 50.0
+        now += 1.0
+    assert account.compute_seconds == 3.0
 
 
 @pytest.mark.asyncio

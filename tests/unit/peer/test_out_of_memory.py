@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, co
 
 from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.plan import Span
-from glasshive.peer import checkpoint, self_test, served_model
+from glasshive.peer import blueprint, checkpoint, self_test, served_model
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.errors import NotEnoughMemory, WrongWeights
 from glasshive.peer.served_model import load_served_model
@@ -56,7 +56,7 @@ PLACES: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "reading": (checkpoint, "safe_open", Unreadable),
     "converting": (core_model_loading, "_materialize_copy", of_torch),
     "moving": (LlamaForCausalLM, "to", of_a_device),
-    "the twin": (served_model, "build_twin", of_python),
+    "the twin": (blueprint, "build_twin", of_python),
     "the pace": (served_model, "measure_pace", of_torch),
 }
 
@@ -68,7 +68,7 @@ def test_memory_that_runs_out_is_said_with_what_is_needed(
     folder = save_tiny_llama()
     owner, name, fails = PLACES[place]
     if "self" not in place and "copy" not in place:  # it loads, too
-        monkeypatch.setattr(served_model, "self_test", lambda *_: None)
+        monkeypatch.setattr(blueprint, "self_test", lambda *_: None)
     monkeypatch.setattr(self_test, "_passed", set())
     monkeypatch.setattr(owner, name, fails)
     with pytest.raises(NotEnoughMemory) as told:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from glasshive.peer import self_test as module
 from glasshive.peer.errors import ModelTypeRefused, UnsupportedAttention
@@ -101,3 +103,20 @@ def test_the_tiny_copy_is_small() -> None:
     sizes = list(module._smaller(config))
     assert sizes[0]["hidden_size"] < 300
     assert sizes[0]["num_hidden_layers"] == 6
+
+
+def test_a_model_that_keeps_state_between_its_blocks_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first block notes how long the row is, and the others go by that."""
+    stock, noted = LlamaDecoderLayer.forward, [0]
+
+    def forward(block: LlamaDecoderLayer, hidden_states: torch.Tensor, **how: Any) -> torch.Tensor:
+        if block.self_attn.layer_idx == 0:
+            noted[0] = hidden_states.shape[1]
+        return stock(block, hidden_states, **how) + noted[0]
+
+    monkeypatch.setattr(module, "_passed", set())
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(ModelTypeRefused, match="between whose blocks others run differs"):
+        self_test(LlamaConfig(**TINY))

@@ -1,0 +1,273 @@
+"""A stage that gives way between two blocks to another tenant's, on the same modules."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import GraphError
+from glasshive.graph.graph import Call, Graph, Node, NodeId, Op, Read, Ref, Save, Site, Skip, Write
+from glasshive.graph.order import Pass, Passes
+from glasshive.graph.plan import Part, Span, Stage
+from glasshive.peer.errors import TraceEnded
+from glasshive.peer.executor import Aside, Executor, PassInputs
+from glasshive.peer.served_model import ServedModel
+from glasshive.peer.torch_thread import TURN_SECONDS, TorchThread
+from glasshive.security.keys import Identity
+
+FIRST = Site("model.layers.0", "output")
+LAST = Site("model.layers.1", "output")
+LOGITS = Site("lm_head", "output")
+ALICE, BOB, CAROL = (Identity.generate().peer_id for _ in range(3))
+
+Saves = dict[str, torch.Tensor]
+
+
+def ref(number: int) -> Ref:
+    return Ref(NodeId(number))
+
+
+def edited(site: Site, mode: str) -> list[Node]:
+    return [
+        Read(site, 0),
+        Op("mul", (ref(0), -2.0)),
+        Write(site, 0, ref(1), mode),  # type: ignore[arg-type]
+        Read(LOGITS, 0),
+        Save(ref(3), "logits"),
+    ]
+
+
+def skipped(module: str, site: Site) -> list[Node]:
+    return [
+        Read(site, 0),
+        Skip(module, 0, ref(0)),
+        Read(LOGITS, 0),
+        Save(ref(2), "logits"),
+    ]
+
+
+GRAPHS: dict[str, list[Node]] = {
+    "reads": [Read(FIRST, 0), Save(ref(0), "first"), Read(LOGITS, 0), Save(ref(2), "logits")],
+    "stops early": [Read(FIRST, 0), Save(ref(0), "first")],
+    "sets a block's output": edited(FIRST, "set"),
+    "edits a block's output in place": edited(FIRST, "inplace"),
+    "sets what a block is given": edited(Site("model.layers.1", "input", (0,)), "set"),
+    "edits inside of a block": edited(Site("model.layers.1.mlp", "output"), "inplace"),
+    "skips a part of a block": skipped("model.layers.1.mlp", Site("model.layers.0.mlp", "output")),
+    "skips a block": skipped("model.layers.1", FIRST),
+    "calls a module": [
+        Read(FIRST, 0),
+        Call("model.norm", (ref(0),)),
+        Call("model.layers.1.mlp", (ref(1),)),
+        Save(ref(2), "called"),
+        Read(LAST, 0),
+        Save(ref(4), "last"),
+    ],
+    "fails": [
+        Read(FIRST, 0),
+        Op("mul", (ref(0), 1e6)),
+        Op("to", (ref(1), DType.INT64)),
+        Op("one_hot", (ref(2), 1)),  # there are other numbers than 0 in it
+        Save(ref(3), "hot"),
+        Read(LOGITS, 0),
+        Save(ref(5), "logits"),
+    ],
+}
+
+
+class Outbox(Saves):
+    """What was saved."""
+
+    def saved(self, name: str, value: torch.Tensor) -> None:
+        self[name] = value.clone()
+
+    def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: torch.Tensor) -> None:
+        raise AssertionError("one part has nobody to send to")
+
+
+def stage_of(
+    served: ServedModel, nodes: Sequence[Node], rows: int, seq: int, **how: object
+) -> tuple[Executor, Callable[[], None], Outbox]:
+    """An executor, what runs its only stage on `rows` of `seq` tokens, and what that has saved."""
+    ids = tuple(map(NodeId, range(len(nodes))))
+    only = "stops early" if nodes is GRAPHS["stops early"] else ""
+    stop = served.outline.event(FIRST if only else LOGITS)
+    stage = Stage(0, ids, forward=True, stop_event=stop)
+    part = Part(0, Span(0, 2), Graph(dict(zip(ids, nodes, strict=True))), (stage,), {})
+    passes = Passes((Pass((0,), seq, False, ((0, rows),)),))
+    outbox = Outbox()
+    executor = Executor(served.model, served.outline, part, passes, {}, outbox, **how)  # type: ignore[arg-type]
+    tokens = torch.arange(rows * seq).view(rows, seq) * 7 % 64
+    return executor, lambda: executor.run(stage, PassInputs(input_ids=tokens), None), outbox
+
+
+def outcome(run: Callable[[], None], outbox: Outbox) -> tuple[str, dict[str, bytes]]:
+    try:
+        run()
+    except GraphError as error:
+        return str(error), {name: value.numpy().tobytes() for name, value in outbox.items()}
+    return "", {name: value.numpy().tobytes() for name, value in outbox.items()}
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(GRAPHS, GRAPHS)))
+def test_neither_of_two_stages_sees_the_other(served: ServedModel, a: str, b: str) -> None:
+    alone = outcome(*stage_of(served, GRAPHS[a], 2, 5)[1:])
+    other_alone = outcome(*stage_of(served, GRAPHS[b], 1, 9)[1:])
+    assert (alone[0] != "", other_alone[0] != "") == (a == "fails", b == "fails")
+    others = []
+
+    def give_way(aside: Aside) -> None:
+        with aside():
+            others.append(outcome(*stage_of(served, GRAPHS[b], 1, 9)[1:]))
+
+    assert outcome(*stage_of(served, GRAPHS[a], 2, 5, give_way=give_way)[1:]) == alone
+    # Before the first node, each block and each node: before the second block at least, if it runs.
+    assert len(others) >= (3 if a in ("stops early", "fails") else 5)
+    assert all(one == other_alone for one in others)
+    block = served.model.module.get_submodule("model.layers.1")
+    assert "forward" not in vars(block), "a skip stayed on its module"
+
+
+def test_what_others_took_is_not_a_stage_s_own_time(served: ServedModel) -> None:
+    now = 0.0
+
+    def give_way(aside: Aside) -> None:
+        nonlocal now
+        with aside():
+            now += 100.0
+
+    clocked = {"stage_seconds": 5.0, "clock": lambda: now}
+    run = stage_of(served, GRAPHS["reads"], 1, 5, give_way=give_way, **clocked)
+    assert outcome(*run[1:])[0] == ""
+    assert now > 500.0
+
+
+def test_a_stage_that_is_cancelled_while_others_run_ends(served: ServedModel) -> None:
+    executor: Executor
+    executor, run, _ = stage_of(
+        served, GRAPHS["reads"], 1, 5, give_way=lambda aside: executor.cancel()
+    )
+    with pytest.raises(TraceEnded):
+        run()
+    # And it leaves nothing behind for the next one.
+    assert outcome(*stage_of(served, GRAPHS["reads"], 1, 5)[1:])[0] == ""
+
+
+# Who gives way to whom ----------------------------------------------------------------------------
+
+
+class Turns:
+    """A torch thread by a clock of its own, and the order in which its work came to an end."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.torch = TorchThread(8, lambda: self.now)
+        self.order: list[str] = []
+        self.go = threading.Event()
+
+    def work(self, name: str, blocks: int = 1, block_seconds: float = 0.5) -> Callable[[], None]:
+        def run() -> None:
+            assert self.go.wait(30)
+            for _ in range(blocks):
+                self.torch.give_way()
+                self.now += block_seconds
+            self.order.append(name)
+
+        return run
+
+    async def done(self, *works: tuple[str, str, Callable[[], None]]) -> list[str]:
+        """Give all in, in this order, before the first goes on."""
+        waiting = []
+        async with asyncio.timeout(30):
+            for number, (client, name, run) in enumerate(works):
+                put = self.torch.run(client, name.encode(), run, 60.0)  # type: ignore[arg-type]
+                waiting.append(asyncio.create_task(put))
+                while len(self.torch._queue) < number:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            self.go.set()
+            await asyncio.gather(*waiting)
+        self.torch.close()
+        return self.order
+
+
+@pytest.mark.asyncio
+async def test_who_had_less_goes_between_two_blocks() -> None:
+    turns = Turns()
+    long = turns.work("long", blocks=10)
+    order = await turns.done((ALICE, "long", long), (BOB, "short", turns.work("short")))
+    assert order == ["short", "long"]
+
+
+@pytest.mark.asyncio
+async def test_nobody_gives_way_to_work_of_the_same_client() -> None:
+    turns = Turns()
+    long = turns.work("long", blocks=10)
+    order = await turns.done((ALICE, "long", long), (ALICE, "short", turns.work("short")))
+    assert order == ["long", "short"]
+
+
+@pytest.mark.asyncio
+async def test_what_runs_in_between_does_not_give_way() -> None:
+    turns = Turns()
+    order = await turns.done(
+        (ALICE, "a", turns.work("a", blocks=10)),
+        (BOB, "b", turns.work("b", blocks=10)),
+        (CAROL, "c", turns.work("c")),
+    )
+    assert order == ["b", "c", "a"]
+
+
+@pytest.mark.asyncio
+async def test_who_gave_way_goes_on_as_soon_as_it_had_no_more_than_others() -> None:
+    """The other client's later traces wait: it has had as much by then."""
+    turns = Turns()
+    long = turns.work("long", blocks=4)
+    others = [(BOB, f"b{i}", turns.work(f"b{i}", block_seconds=1.0)) for i in range(6)]
+    order = await turns.done((ALICE, "long", long), *others)
+    # After half a second of Alice's, one of Bob's; after 1.5 s of hers, the next.
+    assert order == ["b0", "b1", "long", "b2", "b3", "b4", "b5"]
+
+
+@pytest.mark.asyncio
+async def test_a_moment_is_not_given_way_for() -> None:
+    turns = Turns()
+    long = turns.work("long", blocks=3, block_seconds=TURN_SECONDS / 4)
+    order = await turns.done((ALICE, "long", long), (BOB, "short", turns.work("short")))
+    assert order == ["long", "short"]
+
+
+@pytest.mark.asyncio
+async def test_work_that_gave_way_has_not_ended() -> None:
+    """Neither has its memory, and its step is due anew when it goes on."""
+    turns = Turns()
+    loop = asyncio.get_running_loop()
+    ended: list[str] = []
+    seen: list[object] = []
+
+    async def ask() -> None:
+        turns.torch.after(b"long", lambda: ended.append("long"))
+
+    def short() -> None:
+        asyncio.run_coroutine_threadsafe(ask(), loop).result(30)
+        seen.append(list(ended))
+        seen.append(turns.torch.overdue_seconds)
+        turns.now += 100.0
+        seen.append(turns.torch.overdue_seconds)
+
+    def long() -> None:
+        assert turns.go.wait(30)
+        turns.now += 1.0
+        turns.torch.give_way()
+        seen.append(turns.torch.overdue_seconds)
+
+    await turns.done((ALICE, "long", long), (BOB, "short", short))
+    assert seen == [[], -60.0, 40.0, -60.0]
+    async with asyncio.timeout(30):
+        while ended != ["long"]:  # noqa: ASYNC110
+            await asyncio.sleep(0)
