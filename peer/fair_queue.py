@@ -12,6 +12,7 @@ as they had it (start-time fair queuing).
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable, Collection
 from typing import Final, Generic, TypeVar, final
 
 from glasshive.peer.errors import Busy
@@ -50,9 +51,33 @@ class FairQueue(Generic[W]):
 
     def take(self) -> tuple[PeerId, W] | None:
         """Whose turn it is, and with what; None if nothing waits."""
-        if not self._waiting:
+        return self._take(self._waiting)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits. From any thread."""
+        return not self._waiting
+
+    def take_ahead_of(
+        self, client: PeerId, seconds: float, fits: Callable[[W], bool]
+    ) -> tuple[PeerId, W] | None:
+        """The same among clients who were given less than `client`, by more than so much.
+
+        And of those whose next work fits.
+        """
+        most_seconds = self._had_seconds.get(client, self._level_seconds) - seconds
+        return self._take(
+            [
+                one
+                for one, own in self._waiting.items()
+                if self._had_seconds[one] < most_seconds and fits(own[0])
+            ]
+        )
+
+    def _take(self, among: Collection[PeerId]) -> tuple[PeerId, W] | None:
+        if not among:
             return None
-        client = min(self._waiting, key=self._had_seconds.__getitem__)  # the first of equals
+        client = min(among, key=self._had_seconds.__getitem__)  # the first of equals
         own = self._waiting[client]
         work = own.popleft()
         self._waiting.move_to_end(client)
@@ -60,19 +85,6 @@ class FairQueue(Generic[W]):
             del self._waiting[client]
         self._level_seconds = max(self._level_seconds, self._had_seconds[client])
         return client, work
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing waits. From any thread."""
-        return not self._waiting
-
-    def is_ahead(self, client: PeerId, seconds: float) -> bool:
-        """Whether somebody waits who was given less than `client`, by more than so much."""
-        if not self._waiting:
-            return False
-        least_seconds = min(map(self._had_seconds.__getitem__, self._waiting))
-        had_seconds = self._had_seconds.get(client, self._level_seconds)
-        return had_seconds - least_seconds > seconds
 
     def charge(self, client: PeerId, seconds: float) -> None:
         """The client was given so much."""

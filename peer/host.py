@@ -338,6 +338,7 @@ class Host:
                 self._torch.run,
                 client.peer_id,
                 request.trace_id,
+                seconds=bill.seconds,
                 step_seconds=limits.runaway_seconds(bill.seconds),
             ),
             on_step=self._torch.step,

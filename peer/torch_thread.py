@@ -23,6 +23,8 @@ from glasshive.security.keys import PeerId
 
 # By how much another client must have had less for a stage to give way to its work.
 TURN_SECONDS: Final = 0.01
+# How many stages are there at most, of which one runs: each holds the memory of its pass.
+MAX_DEEP: Final = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -30,8 +32,11 @@ class _Work:
     client: PeerId
     trace_id: bytes
     run: Callable[[], None]
+    seconds: float  # about
     step_seconds: float
     done: Future[None] = field(default_factory=Future)
+    ran_seconds: float = 0.0
+    gave_seconds: float = 0.0
     charged_until: float = 0.0  # by the clock
 
 
@@ -58,15 +63,21 @@ class TorchThread:
         return 0.0 if due_at is None else self._clock() - due_at
 
     async def run(
-        self, client: PeerId, trace_id: bytes, work: Callable[[], None], step_seconds: float
+        self,
+        client: PeerId,
+        trace_id: bytes,
+        work: Callable[[], None],
+        *,
+        seconds: float,
+        step_seconds: float,
     ) -> None:
-        """Run `work` when it is the client's turn, and return when it is done.
+        """Run `work`, which takes about `seconds`, when it is the client's turn, to its end.
 
         Its exception is raised here, and Busy if too much of the client's waits. Work that says
         nothing by `step` for longer than `step_seconds` is overdue. A cancelled caller stops
         waiting at once; work that has begun runs on to its end.
         """
-        one = _Work(client, trace_id, work, step_seconds)
+        one = _Work(client, trace_id, work, seconds, step_seconds)
         with self._lock:
             self._queue.put(client, one)
         self._pool.submit(self._run_next)
@@ -85,21 +96,28 @@ class TorchThread:
     def give_way(self, aside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Called by work, on the thread, wherever other work may run to its end in between.
 
-        It runs inside `aside()`, and doesn't give way itself: no more than two passes hold memory.
+        It runs inside `aside()`, if its client had less and it takes no longer than this one. This
+        one gives way no further when others had as much of its time as it had itself, so that who
+        comes under ever new keys can't hold it up for good.
         """
-        if self._queue.is_empty or len(self._running) != 1:
+        if self._queue.is_empty or not 1 <= len(self._running) < MAX_DEEP:
             return
-        work = self._running[0]
+        work = self._running[-1]
         while True:
             self._charge(work)
+            if work.gave_seconds > work.ran_seconds:
+                return
             with self._lock:
-                ahead = self._queue.is_ahead(work.client, TURN_SECONDS)
-                next_one = self._queue.take() if ahead else None
+                next_one = self._queue.take_ahead_of(
+                    work.client, TURN_SECONDS, lambda one: one.seconds <= work.seconds
+                )
             if next_one is None:
                 return
             with aside():
                 self._run(next_one[1])
-            work.charged_until = self._clock()
+            now = self._clock()
+            work.gave_seconds += now - work.charged_until
+            work.charged_until = now
             self.step()
 
     def after(self, trace_id: bytes, then: Callable[[], None]) -> None:
@@ -147,6 +165,8 @@ class TorchThread:
 
     def _charge(self, work: _Work) -> None:
         now = self._clock()
+        took_seconds = max(now - work.charged_until, 0.0)
         with self._lock:
-            self._queue.charge(work.client, max(now - work.charged_until, 0.0))
+            self._queue.charge(work.client, took_seconds)
+        work.ran_seconds += took_seconds
         work.charged_until = now

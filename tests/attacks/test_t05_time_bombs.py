@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from tenants import IDS, LAST, SAVED, Tenants
+from tenants import IDS, LAST, SAVED, SEQ, Tenants
 from waits import wait_for
 
 from glasshive.dht.messages import Accepted, Failed
@@ -130,9 +130,12 @@ def products(times: int) -> list[Node]:
 
 @pytest.mark.asyncio
 async def test_a_host_refuses_it_before_it_runs_and_serves_on(served: ServedModel) -> None:
-    """By the pace that it has measured: the budget is what it thinks that two products take."""
-    product = Cost(0, 0, dense_flops=2 * 2048**3, dtype=F32)
-    seconds = 2 * served.pace.graph.seconds(product)
+    """By the pace that it has measured: the budget is what it thinks that two products take.
+
+    And what else there is: in a busy moment it may have measured that as slow.
+    """
+    product = Cost(2048**2, 0, dense_flops=2 * 2048**3, dtype=F32)
+    seconds = 2 * served.pace.graph.seconds(product) + 2 * served.pace.forward_seconds(1, SEQ)
     stock = HostLimits().budget
     budget = Budget(stock.peak_bytes, stock.flops, stock.saved_bytes, seconds=seconds)
     async with Tenants(served, HostLimits(budget=budget)) as tenants:
@@ -256,7 +259,7 @@ async def test_each_step_has_its_time_anew() -> None:
         assert go.wait(30)
 
     alice = Identity.generate().peer_id
-    running = asyncio.create_task(thread.run(alice, b"one", work, 10.0))
+    running = asyncio.create_task(thread.run(alice, b"one", work, seconds=1.0, step_seconds=10.0))
     assert await asyncio.to_thread(stepped.wait, 30)
     assert thread.overdue_seconds == 6.0
     go.set()

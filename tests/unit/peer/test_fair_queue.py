@@ -92,7 +92,7 @@ async def test_one_client_s_eight_traces_take_no_more_than_another_s_one() -> No
             order.append(name)
 
         for _ in range(stages):
-            await torch.run(client, name.encode(), stage, 60.0)
+            await torch.run(client, name.encode(), stage, seconds=1.0, step_seconds=60.0)
 
     # All eight of Alice's stand in the queue before Bob's, and stand there again after each stage.
     traces = [asyncio.create_task(trace(ALICE, f"alice{number}", 4)) for number in range(8)]
@@ -123,9 +123,11 @@ async def test_a_trace_that_is_cancelled_while_it_waits_leaves_the_queue() -> No
         begun.set()
         assert go.wait(30)
 
-    holding = asyncio.create_task(torch.run(ALICE, b"first", first, 60.0))
+    holding = asyncio.create_task(torch.run(ALICE, b"first", first, seconds=1.0, step_seconds=60.0))
     assert await asyncio.to_thread(begun.wait, 30)
-    waiting = asyncio.create_task(torch.run(BOB, b"second", lambda: ran.append("second"), 60.0))
+    waiting = asyncio.create_task(
+        torch.run(BOB, b"second", lambda: ran.append("second"), seconds=1.0, step_seconds=60.0)
+    )
     async with asyncio.timeout(30):
         while not len(torch._queue):  # noqa: ASYNC110
             await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from glasshive.peer.errors import TraceEnded
 from glasshive.peer.executor import Aside, Executor, PassInputs
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TURN_SECONDS, TorchThread
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 
 FIRST = Site("model.layers.0", "output")
 LAST = Site("model.layers.1", "output")
@@ -162,6 +163,16 @@ def test_a_stage_that_is_cancelled_while_others_run_ends(served: ServedModel) ->
 # Who gives way to whom ----------------------------------------------------------------------------
 
 
+@dataclass
+class Work:
+    """A stage of so many blocks, which takes them `block_seconds` each by the clock."""
+
+    client: PeerId
+    name: str
+    blocks: int = 1
+    block_seconds: float = 0.5
+
+
 class Turns:
     """A torch thread by a clock of its own, and the order in which its work came to an end."""
 
@@ -171,75 +182,87 @@ class Turns:
         self.order: list[str] = []
         self.go = threading.Event()
 
-    def work(self, name: str, blocks: int = 1, block_seconds: float = 0.5) -> Callable[[], None]:
+    def runs(self, stage: Work) -> Callable[[], None]:
         def run() -> None:
             assert self.go.wait(30)
-            for _ in range(blocks):
+            for _ in range(stage.blocks):
                 self.torch.give_way()
-                self.now += block_seconds
-            self.order.append(name)
+                self.now += stage.block_seconds
+            self.order.append(stage.name)
 
         return run
 
-    async def done(self, *works: tuple[str, str, Callable[[], None]]) -> list[str]:
+    async def order_of(self, *stages: Work) -> list[str]:
         """Give all in, in this order, before the first goes on."""
+        await self.done(*((one, one.blocks * one.block_seconds, self.runs(one)) for one in stages))
+        return self.order
+
+    async def done(self, *works: tuple[Work, float, Callable[[], None]]) -> None:
         waiting = []
         async with asyncio.timeout(30):
-            for number, (client, name, run) in enumerate(works):
-                put = self.torch.run(client, name.encode(), run, 60.0)  # type: ignore[arg-type]
+            for number, (one, seconds, run) in enumerate(works):
+                put = self.torch.run(
+                    one.client, one.name.encode(), run, seconds=seconds, step_seconds=60.0
+                )
                 waiting.append(asyncio.create_task(put))
                 while len(self.torch._queue) < number:  # noqa: ASYNC110
                     await asyncio.sleep(0)
             self.go.set()
             await asyncio.gather(*waiting)
         self.torch.close()
-        return self.order
 
 
 @pytest.mark.asyncio
 async def test_who_had_less_goes_between_two_blocks() -> None:
-    turns = Turns()
-    long = turns.work("long", blocks=10)
-    order = await turns.done((ALICE, "long", long), (BOB, "short", turns.work("short")))
-    assert order == ["short", "long"]
+    long, short = Work(ALICE, "long", 10), Work(BOB, "short")
+    assert await Turns().order_of(long, short) == ["short", "long"]
 
 
 @pytest.mark.asyncio
 async def test_nobody_gives_way_to_work_of_the_same_client() -> None:
-    turns = Turns()
-    long = turns.work("long", blocks=10)
-    order = await turns.done((ALICE, "long", long), (ALICE, "short", turns.work("short")))
-    assert order == ["long", "short"]
+    long, short = Work(ALICE, "long", 10), Work(ALICE, "short")
+    assert await Turns().order_of(long, short) == ["long", "short"]
 
 
 @pytest.mark.asyncio
-async def test_what_runs_in_between_does_not_give_way() -> None:
+async def test_nobody_gives_way_to_what_takes_longer() -> None:
+    """But to who comes after it and takes less."""
+    long, longer, short = Work(ALICE, "long", 10), Work(BOB, "longer", 11), Work(CAROL, "short")
+    assert await Turns().order_of(long, longer, short) == ["short", "long", "longer"]
+
+
+@pytest.mark.asyncio
+async def test_what_runs_in_between_gives_way_too_three_deep() -> None:
+    dave = Identity.generate().peer_id
+    stages = [
+        Work(one, name, 4) for one, name in zip((ALICE, BOB, CAROL, dave), "abcd", strict=True)
+    ]
     turns = Turns()
-    order = await turns.done(
-        (ALICE, "a", turns.work("a", blocks=10)),
-        (BOB, "b", turns.work("b", blocks=10)),
-        (CAROL, "c", turns.work("c")),
-    )
-    assert order == ["b", "c", "a"]
+    assert await turns.order_of(*stages[:2], Work(CAROL, "c")) == ["c", "b", "a"]
+    assert (await Turns().order_of(*stages))[:3] == ["c", "b", "a"]
 
 
 @pytest.mark.asyncio
 async def test_who_gave_way_goes_on_as_soon_as_it_had_no_more_than_others() -> None:
     """The other client's later traces wait: it has had as much by then."""
-    turns = Turns()
-    long = turns.work("long", blocks=4)
-    others = [(BOB, f"b{i}", turns.work(f"b{i}", block_seconds=1.0)) for i in range(6)]
-    order = await turns.done((ALICE, "long", long), *others)
+    others = [Work(BOB, f"b{i}", block_seconds=1.0) for i in range(6)]
+    order = await Turns().order_of(Work(ALICE, "long", 4), *others)
     # After half a second of Alice's, one of Bob's; after 1.5 s of hers, the next.
     assert order == ["b0", "b1", "long", "b2", "b3", "b4", "b5"]
 
 
 @pytest.mark.asyncio
+async def test_ever_new_keys_take_no_more_than_half_of_the_time() -> None:
+    others = [Work(Identity.generate().peer_id, f"{i}") for i in range(40)]
+    order = await Turns().order_of(Work(ALICE, "long", 20), *others)
+    assert 18 <= order.index("long") <= 21
+
+
+@pytest.mark.asyncio
 async def test_a_moment_is_not_given_way_for() -> None:
-    turns = Turns()
-    long = turns.work("long", blocks=3, block_seconds=TURN_SECONDS / 4)
-    order = await turns.done((ALICE, "long", long), (BOB, "short", turns.work("short")))
-    assert order == ["long", "short"]
+    moment = TURN_SECONDS / 4
+    long, short = Work(ALICE, "long", 3, moment), Work(BOB, "short", 1, moment)
+    assert await Turns().order_of(long, short) == ["long", "short"]
 
 
 @pytest.mark.asyncio
@@ -266,7 +289,7 @@ async def test_work_that_gave_way_has_not_ended() -> None:
         turns.torch.give_way()
         seen.append(turns.torch.overdue_seconds)
 
-    await turns.done((ALICE, "long", long), (BOB, "short", short))
+    await turns.done((Work(ALICE, "long"), 9.0, long), (Work(BOB, "short"), 1.0, short))
     assert seen == [[], -60.0, 40.0, -60.0]
     async with asyncio.timeout(30):
         while ended != ["long"]:  # noqa: ASYNC110
