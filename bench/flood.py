@@ -231,6 +231,7 @@ def main() -> None:
     """Print the figures."""
     arms = cost_of_a_flood()
     quiet = arms["quiet"]
+    asked = arms["flood"].flood.total() - arms["flood"].flood["held back"]
     rows: list[list[Any]] = [
         [
             name,
@@ -249,6 +250,7 @@ def main() -> None:
         rows,
         {
             "p95_ratio": arms["flood"].quantile(0.95) / quiet.quantile(0.95),
+            "flood_a_second": asked / (len(quiet.seconds) / HONEST_PER_SECOND),
             "p95_ratio_elsewhere": arms["flood elsewhere"].quantile(0.95) / quiet.quantile(0.95),
             "failures": arms["flood"].failures,
         },

@@ -26,6 +26,7 @@ from glasshive.security.membership import Act
 
 __all__ = ["call_guard", "patch_calls"]
 
+MAX_STORES: Final = 64  # of one node at a time, each with up to 4 MiB of records
 _RECORD_FIELDS: Final = ("keys", "subkeys", "values", "expiration_time", "in_cache")
 _ACTS: Final = {"rpc_ping": Act.READ, "rpc_find": Act.READ, "rpc_store": Act.ANNOUNCE}
 
@@ -120,8 +121,21 @@ def _one_by_one(stock: Any) -> Any:
         records = [getattr(request, name) for name in _RECORD_FIELDS]
         if len(set(map(len, records))) != 1:
             raise RecordRefused("a store request whose lists are not of one length")
+        under_way = self.__dict__.setdefault("_glasshive_stores", [0])
+        if under_way[0] >= MAX_STORES:
+            raise RecordRefused(f"{MAX_STORES} stores are being judged here")
+        under_way[0] += 1
+        try:
+            return await judged(self, request, records, context)
+        finally:
+            under_way[0] -= 1
+
+    async def judged(self: Any, request: Any, records: list[Any], context: Any) -> Any:
         answer = await stock(self, type(request)(peer=request.peer), context)  # who called
         for key, subkey, value, expires_at, in_cache in zip(*records, strict=True):
+            if subkey == self.IS_REGULAR_VALUE:  # whose a value without subkey is nobody knows
+                answer.store_ok.append(False)
+                continue
             storage = self.cache if in_cache else self.storage
             taken = []
             for entry in _entries(self, subkey, value, expires_at):

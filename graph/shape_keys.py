@@ -35,11 +35,18 @@ def _by_kind(arg: SpecArg) -> object:
     return arg if isinstance(arg, TensorSpec) else type(arg)
 
 
-# Torch refuses to fill a tensor of ints with an infinity.
-_FILLS: Final = frozenset({"masked_fill"})
+def _by_kind_but_ints(arg: SpecArg) -> object:
+    return (int, arg) if type(arg) is int else _by_kind(arg)
+
+
+# Torch refuses to fill a tensor of ints with an infinity, and a product with `alpha` over 64 bits.
+_OTHERWISE: Final[Mapping[str, Callable[[SpecArg], object]]] = {
+    "masked_fill": _exactly,
+    **dict.fromkeys(("add", "sub", "rsub"), _by_kind_but_ints),
+}
 _KEYS: Final[Mapping[str, tuple[Callable[[SpecArg], object], ...]]] = {
     name: tuple(
-        _by_kind if param.kind == "operand" and name not in _FILLS else _exactly
+        _OTHERWISE.get(name, _by_kind) if param.kind == "operand" else _exactly
         for param in op.params
     )
     for name, op in OPS.items()

@@ -285,6 +285,7 @@ class Executor:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Inside it, stages of other traces may run on the same modules."""
+        wait_for(self._model.device)  # what it still works on is this stage's time, not theirs
         began = self._clock()
         self._is_off = True
         try:
@@ -292,19 +293,24 @@ class Executor:
                 yield
         finally:
             self._is_off = False
-        self._ends_at += self._clock() - began
+            self._ends_at += self._clock() - began
+        self._check_cancelled()
 
     def _go_on(self) -> None:
         """Return if the stage may go on."""
-        if self._cancelled:
-            raise TraceEnded("the trace was cancelled")
+        self._check_cancelled()
         if self._clock() > self._ends_at:
             raise OverBudget(
                 f"the part was ended before this was done: it has taken {self._stage_seconds:.3g} "
                 "s, far more than this peer had reckoned with; split the work over several traces"
             )
         self._on_step()
-        self._give_way(self._aside)
+        if not self._model.is_looking:  # others would be looked at as well
+            self._give_way(self._aside)
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise TraceEnded("the trace was cancelled")
 
     def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""

@@ -12,7 +12,7 @@ as they had it (start-time fair queuing).
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar, final
 
 from glasshive.peer.errors import Busy
@@ -49,42 +49,43 @@ class FairQueue(Generic[W]):
             self._had_seconds[client] = max(had_seconds, self._level_seconds)
         own.append(work)
 
-    def take(self) -> tuple[PeerId, W] | None:
-        """Whose turn it is, and with what; None if nothing waits."""
-        return self._take(self._waiting)
-
     @property
     def is_empty(self) -> bool:
         """Whether nothing waits. From any thread."""
         return not self._waiting
 
-    def take_ahead_of(
+    def take(self) -> tuple[PeerId, W] | None:
+        """Whose turn it is, and with what; None if nothing waits."""
+        if not self._waiting:
+            return None
+        client = min(self._waiting, key=self._had_seconds.__getitem__)  # the first of equals
+        return client, self.take_of(client)
+
+    def ahead_of(
         self, client: PeerId, seconds: float, fits: Callable[[W], bool]
     ) -> tuple[PeerId, W] | None:
-        """The same among clients who were given less than `client`, by more than so much.
-
-        And of those whose next work fits.
-        """
+        """Whose turn it is among those given less than `client`, by more than so much, and whose
+        next work fits. Nothing is taken."""
         most_seconds = self._had_seconds.get(client, self._level_seconds) - seconds
-        return self._take(
-            [
-                one
-                for one, own in self._waiting.items()
-                if self._had_seconds[one] < most_seconds and fits(own[0])
-            ]
-        )
-
-    def _take(self, among: Collection[PeerId]) -> tuple[PeerId, W] | None:
-        if not among:
+        ahead = [
+            one
+            for one, own in self._waiting.items()
+            if self._had_seconds[one] < most_seconds and fits(own[0])
+        ]
+        if not ahead:
             return None
-        client = min(among, key=self._had_seconds.__getitem__)  # the first of equals
+        first = min(ahead, key=self._had_seconds.__getitem__)
+        return first, self._waiting[first][0]
+
+    def take_of(self, client: PeerId) -> W:
+        """The next work of a client that waits."""
         own = self._waiting[client]
         work = own.popleft()
         self._waiting.move_to_end(client)
         if not own:
             del self._waiting[client]
         self._level_seconds = max(self._level_seconds, self._had_seconds[client])
-        return client, work
+        return work
 
     def charge(self, client: PeerId, seconds: float) -> None:
         """The client was given so much."""

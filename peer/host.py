@@ -68,7 +68,7 @@ from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
-from glasshive.peer.executor import PassInputs
+from glasshive.peer.executor import Aside, PassInputs
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace
@@ -89,6 +89,8 @@ log = logging.getLogger(__name__)
 MAX_FAILURE_CHARS: Final = 500
 CLOSE_SECONDS: Final = 5.0
 SWEEP_SECONDS: Final = 10.0
+# Of the memory promised to traces: what a pass that is put aside holds is in nobody's bill.
+PUT_ASIDE_PARTS: Final = 16
 
 
 def _constant(
@@ -101,6 +103,10 @@ def _constant(
     tensor = tensor_from_bytes(spec, data)
     # A 0-dim tensor stays on the CPU, where it takes part in type promotion as a scalar.
     return tensor if tensor.dim() == 0 else tensor.to(device)
+
+
+def _to_nobody(aside: Aside) -> None:
+    """In place of giving way."""
 
 
 _Checked: TypeAlias = tuple[Part, Passes, Bill, tuple[PeerAddress, ...]]
@@ -342,12 +348,17 @@ class Host:
                 step_seconds=limits.runaway_seconds(bill.seconds),
             ),
             on_step=self._torch.step,
-            give_way=self._torch.give_way,
+            give_way=self._torch.give_way if self._may_be_put_aside(passes) else _to_nobody,
             stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=ends_at,
             clock=self._clock,
         )
         return trace, bill
+
+    def _may_be_put_aside(self, passes: Passes) -> bool:
+        """Whether the reserve beside what is promised has room for what these passes hold."""
+        held_bytes = max(self._model.pass_bytes(one.batch, one.seq) for one in passes.passes)
+        return held_bytes <= self.memory_bytes // PUT_ASIDE_PARTS
 
     async def _checked(
         self, request: TraceRequest, shown_at: float, body: bytearray

@@ -293,7 +293,7 @@ class HostedTrace:
     @contextlib.contextmanager
     def _resting(self, aside: Aside) -> Iterator[None]:
         """Inside it, the device works for other traces, not on this one's account."""
-        with self.account.resting(), aside():
+        with aside(), self.account.resting():
             yield
 
     def saved(self, name: str, value: Tensor) -> None:

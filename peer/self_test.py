@@ -136,7 +136,10 @@ def _compare(config: PreTrainedConfig, whole: PreTrainedModel, attention: Attent
 def _compare_interrupted(
     config: PreTrainedConfig, spans: list[SpanModel], prompt: Tensor, plain: Tensor
 ) -> None:
-    """Between any two blocks another pass, of another length, runs whole on the same modules."""
+    """Between any two blocks another pass, of another length, runs whole on the same modules.
+
+    And before each module of one block of each span.
+    """
     given, hidden = _tokens(config, _PROMPT_TOKENS - 4), prompt
     for span in spans:
         alone = _run(span, given)
@@ -166,8 +169,10 @@ def _other_pass(span: SpanModel, given: Tensor) -> Iterator[list[Tensor]]:
             results.append(_run(span, given))
         inside = False
 
-    blocks = [span.module.get_submodule(span.block_path(i)) for i in range(span.start, span.end)]
-    hooks = [block.register_forward_pre_hook(run) for block in blocks]
+    first, *later = [
+        span.module.get_submodule(span.block_path(i)) for i in range(span.start, span.end)
+    ]
+    hooks = [one.register_forward_pre_hook(run) for one in (*first.modules(), *later)]
     try:
         yield results
     finally:

@@ -91,15 +91,16 @@ def load_served_model(
 ) -> ServedModel:
     """Load a span (None: the whole model) and check that its model type splits exactly.
 
-    `manifest`, `blueprint` (of this folder, dtype and attention) and `pace` (of this span on this
-    device) are made here if nobody has them. Raises NoSuchDevice, what Blueprint.of raises, and
-    NotEnoughMemory.
+    `manifest`, `blueprint` and `pace` (of this span on this device) are made here if nobody has
+    them; so are the latter two if the blueprint is another model's. Raises NoSuchDevice, what
+    Blueprint.of raises, and NotEnoughMemory.
     """
     device = find_device(device)
     checkpoint = Checkpoint(folder)
     chosen = span or Span(0, checkpoint.n_blocks)
     try:
-        blueprint = blueprint or Blueprint.of(folder, dtype, attention)
+        if blueprint is None or not blueprint.is_of(checkpoint, dtype, attention):
+            blueprint, pace = Blueprint.of(folder, dtype, attention), None
         known = manifest or make_manifest(folder, name, on_hashing)
         model = checkpoint.load_span(
             chosen.start, chosen.end, dtype, device, attention, on_progress=on_loading

@@ -206,6 +206,8 @@ class SpanModel:
         self._received: Tensor | None = None
         self._captured: Tensor | None = None
         self._running = False
+        self.is_looking: bool = False
+        """Whether the pass that runs has the model's indices looked at, by a mode of torch."""
         self._longest_tokens = 0
         self._modules = dict(module.named_modules())
         if not self.is_first:
@@ -265,6 +267,7 @@ class SpanModel:
         looks = self.guarded and (is_edited or tokens > self._longest_tokens)
         is_proof = not is_edited and attention_mask is None and position_ids is None
         self._received, self._captured, self._running = hidden, None, True
+        self.is_looking = looks
         try:
             with GuardedOps() if looks else nullcontext():
                 output = self.module(**arguments)
@@ -273,11 +276,22 @@ class SpanModel:
             result = self._captured
         finally:
             self._received, self._captured, self._running = None, None, False
+            self.is_looking = False
         if cache is not None:
             cache.advance(seq_tokens)
         if is_proof and result is not None:
             self._longest_tokens = max(self._longest_tokens, tokens)
         return result
+
+    def pass_bytes(self, batch: int, seq: int) -> int:
+        """About what a pass of `[batch, seq]` tokens holds between two blocks, at most.
+
+        Keys and values of the hosted blocks, hidden states, a mask of all pairs, and logits.
+        """
+        width = self.hidden_size * (2 * (self.end - self.start) + 4) + seq
+        if self.is_last:
+            width += self.config.get_text_config().vocab_size
+        return batch * seq * width * self.dtype.itemsize
 
     @contextmanager
     def paused(self) -> Iterator[None]:

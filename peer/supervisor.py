@@ -329,6 +329,7 @@ class Supervisor:
                         self._spare = asyncio.create_task(self._start_spare())
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:
                     _killed(f"a pass is {rest} s past its deadline")
+                    self._pace = ""  # it may be why: let the next one measure anew
                     process.kill()
                     return
         finally:

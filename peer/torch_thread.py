@@ -23,6 +23,8 @@ from glasshive.security.keys import PeerId
 
 # By how much another client must have had less for a stage to give way to its work.
 TURN_SECONDS: Final = 0.01
+# How much of its time a stage gives, at most, beyond what it has had itself.
+GRACE_SECONDS: Final = 1.0
 # How many stages are there at most, of which one runs: each holds the memory of its pass.
 MAX_DEEP: Final = 3
 
@@ -80,13 +82,20 @@ class TorchThread:
         one = _Work(client, trace_id, work, seconds, step_seconds)
         with self._lock:
             self._queue.put(client, one)
-        self._pool.submit(self._run_next)
+        try:
+            self._pool.submit(self._run_next)
+        except RuntimeError:  # it is closed
+            self._discard(one)
+            raise
         try:
             await asyncio.wrap_future(one.done)
         except asyncio.CancelledError:
-            with self._lock:
-                self._queue.discard(client, one)
+            self._discard(one)
             raise
+
+    def _discard(self, one: _Work) -> None:
+        with self._lock:
+            self._queue.discard(one.client, one)
 
     def step(self) -> None:
         """Called by work, on the thread: it has come a step further, and the next has its time."""
@@ -96,29 +105,39 @@ class TorchThread:
     def give_way(self, aside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Called by work, on the thread, wherever other work may run to its end in between.
 
-        It runs inside `aside()`, if its client had less and it takes no longer than this one. This
-        one gives way no further when others had as much of its time as it had itself, so that who
-        comes under ever new keys can't hold it up for good.
+        That runs inside `aside()`, whose errors are this work's. It is of a client that had less,
+        takes no longer than this one, and all that it gives way to takes no more of its time than
+        it had itself and a moment: who comes under ever new keys can't hold it up for good.
         """
         if self._queue.is_empty or not 1 <= len(self._running) < MAX_DEEP:
             return
         work = self._running[-1]
-        while True:
-            self._charge(work)
-            if work.gave_seconds > work.ran_seconds:
-                return
-            with self._lock:
-                next_one = self._queue.take_ahead_of(
-                    work.client, TURN_SECONDS, lambda one: one.seconds <= work.seconds
-                )
-            if next_one is None:
-                return
-            with aside():
-                self._run(next_one[1])
-            now = self._clock()
-            work.gave_seconds += now - work.charged_until
-            work.charged_until = now
-            self.step()
+        while self._ahead_of(work) is not None:
+            try:
+                with aside():
+                    # Anew: the device may have worked on for this one meanwhile.
+                    next_one = self._ahead_of(work, take=True)
+                    if next_one is None:
+                        return
+                    self._run(next_one)
+            finally:
+                now = self._clock()
+                work.gave_seconds += now - work.charged_until
+                work.charged_until = now
+                self.step()
+
+    def _ahead_of(self, work: _Work, *, take: bool = False) -> _Work | None:
+        """To what `work`, which runs, would give way."""
+        self._charge(work)
+        left_seconds = work.ran_seconds + GRACE_SECONDS - work.gave_seconds
+        most_seconds = min(work.seconds, left_seconds)
+        with self._lock:
+            ahead = self._queue.ahead_of(
+                work.client, TURN_SECONDS, lambda one: one.seconds <= most_seconds
+            )
+            if ahead is not None and take:
+                self._queue.take_of(ahead[0])
+        return None if ahead is None else ahead[1]
 
     def after(self, trace_id: bytes, then: Callable[[], None]) -> None:
         """Call `then` on the loop when no work of that trace runs: now, if none does."""

@@ -98,10 +98,10 @@ class ServeOptions:
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """What a host that takes another's place has before it begins. `pace` None: it never said."""
+    """What a host that takes another's place has before it begins, as far as it could be had."""
 
     listen: str
-    blueprint: Blueprint
+    blueprint: Blueprint | None
     pace: HostPace | None
 
 
@@ -121,11 +121,11 @@ def stand_by(options: ServeOptions) -> Inherited:
     from glasshive.peer.pace import HostPace
 
     hivemind_setup.prepare()
-    with _thread_that_ends() as thread:
-        dtype = _number_format(options)
-        blueprint = thread.submit(
-            Blueprint.of, find_model(options.model), dtype, options.attention
-        ).result()
+    blueprint = None
+    # What is wrong with the model is told when it is this process' turn.
+    with contextlib.suppress(GlasshiveError, ModelUnavailableError), _thread_that_ends() as thread:
+        folder, dtype = find_model(options.model), _number_format(options)
+        blueprint = thread.submit(Blueprint.of, folder, dtype, options.attention).result()
     turn = wait_for_turn()
     if turn is None:
         sys.exit(0)

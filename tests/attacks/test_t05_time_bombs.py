@@ -31,7 +31,7 @@ from glasshive.graph.kernels import infer
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.tensors import TensorSpec
-from glasshive.peer import executor
+from glasshive.peer import executor, host
 from glasshive.peer.admission import Admission
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.pace import HostPace
@@ -239,6 +239,23 @@ async def test_a_short_trace_is_served_in_the_middle_of_a_long_one(
         assert isinstance(found, dict)
         (plain,) = (await tenants.run(alice, [Read(LAST, 0), Save(A, "s")])).values()  # type: ignore[union-attr]
         assert torch.equal(found["s"], plain.sinh().cosh())
+
+
+@pytest.mark.asyncio
+async def test_a_pass_that_holds_much_memory_is_not_put_aside(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds is in nobody's bill, and so would several be at once."""
+    given: list[object] = []
+    monkeypatch.setattr(TorchThread, "give_way", lambda thread, aside: given.append(aside))
+    held_bytes = served.model.pass_bytes(1, SEQ)
+    for parts, gives_way in ((1, True), (2**40, False)):
+        monkeypatch.setattr(host, "PUT_ASIDE_PARTS", parts)
+        given.clear()
+        async with Tenants(served) as tenants:
+            assert tenants.host.memory_bytes > held_bytes
+            assert isinstance(await tenants.run(tenants.client(), SAVED), dict)
+        assert bool(given) is gives_way
 
 
 @pytest.mark.asyncio

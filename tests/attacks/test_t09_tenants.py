@@ -34,9 +34,10 @@ from glasshive.graph.graph import Const, Node, NodeId, Op, Read, Ref, Save, Site
 from glasshive.graph.kernels import KERNELS
 from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.ops import OPS
-from glasshive.peer import executor
+from glasshive.peer import executor, torch_thread
 from glasshive.peer.executor import Executor
 from glasshive.peer.served_model import ServedModel
+from glasshive.peer.torch_thread import TorchThread
 
 PAIRS: Final = count(50, 1000)
 HIDDEN: Final = 32
@@ -241,6 +242,16 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(
     draw = random.Random(SEED)
     seen: set[str] = set()
     handed = Handed(monkeypatch)
+    # A tiny stage takes less than what one is given way for; and they are of one length.
+    monkeypatch.setattr(torch_thread, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(torch_thread, "GRACE_SECONDS", 1e9)
+    run, in_between = TorchThread._run, [0]
+
+    def counted(thread: TorchThread, work: Any) -> None:
+        in_between[0] += bool(thread._running)
+        run(thread, work)
+
+    monkeypatch.setattr(TorchThread, "_run", counted)
     async with Tenants(served) as tenants:
         alice, eve = tenants.client(), tenants.client()
         for number in range(PAIRS):
@@ -272,6 +283,7 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(
             seen |= {kind.__name__, *b.failures}
     assert {"ShapeMismatch", "OverBudget", "Busy"} <= seen
     assert min(handed.searched[True], handed.searched[False]) > PAIRS
+    assert in_between[0] > PAIRS // 2, "few stages ran in the middle of others"
 
 
 def broken(kernel: Callable[..., object], error: Exception) -> Callable[..., object]:

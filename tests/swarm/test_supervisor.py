@@ -273,6 +273,24 @@ def test_a_spare_process_takes_the_place_of_one_that_ends(run: Run) -> None:
     running.wait_for(lambda: not any(alive(pid) for pid, _ in running.started))
 
 
+def test_a_pace_is_not_taken_over_from_a_pass_that_outran_it(run: Run) -> None:
+    running = run(
+        """
+        out = open("/proc/self/fd/1").name
+        reporter.ready("/ip4/127.0.0.1/tcp/4001", "fast")
+        while b"spare" not in open(out, "rb").read():
+            reporter.beat(0)
+            time.sleep(0.02)
+        while True:
+            reporter.beat(1.5)
+            time.sleep(0.02)
+        """,
+        spare=SPARE,
+    )
+    running.wait_for(lambda: "turn of" in running.text)
+    assert f"turn of {running.started[1][0]} {('/ip4/127.0.0.1/tcp/4001', '')}" in running.text
+
+
 def test_a_spare_process_that_has_died_is_not_waited_for(run: Run) -> None:
     running = run("serve(1.0)\nos._exit(3)", spare="os._exit(9)")
     running.wait_for(lambda: [kind for _, kind in running.started].count("spare") >= 2)

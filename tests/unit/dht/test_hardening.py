@@ -128,6 +128,7 @@ def test_others_run_between_the_records_of_a_store() -> None:
 
     class Node:
         IS_DICTIONARY = DHTProtocol.IS_DICTIONARY
+        IS_REGULAR_VALUE = DHTProtocol.IS_REGULAR_VALUE
         serializer = DHTProtocol.serializer
         authorizer = None
         node_info = dht_pb2.NodeInfo(node_id=b"n")
@@ -180,6 +181,16 @@ def test_others_run_between_the_records_of_a_store() -> None:
         assert kept.get("of 9") is None
         assert node.pinged == 2
         assert answer.peer.node_id == b"n"
+        no_subkey = store((Node.IS_REGULAR_VALUE, b"good"))
+        assert list((await DHTProtocol.rpc_store(node, no_subkey, None)).store_ok) == [False]
+        many = [
+            asyncio.create_task(DHTProtocol.rpc_store(node, store(*single), None))
+            for _ in range(member_calls.MAX_STORES + 1)
+        ]
+        *judged, refused = await asyncio.gather(*many, return_exceptions=True)
+        assert "64 stores are being judged here" in str(refused)
+        assert all(len(one.store_ok) == 100 for one in judged)
+        assert len((await DHTProtocol.rpc_store(node, store(*single), None)).store_ok) == 100
         together.in_cache.append(False)
         with pytest.raises(RecordRefused, match="not of one length"):
             await DHTProtocol.rpc_store(node, together, None)

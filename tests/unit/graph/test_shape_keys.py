@@ -43,6 +43,8 @@ def calls(op: OpSpec, numbers: tuple[SpecArg, ...]) -> Iterator[tuple[SpecArg, .
             if param.kind == "operand":
                 for number in numbers:
                     yield (*args[:place], number, *args[place + 1 :])
+                    if op.params[-1].name == "alpha":
+                        yield (*args[:place], number, *args[place + 1 : -1], 2)
 
 
 def answer(name: str, args: tuple[SpecArg, ...], monkeypatch: pytest.MonkeyPatch) -> Specs | None:
