@@ -9,7 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.errors import NoRoute, PeerBusy, PeerError, PeerFailed, TraceTimeout
@@ -28,6 +28,10 @@ from glasshive.security.keys import PeerId
 
 if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
+
+
+# What a host refuses for a limit of its own, which another may not have.
+_OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
 
 
 class ModelRunner:
@@ -57,8 +61,9 @@ class ModelRunner:
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
 
-        A trace is a pure function of its request, so after a lost peer all of it is run again on a
-        route without that peer, `retries` times at most and within the one deadline.
+        A trace is a pure function of its request, so after a lost peer, or one whose own limits
+        are too narrow for it, all of it is run again on a route without that peer, `retries` times
+        at most and within the one deadline.
         """
         ends_at = time.monotonic() + options.deadline_seconds
         avoid, only = set(options.avoid), options.route
@@ -79,7 +84,13 @@ class ModelRunner:
             except PeerFailed as error:
                 line = experiment.line_of(error.node)
                 error.args = (f"{f'{line}: ' if line else ''}{_told(error)}",)
-                raise
+                if error.code not in _OWN_LIMITS or attempt == options.retries:
+                    raise
+                avoid.add(error.peer)  # another peer may allow more, or have more left
+                try:
+                    route = self._route(experiment, avoid, only, fresh=True, ends_at=ends_at)
+                except (NoRoute, SwarmError):
+                    raise error from None
             except PeerError as error:
                 avoid.add(error.peer)
                 if not isinstance(error, PeerBusy):  # which is there, and free again soon

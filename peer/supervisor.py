@@ -14,7 +14,8 @@ that decides how long. Rules:
    code. So it does after several in a row that were never ready, such as when their port is taken.
 5. Once the host process is ready a spare one is started, which does all that takes seconds and
    needs no weights, and waits. It takes the place of the one that ends: a line ``go ADDRESS PACE``
-   on its standard input, where ADDRESS is the one to listen at.
+   on its standard input, where ADDRESS is the one to listen at. A spare one that ends meanwhile is
+   replaced.
 
 Reports are lines: ``beat OVERDUE_SECONDS`` every second, ``ready ADDRESS PACE`` once. PACE is what
 the process has measured; the supervisor doesn't read it.
@@ -55,6 +56,7 @@ class SupervisorLimits:
     first_pause_seconds: float = 0.25
     longest_pause_seconds: float = 60.0
     steady_seconds: float = 60.0  # after so long in service, failures are counted from none
+    spare_pause_seconds: float = 60.0  # at least, from the start of a spare one to the next one's
     useless_starts: int = 10  # in a row, none of which was ready: over 2 minutes
 
 
@@ -153,6 +155,7 @@ class Supervisor:
         self._command = command
         self._spare_command = spare
         self._spare: asyncio.Task[_Started | None] | None = None
+        self._spare_began = 0.0  # by the loop's clock
         self._limits = limits or SupervisorLimits()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -257,6 +260,24 @@ class Supervisor:
             os.close(writing)
         return _Started(process, reading)
 
+    def _begin_spare(self) -> None:
+        self._spare_began = asyncio.get_running_loop().time()
+        self._spare = asyncio.create_task(self._start_spare())
+
+    def _spare_has_ended(self) -> bool:
+        """Whether it is time for another one; what was left of the last is given up then."""
+        if self._spare is None or not self._spare.done():
+            return False
+        since_seconds = asyncio.get_running_loop().time() - self._spare_began
+        started = self._spare.result()
+        if started is None or started.process.returncode is None:
+            return False
+        if since_seconds < self._limits.spare_pause_seconds:
+            return False
+        os.close(started.reading)
+        log.warning("spare_process_ended", extra={"code": started.process.returncode})
+        return True
+
     async def _start_spare(self) -> _Started | None:
         if self._spare_command is None:
             return None
@@ -326,7 +347,9 @@ class Supervisor:
                     address, _, self._pace = rest.partition(" ")
                     self._listen = address or self._listen
                     if self._spare is None:
-                        self._spare = asyncio.create_task(self._start_spare())
+                        self._begin_spare()
+                elif word == "beat" and self._spare_has_ended():
+                    self._begin_spare()
                 elif word == "beat" and float(rest) > self._limits.overdue_seconds:
                     _killed(f"a pass is {rest} s past its deadline")
                     self._pace = ""  # it may be why: let the next one measure anew

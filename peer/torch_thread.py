@@ -131,9 +131,12 @@ class TorchThread:
         self._charge(work)
         left_seconds = work.ran_seconds + GRACE_SECONDS - work.gave_seconds
         most_seconds = min(work.seconds, left_seconds)
+        here = {one.client for one in self._running}  # whose stage has given way gets no other
         with self._lock:
             ahead = self._queue.ahead_of(
-                work.client, TURN_SECONDS, lambda one: one.seconds <= most_seconds
+                work.client,
+                TURN_SECONDS,
+                lambda one: one.seconds <= most_seconds and one.client not in here,
             )
             if ahead is not None and take:
                 self._queue.take_of(ahead[0])

@@ -146,8 +146,8 @@ def serve(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="The most memory that all traces take at a time, such as 8GiB, besides the model; "
-            "without it three quarters of what is free at the start."
+            help="The most memory that all traces take at a time, such as 8GiB (a plain number is "
+            "bytes), besides the model; without it three quarters of what is free at the start."
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Announce the model under this name.")] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
@@ -39,7 +40,8 @@ from glasshive.settings import Settings
 from glasshive.swarm_members import member_files
 from glasshive.swarm_trust import read_root
 
-log = structlog.get_logger(__name__)
+# Of the standard library underneath: in a client's own script it is for that to say what is shown.
+log = structlog.wrap_logger(logging.getLogger(__name__))
 
 PERIOD_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 5.0

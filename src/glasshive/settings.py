@@ -59,7 +59,7 @@ _WANTED = {
     "issuers": 'a list of peer ids, such as ["12D3KooW..."]',
     "policy": 'a path in quotes, such as "policy.toml"',
     "audit": "true or false, without quotes",
-    "memory": 'a size above 0 in quotes, such as "8GiB", or a number of bytes',
+    "memory": 'a size of at least 64 MiB in quotes, such as "8GiB" (8 alone is 8 bytes)',
     "listen": 'an address of this machine in quotes, such as "/ip4/0.0.0.0/tcp/31331"',
     "announce": 'a list of addresses, such as ["/ip4/203.0.113.7/tcp/31331"]',
 }
@@ -82,7 +82,8 @@ class Settings(BaseSettings):
     issuers: Annotated[tuple[PeerId, ...], NoDecode] = ()
     policy: Path | None = None
     audit: bool | None = None
-    memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    # Less holds hardly a trace, and a host that refuses each is in everybody's way.
+    memory: Annotated[ByteSize, Field(ge=64 << 20)] | None = None
     listen: str | None = None
     announce: Annotated[tuple[str, ...], NoDecode] = ()
 

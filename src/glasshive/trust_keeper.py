@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,8 @@ from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
 from glasshive.swarm_trust import host_rules, rules_state
 
-log = structlog.get_logger(__name__)
+# Of the standard library underneath: in a client's own script it is for that to say what is shown.
+log = structlog.wrap_logger(logging.getLogger(__name__))
 
 PERIOD_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 5.0

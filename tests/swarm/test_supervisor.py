@@ -25,7 +25,7 @@ set_up_logging("json")
 script, ending, spare = sys.argv[1:]
 limits = SupervisorLimits(
     start_seconds=20, heartbeat_seconds=1.5, overdue_seconds=1, stop_seconds=2,
-    first_pause_seconds=0.05, useless_starts=3,
+    first_pause_seconds=0.05, useless_starts=3, spare_pause_seconds=0.2,
 )
 def command(descriptor, listen):
     return [sys.executable, "-c", script, str(descriptor), listen or "-"]
@@ -289,6 +289,13 @@ def test_a_pace_is_not_taken_over_from_a_pass_that_outran_it(run: Run) -> None:
     )
     running.wait_for(lambda: "turn of" in running.text)
     assert f"turn of {running.started[1][0]} {('/ip4/127.0.0.1/tcp/4001', '')}" in running.text
+
+
+def test_a_spare_process_that_has_died_is_replaced(run: Run) -> None:
+    running = run("serve()", spare="os._exit(9)")
+    running.wait_for(lambda: [kind for _, kind in running.started].count("spare") >= 3)
+    assert "spare_process_ended" in running.text
+    assert [kind for _, kind in running.started].count("-") == 1
 
 
 def test_a_spare_process_that_has_died_is_not_waited_for(run: Run) -> None:

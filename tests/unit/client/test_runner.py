@@ -10,13 +10,14 @@ import pytest
 
 from glasshive.client import runner
 from glasshive.client import swarm as client_swarm
-from glasshive.client.errors import NoRoute, PeerBusy, PeerLost, TraceTimeout
+from glasshive.client.errors import NoRoute, PeerBusy, PeerFailed, PeerLost, TraceTimeout
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
 from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, ShutOut, UnknownModel
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
+from glasshive.graph.plan import Span
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
@@ -134,6 +135,38 @@ def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.Monkey
         with pytest.raises(PeerBusy):
             model.run(Experiment(), TraceOptions(retries=0))
         assert model._lost == {}
+
+
+@pytest.mark.parametrize("code", ["OverBudget", "QuotaExceeded", "ShapeMismatch"])
+@pytest.mark.parametrize("hosts_that_refuse", [1, 2, 3])
+def test_a_host_s_own_limits_are_no_reason_to_give_up(
+    code: str, hosts_that_refuse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lends next to nothing had disabled a swarm in which others lend enough."""
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    model: Any = runner_of(Swarm())
+    tried: list[str] = []
+
+    def run(experiment: object, options: object, route: Route, *rest: object) -> str:
+        peer = route.records[0].peer_id
+        tried.append(peer)
+        if len(tried) <= hosts_that_refuse:
+            raise PeerFailed("7 are allowed", code=code, node=None, peer=peer, span=Span(0, BLOCKS))
+        return "done"
+
+    monkeypatch.setattr(model, "_run_once", run)
+    limited = code != "ShapeMismatch"
+    if limited and hosts_that_refuse < 3:
+        assert model.run(Experiment(), TraceOptions(retries=2)) == "done"
+    else:
+        with pytest.raises(PeerFailed, match="7 are allowed"):
+            model.run(Experiment(), TraceOptions(retries=2))
+    assert len(tried) == (min(hosts_that_refuse + 1, 3) if limited else 1)
+    assert len(set(tried)) == len(tried)
+    assert model._lost == {}
+    tried.clear()
+    with pytest.raises(PeerFailed):
+        model.run(Experiment(), TraceOptions(retries=0))
 
 
 WHERE = " ".join(Swarm.where.hosts)

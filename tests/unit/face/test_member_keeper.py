@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,14 @@ async def test_one_bootstrap_that_is_away_keeps_no_other_from_being_asked(swarm:
     async with keeper:
         swarm.book.revoke(NOW, peers=[ALICE.peer_id])
         await eventually(lambda: bool(gate.membership.lists))
+
+
+def test_a_client_s_own_script_says_nothing_of_it() -> None:
+    """It printed on standard output, among what the script prints."""
+    script = (
+        "from glasshive import member_keeper, trust_keeper\n"
+        "for one in (member_keeper, trust_keeper):\n"
+        "    one.log.info('revocations_changed', by='x')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")

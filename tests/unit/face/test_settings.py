@@ -78,7 +78,7 @@ def test_memory_is_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert load_settings(file).memory == 8 << 30
     monkeypatch.setenv("GLASSHIVE_MEMORY", "500MB")
     assert load_settings(file).memory == 500_000_000
-    assert load_settings(file, memory="1000").memory == 1000
+    assert load_settings(file, memory="67108864").memory == 64 << 20
     with pytest.raises(ConfigError, match="memory of GLASSHIVE_MEMORY or a flag: wanted a size"):
         load_settings(memory="-1")
 
@@ -101,8 +101,12 @@ def test_memory_is_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             "bootstraps = [1]\n",
             r"setting bootstraps in .*: wanted a list of addresses.* got \[1\]$",
         ),
-        ('memory = "much"\n', r"setting memory in .*: wanted a size above 0 .*8GiB.* got 'much'$"),
-        ("memory = 0\n", r"setting memory in .*: wanted a size above 0 .*8GiB.* got 0$"),
+        (
+            'memory = "much"\n',
+            r"setting memory in .*: wanted a size of at least 64 MiB .*8GiB.* got 'much'$",
+        ),
+        ("memory = 0\n", r"setting memory in .*: wanted a size of at least 64 MiB .* got 0$"),
+        ('memory = "8"\n', r"setting memory in .*8 alone is 8 bytes.* got '8'$"),
         ("key = 3\n", "setting key in .*: wanted a path in quotes"),
         ('swarm = "\udcff"', "can't be read: 'utf-8' codec can't decode"),
         (f"swarm = {'9' * 5000}", "can't be read: a number has too many digits"),

@@ -272,6 +272,14 @@ async def test_nobody_gives_way_to_work_of_the_same_client() -> None:
 
 
 @pytest.mark.asyncio
+async def test_nobody_gives_way_to_who_has_just_given_way() -> None:
+    """A client with many traces, beside one with one of the same length."""
+    many = [Work(ALICE, f"a{i}", 6, 0.1) for i in range(3)]
+    order = await Turns().order_of(many[0], Work(BOB, "b", 6, 0.1), *many[1:])
+    assert order == ["b", "a0", "a1", "a2"]
+
+
+@pytest.mark.asyncio
 async def test_nobody_gives_way_to_what_takes_longer() -> None:
     """But to who comes after it and takes less."""
     long, longer, short = Work(ALICE, "long", 10), Work(BOB, "longer", 11), Work(CAROL, "short")

@@ -206,7 +206,7 @@ async def test_a_host_without_a_root_says_what_others_can_run(
 @pytest.mark.parametrize(
     ("memory", "says"),
     [
-        ("1MiB", "traces take at most 1.0MiB of memory, all together\n"),
+        ("64MiB", "traces take at most 64.0MiB of memory, all together\n"),
         ("1PiB", "traces take at most 300.0MiB of memory, all together, since no more is free\n"),
         (None, "traces take at most 225.0MiB of memory, all together\n"),
     ],
