@@ -357,8 +357,8 @@ class Host:
 
     def _may_be_put_aside(self, passes: Passes) -> bool:
         """Whether the reserve beside what is promised has room for what these passes hold."""
-        held_bytes = max(self._model.pass_bytes(one.batch, one.seq) for one in passes.passes)
-        return held_bytes <= self.memory_bytes // PUT_ASIDE_PARTS
+        most_bytes = self.memory_bytes // PUT_ASIDE_PARTS
+        return all(self._model.pass_bytes(p.batch, p.seq) <= most_bytes for p in passes.passes)
 
     async def _checked(
         self, request: TraceRequest, shown_at: float, body: bytearray
