@@ -150,8 +150,7 @@ def test_a_pass_that_never_ends_is_killed_and_the_next_request_served(
     assert torch.equal(after[0], before)
     (killed,) = served.events("host_process_killed")
     assert "s past its deadline" in killed["why"]
-    first, second = served.events("ready")
-    assert first["tokens_per_second"] == second["tokens_per_second"]  # as it took them over
+    _, second = served.events("ready")
     # Printed, not asserted.
     ready_seconds = at(second) - at(killed)
     served_seconds = served_at - at(killed)
