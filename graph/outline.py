@@ -114,6 +114,13 @@ class Outline:
             )
         return event
 
+    def has_run_all(self, stop_event: int | None) -> bool:
+        """Whether every module has begun before that event; None is the end of a pass."""
+        return stop_event is None or not any(
+            one.input_event is not None and one.input_event >= stop_event
+            for one in self.modules.values()
+        )
+
     def leaf(self, site: Site, padded: bool) -> Leaf:
         """The tensor at `site`, in a padded pass or in one that is not.
 

@@ -161,7 +161,8 @@ class Host:
         self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
         self._tenants: dict[bytes, ClientStream] = {}  # who has which slot, since its Prepare
-        self._admission = Admission(served.outline, served.twin, self._limits.budget, served.pace)
+        self._pace = served.pace
+        self._admission = Admission(served.outline, served.twin, self._limits.budget, self._pace)
         self.apply(policy or Policy.of_release())
 
     @property
@@ -336,6 +337,7 @@ class Host:
             part=part,
             passes=passes,
             model=self._model,
+            pace=self._pace,
             outline=self._outline,
             consts=consts,
             transport=self._transport,

@@ -34,7 +34,7 @@ from glasshive.dht.messages import (
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.errors import GraphError
-from glasshive.graph.graph import NodeId
+from glasshive.graph.graph import NodeId, Skip
 from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
 )
@@ -56,6 +56,7 @@ from glasshive.peer.errors import (
 )
 from glasshive.peer.executor import Aside, Executor, GiveWay, PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
+from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import PeerId
 from glasshive.security.requests import TraceRequest
@@ -94,6 +95,7 @@ class HostedTrace:
     part: Part
     passes: Passes
     model: SpanModel
+    pace: HostPace
     outline: Outline
     consts: Mapping[bytes, Tensor]
     transport: Transport
@@ -268,12 +270,26 @@ class HostedTrace:
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
+            before_seconds = self.account.compute_seconds
             with self.account.computing():
                 while carried:
                     self._executor.put(*carried.popitem())
                 self._executor.run(stage, inputs, hidden)
+            if self._is_whole(stage):
+                one = self.passes.passes[stage.pass_index]
+                seconds = self.account.compute_seconds - before_seconds
+                self.pace.saw(one.batch * one.seq, seconds)
 
         await self._soon(self.run_on_torch(work))
+
+    def _is_whole(self, stage: Stage) -> bool:
+        """Whether the stage runs all that this span has of the model."""
+        nodes = self.part.graph.nodes
+        return (
+            stage.forward
+            and self.outline.has_run_all(stage.stop_event)
+            and not any(isinstance(nodes[node_id], Skip) for node_id in stage.nodes)
+        )
 
     async def _soon(self, awaitable: Awaitable[T]) -> T:
         try:

@@ -116,7 +116,8 @@ class Tenants:
     def prepare(self, client: MemoryTransport, nodes: Sequence[Node] = SAVED) -> tuple[Any, bytes]:
         """The frame by which that client asks for a trace of these nodes."""
         ids = tuple(map(NodeId, range(len(nodes))))
-        stop = self._served.outline.event(LAST)
+        read = (node.site for node in nodes if isinstance(node, Read))
+        stop = max(map(self._served.outline.event, (LAST, *read)))
         stage = Stage(0, ids, forward=True, stop_event=stop)
         span = Span(0, self._served.model.n_blocks)
         part = Part(0, span, Graph(dict(zip(ids, nodes, strict=True))), (stage,), {})

@@ -1,15 +1,17 @@
-"""Seconds of a host's own time: measured once, and what a part may take of them."""
+"""Seconds of a host's own time: measured, and what a part may take of them."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from tenants import Tenants
 
 from glasshive.graph.budget import Budget, Cost, Pace
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import OverBudget
-from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site
+from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Skip
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.peer.admission import Admission
@@ -17,6 +19,7 @@ from glasshive.peer.errors import TraceEnded
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.served_model import ServedModel
+from glasshive.peer.serving import record_of
 
 SITE = Site("model.layers.0", "output")
 
@@ -59,6 +62,50 @@ def test_a_host_measures_its_pace(served: ServedModel) -> None:
             *dense.values(),
         )
         assert all(math.isfinite(one) and one > 0 for one in figures)
+
+
+def test_the_fastest_pass_counts() -> None:
+    pace = HostPace(tokens_per_second=100.0, hidden_size=100, graph=Pace())
+    pace.saw(tokens=20, seconds=0.1)
+    assert pace.tokens_per_second == 200
+    pace.saw(tokens=20, seconds=10.0)
+    pace.saw(tokens=20, seconds=0.0)
+    pace.saw(tokens=2000, seconds=0.1)  # more at a time than were measured
+    assert pace.tokens_per_second == 200
+
+
+LOGITS = Read(Site("lm_head", "output"), 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("nodes", "is_whole"),
+    [
+        ((LOGITS, Save(Ref(NodeId(0)), "s")), True),
+        ((Read(SITE, 0), Save(Ref(NodeId(0)), "s")), False),
+        (
+            (
+                Read(SITE, 0),
+                Skip("model.layers.1", 0, Ref(NodeId(0))),
+                LOGITS,
+                Save(Ref(NodeId(2)), "s"),
+            ),
+            False,
+        ),
+    ],
+    ids=["whole", "without the head", "with a block skipped"],
+)
+async def test_a_whole_pass_corrects_what_was_measured(
+    served: ServedModel, nodes: tuple[Node, ...], is_whole: bool
+) -> None:
+    busy = 0.5  # tokens a second, as if the machine had done something else
+    measured = replace(served, pace=HostPace(busy, served.pace.hidden_size, served.pace.graph))
+    async with Tenants(measured) as tenants:
+        client = tenants.client()
+        assert record_of(tenants.home, measured, 60.0, 1).throughput_tokens_per_second == busy
+        assert isinstance(await tenants.run(client, nodes), dict)
+        announced = record_of(tenants.home, measured, 60.0, 1).throughput_tokens_per_second
+    assert (announced > busy) is is_whole
 
 
 def test_attention_makes_long_rows_dearer() -> None:
