@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from glasshive.client.errors import TraceError
 from glasshive.client.job import PassInput
 from glasshive.client.prompts import Tokens
+from glasshive.client.saved import fill
 from glasshive.client.sites import Sites
 from glasshive.client.source_lines import Mark, SourceLine, here, resolve
 from glasshive.client.traced import TracedTensor
@@ -20,9 +21,10 @@ from glasshive.graph.budget import Bill, Budget, admit
 from glasshive.graph.calls import Calls, surroundings
 from glasshive.graph.codec import graph_digest
 from glasshive.graph.errors import GraphError, NoRoots, UnseenWrite
-from glasshive.graph.graph import Graph, Node, NodeId, Ref, Save, Write
-from glasshive.graph.order import DEFAULT_PASS_ROWS, Passes, assign_passes
-from glasshive.graph.outline import Outline
+from glasshive.graph.graph import Graph, Node, NodeId, Read, Ref, Save, Site, Write
+from glasshive.graph.order import DEFAULT_PASS_ROWS, Moment, Passes, assign_passes
+from glasshive.graph.outline import GENERATOR, Outline
+from glasshive.graph.sampling import Sampling
 from glasshive.graph.simplify import simplify
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.errors import BadPeerId
@@ -73,9 +75,66 @@ def peer_ids(given: object, option: str) -> frozenset[PeerId]:
     return frozenset(peers)
 
 
+class Chosen:
+    """The tokens of a generation, as far as they have come.
+
+    A row ends with its first stop token, and an invoke with the last of its rows. What is chosen
+    after that, because other invokes share its passes, is not its.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[tuple[int, int], str],
+        stop_tokens: Sequence[int],
+        tell: Callable[[Chosen], None] | None,
+    ) -> None:
+        self.names = names  # of the saves, by invoke and step
+        self._stops = torch.tensor(stop_tokens, dtype=torch.int64)
+        self._tell = tell
+        self._came: Mapping[str, Tensor] = {}
+        self._steps: dict[int, tuple[list[Tensor], bool]] = {}  # by invoke
+
+    def hear(self, saves: Mapping[str, Tensor]) -> None:
+        """What has come until now. In the thread of whoever waits for the generation."""
+        self._came = saves
+        self._steps.clear()
+        if self._tell is not None:
+            self._tell(self)
+
+    def steps(self, invoke: int) -> list[Tensor]:
+        """The tokens of each step that has come, int64 `[batch]`, up to the end of the invoke."""
+        if invoke not in self._steps:
+            self._steps[invoke] = self._find(invoke)
+        return self._steps[invoke][0]
+
+    def has_ended(self, invoke: int) -> bool:
+        """Whether every row of the invoke has come to a stop token."""
+        self.steps(invoke)
+        return self._steps[invoke][1]
+
+    def _find(self, invoke: int) -> tuple[list[Tensor], bool]:
+        found: list[Tensor] = []
+        goes_on: Tensor | None = None
+        while (name := self.names.get((invoke, len(found)), "")) in self._came:
+            tokens = self._came[name]
+            found.append(tokens)
+            still = ~torch.isin(tokens, self._stops)
+            goes_on = still if goes_on is None else goes_on & still
+            if not goes_on.any():
+                return found, True
+        return found, False
+
+    def tokens(self, invoke: int) -> Tensor:
+        """All of them, int64 `[batch, new]`."""
+        return torch.stack(self.steps(invoke), 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What is run: a graph in passes, the inputs, and where in the user's code each node stands."""
+    """What is run: a graph in passes, the inputs, and where in the user's code each node stands.
+
+    `saves` are the traced tensors that are filled with what comes back, by name.
+    """
 
     outline: Outline
     graph: Graph
@@ -86,6 +145,9 @@ class Experiment:
     inputs: tuple[PassInput, ...]
     saves: Mapping[str, TracedTensor]
     marks: Mapping[NodeId, Mark]
+    until: Mapping[str, Mapping[int, Moment]]  # of each save: what it needs of which invokes
+    sampling: Sampling | None = None
+    chosen: Chosen | None = None  # of a generation
 
     @property
     def digest(self) -> bytes:
@@ -95,6 +157,45 @@ class Experiment:
     def line_of(self, node_id: int | None) -> SourceLine | None:
         """The user's line of a node."""
         return None if node_id is None else resolve(self.marks.get(NodeId(node_id)))
+
+    def fill(self, came: Mapping[str, Tensor]) -> None:
+        """Give every saved value its tensor, once all has come that comes.
+
+        What needs a step that a generation did not come to, because it ended before, has none, and
+        says so when it is used. Raises ClientError if a tensor is not what was traced.
+        """
+        if self.chosen is not None:
+            self.chosen.hear(came)
+        for name, tensor in self.saves.items():
+            missing = self._why_missing(name)
+            if missing is None:
+                fill(tensor, came[name])
+            else:
+                tensor._alias.cell.recorder.never_came[name] = missing
+
+    def never_come(self, came: Mapping[str, Tensor]) -> frozenset[str]:
+        """The saves that don't come beside these, because the tokens among them say an end."""
+        if self.chosen is None:
+            return frozenset()
+        self.chosen.hear(came)
+        late = {name for name in self.saves if self._why_missing(name) is not None}
+        for (invoke, step), name in self.chosen.names.items():
+            if self.chosen.has_ended(invoke) and step >= len(self.chosen.steps(invoke)):
+                late.add(name)
+        return frozenset(late)
+
+    def _why_missing(self, name: str) -> str | None:
+        """Why a save never came; None if it comes."""
+        if self.chosen is None:
+            return None
+        for invoke, (step, _) in self.until[name].items():
+            made = len(self.chosen.steps(invoke))
+            if step >= made and self.chosen.has_ended(invoke):
+                return (
+                    f"it is of step {step}, and the generation ended at step {made - 1}, with a "
+                    "stop token"
+                )
+        return None
 
     def saved_specs(self) -> dict[str, TensorSpec]:
         """What every save will be, by name."""
@@ -106,9 +207,19 @@ class Experiment:
 
 
 def finish(
-    sites: Sites, tokens: Sequence[Tokens], calls: Calls, options: TraceOptions
+    sites: Sites,
+    tokens: Sequence[Tokens],
+    calls: Calls,
+    options: TraceOptions,
+    *,
+    sampling: Sampling | None = None,
+    tell: Callable[[Chosen], None] | None = None,
+    left_out: Sequence[TracedTensor] = (),
 ) -> Experiment:
     """The experiment that `sites` recorded. The recording itself stays as it is.
+
+    With `sampling` it is a generation, of which all tokens are brought back, and told of to `tell`
+    as they come. Saved values of `left_out` are filled by whoever asks.
 
     Raises NoRoots, UnequalLengths and what else the rules of a graph say, at the user's line;
     warns of every write that nothing saved can see.
@@ -116,11 +227,22 @@ def finish(
     if sites.broken is not None:
         raise sites.broken
     recorder = sites.recorder
-    saved = {name: Ref(tensor._alias.value()) for name, tensor in recorder.saves.items()}
+    wanted = {
+        name: one
+        for name, one in recorder.saves.items()
+        if not any(one is other for other in left_out)
+    }
+    saved = {name: Ref(tensor._alias.value()) for name, tensor in wanted.items()}
+    until = {name: recorder.value_info[ref.node] for name, ref in saved.items()}
     effects: list[tuple[Node, Mark, bool]] = list(sites.writes())
-    effects += [(Save(ref, name), recorder.mark_of(ref.node), True) for name, ref in saved.items()]
-    nodes = dict(recorder.nodes)
+    nodes = dict(recorder.nodes)  # now that every value has its node
     marks = {node_id: recorder.mark_of(node_id) for node_id in nodes}
+    chosen = None
+    if sampling is not None:
+        names, tokens_saved = _save_tokens(sites, nodes)
+        saved |= tokens_saved
+        chosen = Chosen(names, sampling.eos_token_id, tell)
+    effects += [(Save(ref, name), recorder.mark_of(ref.node), True) for name, ref in saved.items()]
     shown: set[NodeId] = set()
     for node_id, (node, mark, is_shown) in enumerate(effects, start=max(nodes, default=-1) + 1):
         nodes[NodeId(node_id)] = node
@@ -155,8 +277,40 @@ def finish(
     consts = {name: recorder.consts[name][1] for name in digests}
     inputs = tuple(_pass_input(one.invokes, tokens) for one in passes.passes)
     return Experiment(
-        sites.outline, graph, passes, bill, specs, consts, inputs, dict(recorder.saves), marks
+        sites.outline,
+        graph,
+        passes,
+        bill,
+        specs,
+        consts,
+        inputs,
+        wanted,
+        marks,
+        until,
+        sampling,
+        chosen,
     )
+
+
+def _save_tokens(
+    sites: Sites, nodes: dict[NodeId, Node]
+) -> tuple[dict[tuple[int, int], str], dict[str, Ref]]:
+    """The names of the saves of all tokens, by invoke and step, and the values to be saved.
+
+    Where the body has not looked at the tokens of a step, a node that reads them is added.
+    """
+    names: dict[tuple[int, int], str] = {}
+    values: dict[str, Ref] = {}
+    for invoke, shape in enumerate(sites.invokes):
+        for step in range(shape.n_steps):
+            site = Site(GENERATOR, "output", (), step)
+            node_id = sites.standing(site, invoke)
+            if node_id is None:
+                node_id = NodeId(max(nodes, default=-1) + 1)
+                nodes[node_id] = Read(site, invoke)
+            names[invoke, step] = name = f"t{invoke}.{step}"
+            values[name] = Ref(node_id)
+    return names, values
 
 
 def _pass_input(invokes: Sequence[int], tokens: Sequence[Tokens]) -> PassInput:

@@ -116,7 +116,7 @@ def _keep(files: dict[str, bytes | bytearray], cache: Path, manifest: Manifest) 
 
 def read_config(folder: Path) -> Any:
     """The transformers configuration in a folder of fetched files. Raises BadModelFiles."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -134,13 +134,34 @@ def read_config(folder: Path) -> Any:
             "does not know; update glasshive"
         )
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(tree)
+        # Infinities stand in the file as transformers writes them.
+        config = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(tree))
         blocks = config.get_text_config().num_hidden_layers
     except Exception as error:  # each model type fails in its own way
         raise BadModelFiles(f"the model's config.json is refused: {error!s:.300}") from error
     if type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS:
         raise BadModelFiles(f"a model of {blocks!s:.40} blocks; from 1 to {_MAX_BLOCKS} are taken")
     return config
+
+
+def read_generation_config(folder: Path, config: Any) -> Any:
+    """How the model's authors have it generate: a transformers GenerationConfig.
+
+    From `generation_config.json`, or from the configuration where there is none. Raises
+    BadModelFiles.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    try:
+        if not path.exists():
+            return GenerationConfig.from_model_config(config)
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return GenerationConfig.from_dict(tree)
+    except Exception as error:  # fields of every type may be wrong, each in its own way
+        raise BadModelFiles(
+            f"the model's generation_config.json is refused: {error!s:.300}"
+        ) from error
 
 
 def read_tokenizer(folder: Path) -> Any:

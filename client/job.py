@@ -111,6 +111,8 @@ class Job:
     expected: Mapping[str, TensorSpec]  # the saves, by name
     trace_id: bytes
     deadline_seconds: float
+    # Of what has come in the end: which others never come, because a generation has ended.
+    never_come: Callable[[Mapping[str, Tensor]], frozenset[str]] = lambda came: frozenset()
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
@@ -143,6 +145,7 @@ class Job:
                 self.state = "running"
                 by_peer: dict[str, _PeerStream] = {stream.peer_id: stream for stream in streams}
                 await self._together(self._run_hop(hop, by_peer) for hop in self.hops)
+                self._check_complete()
         except TimeoutError:
             self.state = "failed"
             slow = ", ".join(
@@ -248,19 +251,20 @@ class Job:
 
     async def _run_part(self, hop: HopReport, stream: _PeerStream) -> None:
         for stage in hop.part.stages:
-            if stage.forward:
-                await self._send_inputs(stream, stage.pass_index, hop.part.span.start == 0)
+            if stage.forward and not self.plan.passes.passes[stage.pass_index].step:
+                has_ids = hop.part.span.start == 0 or hop.part.sampling is not None
+                await self._send_inputs(stream, stage.pass_index, has_ids)
         await stream.stream.send(encode(Run()), b"", self.silence_seconds)
         hop.state = "running"
         # No peer answers for another: a save comes from whoever runs it.
-        own = {node.name for node in hop.part.graph.nodes.values() if isinstance(node, Save)}
+        own = _saves_of(hop)
         came = SavesDigest()
         while True:
             frame = await stream.receive()
             message = decode(frame.header, Saved, Done)
             if isinstance(message, Done):
-                if missing := sorted(own - self.saves.keys()):
-                    raise MalformedMessage(f"said that it is done, but {missing!s:.200} never came")
+                if not self.plan.passes.are_generation:
+                    self._check_came(hop, frozenset())
                 result = self._result(stream, message, came)
                 hop.state = "done"
                 hop.compute_seconds = result.compute_seconds
@@ -282,6 +286,17 @@ class Job:
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
 
+    def _check_complete(self) -> None:
+        """Raise BadAnswer if a save never came of which the chosen tokens don't say why."""
+        never = self.never_come(self.saves)
+        for hop in self.hops:
+            with _blaming(hop, self.silence_seconds, "while it ran its part"):
+                self._check_came(hop, never)
+
+    def _check_came(self, hop: HopReport, never: frozenset[str]) -> None:
+        if missing := sorted(_saves_of(hop) - self.saves.keys() - never):
+            raise MalformedMessage(f"said that it is done, but {missing!s:.200} never came")
+
     def _result(self, stream: _PeerStream, message: Done, came: SavesDigest) -> TraceResult:
         try:
             return TraceResult.verify(
@@ -294,10 +309,10 @@ class Job:
         except SecurityError as error:
             raise MalformedMessage(f"its result can't be taken: {error}") from error
 
-    async def _send_inputs(self, stream: _PeerStream, pass_index: int, first: bool) -> None:
+    async def _send_inputs(self, stream: _PeerStream, pass_index: int, has_ids: bool) -> None:
         one = self.inputs[pass_index]
         named = {
-            "input_ids": one.input_ids if first else None,
+            "input_ids": one.input_ids if has_ids else None,
             "attention_mask": one.attention_mask,
             "position_ids": one.position_ids,
         }
@@ -352,6 +367,11 @@ class _PeerStream:
                 raise _failure(self.hop, decode(frame.header, Failed), self.hops)
             if frame.header != _ALIVE:
                 return frame
+
+
+def _saves_of(hop: HopReport) -> set[str]:
+    """The names of what a peer saves."""
+    return {node.name for node in hop.part.graph.nodes.values() if isinstance(node, Save)}
 
 
 async def _cancel(stream: _PeerStream) -> None:

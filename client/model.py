@@ -1,4 +1,4 @@
-"""A model as the researcher sees it: its module tree, its tokenizer, and `trace`."""
+"""A model as the researcher sees it: its module tree, its tokenizer, `trace` and `generate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from glasshive.client.constants import Constants
 from glasshive.client.experiment import Experiment, TraceOptions, peer_ids
+from glasshive.client.generation import Generation
 from glasshive.client.modules import Module
 from glasshive.client.prompts import Prompt, Tokens, tokenize
 from glasshive.client.provenance import Provenance
@@ -35,7 +36,8 @@ class Runner(Protocol):
 class Model(Module):
     """A language model that others host. Weights never come here.
 
-    `config` and `tokenizer` are transformers' own; `model_id` is the manifest's hash.
+    `config`, `generation_config` and `tokenizer` are transformers' own; `model_id` is the
+    manifest's hash.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Model(Module):
         name: str,
         model_id: str,
         config: Any,
+        generation_config: Any,
         tokenizer: Any,
         twin: nn.Module,
         outline: Outline,
@@ -54,6 +57,7 @@ class Model(Module):
             name=name,
             model_id=model_id,
             config=config,
+            generation_config=generation_config,
             tokenizer=tokenizer,
             twin=twin,
             outline=outline,
@@ -66,6 +70,7 @@ class Model(Module):
     name: str
     model_id: str
     config: Any
+    generation_config: Any
     tokenizer: Any
     twin: nn.Module
     outline: Outline
@@ -107,16 +112,39 @@ class Model(Module):
         """
         if others:
             refuse_options(others)
-        options = TraceOptions(
-            batching=batching,
-            deadline_seconds=float(deadline),
-            retries=retries,
-            route=None if route is None else peer_ids(route, "route"),
-            avoid=peer_ids(avoid, "avoid"),
-            show_progress=progress,
-            **({} if pass_rows is None else {"pass_rows": pass_rows}),
-        )
+        options = _options(batching, pass_rows, deadline, retries, route, avoid, progress)
         return Tracer(self, prompt, options)
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        streamer: Any = None,
+        batching: Literal["shared", "alone"] = "shared",
+        pass_rows: int | None = None,
+        deadline: float = 300.0,
+        retries: int = 2,
+        route: Sequence[PeerId] | None = None,
+        avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
+        progress: bool | None = None,
+        **choice: object,
+    ) -> Generation:
+        """Record the body of a `with` block, and generate tokens with its edits when it ends.
+
+        Inside the block `for step in tracer.iter[:]:` is about every step; outside of such a loop
+        sites are those of step 0, which is the prompt's forward pass. `max_new_tokens` tokens are
+        generated for each row at most; an invoke may say another number. `choice` are the names of
+        transformers' GenerationConfig, such as `do_sample`, `temperature`, `top_k`, `top_p`,
+        `repetition_penalty`, `eos_token_id`; what is not given is as the model's own
+        `generation_config` has it. Chance follows from `seed`, or from torch's default generator.
+        `streamer` gets tokens as they come, as transformers' own streamers do. The other options
+        are those of `trace`. Raises TraceError for any other option, and UnsupportedModel if the
+        model can't generate over spans.
+        """
+        options = _options(batching, pass_rows, deadline, retries, route, avoid, progress)
+        return Generation(self, prompt, options, max_new_tokens, seed, streamer, choice)
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """The token ids of a prompt, checked against the model. Raises BadPrompt."""
@@ -137,3 +165,23 @@ class Model(Module):
 
     def __repr__(self) -> str:
         return f"{self.twin!r}\n{self._runner.describe()}"
+
+
+def _options(
+    batching: Literal["shared", "alone"],
+    pass_rows: int | None,
+    deadline: float,
+    retries: int,
+    route: Sequence[PeerId] | None,
+    avoid: frozenset[PeerId] | set[PeerId],
+    progress: bool | None,
+) -> TraceOptions:
+    return TraceOptions(
+        batching=batching,
+        deadline_seconds=float(deadline),
+        retries=retries,
+        route=None if route is None else peer_ids(route, "route"),
+        avoid=peer_ids(avoid, "avoid"),
+        show_progress=progress,
+        **({} if pass_rows is None else {"pass_rows": pass_rows}),
+    )

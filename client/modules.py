@@ -21,7 +21,7 @@ from glasshive.client.structures import NamedValues, Parts
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import GraphError, NotASite, NotYet
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
-from glasshive.graph.outline import Leaf, ModuleInfo
+from glasshive.graph.outline import GENERATOR, Leaf, ModuleInfo
 from glasshive.graph.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _SITES = ("output", "input", "inputs")
 # What NNsight offers on a model and later releases bring.
-_LATER = ("generate", "session", "edit", "scan")
+_LATER = ("session", "edit", "scan")
 
 
 class Module:
@@ -112,6 +112,11 @@ class Module:
         if isinstance(value, tuple | list) and value:
             value = value[0]
         self._tracer().skip(self.path, value)
+
+    def next(self, steps: int = 1) -> Module:
+        """This module, of which sites are from now on those of a later step of the generation."""
+        self._tracer().advance(self.path, steps)
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> TracedTensor:
         """The model's own module applied to traced values, with edits off.
@@ -197,7 +202,7 @@ class Module:
         """This module and all inside it, with their paths from here, as torch's own gives them."""
         prefix = f"{self.path}." if self.path else ""
         for path in self._model.outline.modules:
-            if path == self.path or path.startswith(prefix):
+            if (path == self.path or path.startswith(prefix)) and path != GENERATOR:
                 yield path[len(prefix) :], Module(self._model, path)
 
     def __len__(self) -> int:

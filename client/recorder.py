@@ -51,6 +51,7 @@ class Recorder:
         self.value_info: dict[NodeId, Any] = {}
         self.is_open = False
         self.saves: dict[str, TracedTensor] = {}
+        self.never_came: dict[str, str] = {}  # why a save has no value, by name
         self._marks: dict[NodeId, Mark] = {}
         self._merge = merge
         self._constants = Constants() if constants is None else constants

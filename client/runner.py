@@ -18,11 +18,10 @@ from glasshive.client.job import Job
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.route import Route, choose_route
-from glasshive.client.saved import fill
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
-from glasshive.graph.plan import HIDDEN, Plan
+from glasshive.graph.plan import HIDDEN, TOKENS, Plan
 from glasshive.graph.split import needed_blocks, split
 from glasshive.security.keys import PeerId
 
@@ -151,9 +150,11 @@ class ModelRunner:
     def _edge_bytes(self, experiment: Experiment, plan: Plan) -> list[int]:
         sizes = []
         for edge in plan.edges():
+            one = plan.passes.passes[max(edge.pass_index, 0)]
             if edge.value == HIDDEN:
-                one = plan.passes.passes[edge.pass_index]
                 sizes.append(experiment.outline.hidden_spec(one.batch, one.seq).nbytes)
+            elif edge.value == TOKENS:
+                sizes.append(8 * one.batch)
             else:
                 sizes.append(experiment.specs[edge.value].nbytes)
         return sizes
@@ -178,13 +179,19 @@ class ModelRunner:
             inputs=experiment.inputs,
             consts=experiment.consts,
             expected=experiment.saved_specs(),
+            never_come=experiment.never_come,
             trace_id=secrets.token_bytes(16),
             deadline_seconds=deadline_seconds,
         )
         with JobDisplay(options.show_progress, route) as display:
-            self._swarm.run_job(job, lambda: display.update(job))
-        for name, tensor in experiment.saves.items():
-            fill(tensor, job.saves[name])
+
+            def tick() -> None:
+                display.update(job)
+                if experiment.chosen is not None:
+                    experiment.chosen.hear(dict(job.saves))
+
+            self._swarm.run_job(job, tick)
+        experiment.fill(job.saves)
         return Provenance(
             model_id=self._model_id,
             dtype=self._dtype,
@@ -215,7 +222,10 @@ class ModelRunner:
         outline, graph = experiment.outline, experiment.graph
         policy = self._swarm.policy
         try:
-            plan = split(graph, outline, experiment.passes, route.spans, experiment.specs)
+            plan = split(
+                *(graph, outline, experiment.passes, route.spans, experiment.specs),
+                experiment.sampling,
+            )
             if policy is not None and policy.version:  # before any whitelist, hosts have the word
                 for part in plan.parts:
                     policy.check_graph(part.graph)

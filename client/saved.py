@@ -97,6 +97,11 @@ def fill(tensor: TracedTensor, value: torch.Tensor) -> None:
             f"a saved value came back as {layout_of(value)}, but {wanted} was traced; the peers "
             "hold another model than the one that was scanned, or one of them is at fault"
         )
+    fill_with(tensor, value)
+
+
+def fill_with(tensor: TracedTensor, value: torch.Tensor) -> None:
+    """Turn a traced tensor into a saved one with this value, whatever its shape."""
     del tensor._alias  # and with it the recorder and its constants
     held: Any = tensor
     held.__class__ = SavedTensor

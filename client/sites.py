@@ -36,7 +36,7 @@ from glasshive.graph.errors import (
 )
 from glasshive.graph.graph import IO, NodeId, Read, Ref, Site, Skip, Write
 from glasshive.graph.kernels import from_torch_dtype, to_torch_dtype
-from glasshive.graph.order import InvokeShape, merge_reads
+from glasshive.graph.order import NEVER, InvokeShape, Moment, merge_reads
 from glasshive.graph.outline import Leaf, Outline
 from glasshive.graph.tensors import TensorSpec
 
@@ -50,7 +50,7 @@ class _Seen:
 
     site: Site
     invoke: int
-    event: int
+    moment: Moment
     spec: TensorSpec
     memory: Cell | None = None
     current: TracedTensor | None = None
@@ -67,10 +67,10 @@ class Sites:
         self.recorder = Recorder(merge=_merge, constants=constants, title=title)
         self.invokes: list[InvokeShape] = []
         self._seen: dict[tuple[int, Site], _Seen] = {}
-        self._reads: dict[int, list[tuple[int, Site, Mark]]] = {}
-        self._edits: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
-        self._standing: dict[Cell, tuple[_Seen, int]] = {}  # with the event at which edits count
-        self._skipped: dict[int, list[str]] = {}
+        self._reads: dict[int, list[tuple[Moment, Site, Mark]]] = {}
+        self._edits: dict[int, list[tuple[Moment, Mapping[int, Moment]]]] = {}
+        self._standing: dict[Cell, tuple[_Seen, Moment]] = {}  # with the one at which edits count
+        self._skipped: dict[tuple[int, int], list[str]] = {}  # by invoke and step
         # An edit that was refused after it was recorded: the trace can't run, even if it is caught.
         self.broken: GraphError | None = None
         self._warned_of_row = False
@@ -80,15 +80,16 @@ class Sites:
         seen = self._find(site, invoke)
         if seen.current is None:
             # The model carries every earlier edit of the invoke here, and what that depends on.
-            earlier = [info for event, info in self._edits.get(invoke, ()) if event < seen.event]
-            info = merge_reads([{invoke: seen.event}, *earlier])
+            edits = self._edits.get(invoke, ())
+            earlier = [info for moment, info in edits if moment < seen.moment]
+            info = merge_reads([{invoke: seen.moment}, *earlier])
             node = self.recorder.add(Read(site, invoke), info)
             seen.memory = self.recorder.new_cell(node, seen.spec)
             seen.current = self.recorder.tensor_of(seen.memory)
-            self._stand(seen.memory, seen, seen.event)
-            if self.outline.is_block(site.module) and site == Site(site.module, "output"):
+            self._stand(seen.memory, seen, seen.moment)
+            if self.outline.is_block(site.module) and (site.io, site.leaf) == ("output", ()):
                 seen.memory.on_view = self._warn_of_row
-            self._reads.setdefault(invoke, []).append((seen.event, site, mark()))
+            self._reads.setdefault(invoke, []).append((seen.moment, site, mark()))
         else:
             seen.shown = True
         return seen.current
@@ -98,41 +99,48 @@ class Sites:
         seen = self._find(site, invoke)
         if value is seen.current:
             return  # `site.output += v` assigns back what it edited in place
-        traced = self._give(seen, seen.event, value)
+        traced = self._give(seen, seen.moment, value)
         seen.assigned_at = mark()
         seen.current = traced
 
-    def skip(self, module: str, invoke: int, value: object) -> None:
+    def skip(self, module: str, invoke: int, value: object, step: int = 0) -> None:
         """Have the model not run a module: its output is `value`, which may use its input.
 
-        Raises NotASite for a module that gives more than one tensor or that holds blocks, and what
-        `assign` raises.
+        Raises NotASite for a module that gives more than one tensor or that holds blocks, or whose
+        cache later steps need, and what `assign` raises.
         """
         self.outline.event(Site(module, "output"))
-        outputs = self.leaves(module, "output", invoke)
+        outputs = self.leaves(module, "output", invoke, step)
         if len(outputs) != 1 or self.outline.holds_blocks(module):
             raise NotASite(
                 f"{at_line()}{module} cannot be skipped: it gives {len(outputs)} tensors, or "
                 "holds the blocks themselves; skip a block, or a module inside one"
             )
+        if self.invokes[invoke].new_tokens and self.outline.fills_cache(module):
+            raise NotASite(
+                f"{at_line()}{module} cannot be skipped in a generation: later steps need what it "
+                "keeps in the cache; skip a module inside it that keeps nothing (an mlp), or "
+                "assign its .output"
+            )
         for other in self._seen.values():
-            if other.invoke == invoke and other.site.module.startswith(f"{module}."):
+            is_here = (other.invoke, other.site.step) == (invoke, step)
+            if is_here and other.site.module.startswith(f"{module}."):
                 raise NotASite(
                     f"{at_line()}{module} is skipped, but {other.site} inside it is used above, "
                     "and never runs now; use it in another invoke"
                 )
-        seen = self._find(Site(module, "output", outputs[0].path), invoke)
-        traced = self._give(seen, self.outline.event(Site(module, "input")), value)
+        seen = self._find(Site(module, "output", outputs[0].path, step), invoke)
+        traced = self._give(seen, (step, self.outline.event(Site(module, "input"))), value)
         seen.current = traced
         seen.skipped = (traced, mark())
-        self._skipped.setdefault(invoke, []).append(module)
+        self._skipped.setdefault((invoke, step), []).append(module)
 
-    def leaves(self, module: str, io: IO, invoke: int) -> tuple[Leaf, ...]:
-        """The tensors that a module takes or gives in an invoke. Raises UnknownModule."""
-        return self.outline.module(module).leaves(io, self.invokes[invoke].padded)
+    def leaves(self, module: str, io: IO, invoke: int, step: int = 0) -> tuple[Leaf, ...]:
+        """The tensors that a module takes or gives in a step of an invoke. Raises UnknownModule."""
+        return self.outline.leaves(module, io, self.invokes[invoke].kind(step))
 
     def _leaf(self, site: Site, invoke: int) -> Leaf:
-        return self.outline.leaf(site, self.invokes[invoke].padded)
+        return self.outline.leaf(site, self.invokes[invoke].kind(site.step))
 
     def writes(self) -> list[tuple[Write | Skip, Mark, bool]]:
         """What the model is given, in the order of events.
@@ -140,10 +148,12 @@ class Sites:
         Each with the user's line of it, and whether the user holds an object that shows the edit.
         """
         found: list[tuple[Write | Skip, Mark, bool]] = []
-        for seen in sorted(self._seen.values(), key=lambda one: (one.invoke, one.event)):
+        for seen in sorted(self._seen.values(), key=lambda one: (one.invoke, one.moment)):
             if seen.skipped is not None:
                 value, where = seen.skipped
-                skip = Skip(seen.site.module, seen.invoke, Ref(value._alias.value()))
+                skip = Skip(
+                    seen.site.module, seen.invoke, Ref(value._alias.value()), seen.site.step
+                )
                 found.append((skip, where, seen.shown))
             if seen.memory is not None and seen.memory.marks:
                 write = Write(seen.site, seen.invoke, Ref(seen.memory.vid), "inplace")
@@ -152,6 +162,11 @@ class Sites:
                 write = Write(seen.site, seen.invoke, Ref(seen.current._alias.value()), "set")
                 found.append((write, seen.assigned_at, seen.shown))
         return found
+
+    def standing(self, site: Site, invoke: int) -> NodeId | None:
+        """The value that stands at a site now; None if nothing was read or written there."""
+        seen = self._seen.get((invoke, site))
+        return None if seen is None or seen.current is None else seen.current._alias.value()
 
     def _warn_of_row(self, view: View) -> None:
         if view.name != "select" or view.args[:1] != (0,) or self._warned_of_row:
@@ -167,25 +182,25 @@ class Sites:
         else:
             warnings.warn_explicit(text, RowTaken, line.file, line.line)
 
-    def _give(self, seen: _Seen, event: int, value: object) -> TracedTensor:
-        """Make `value` what stands at a site, if the rules allow it at this event."""
+    def _give(self, seen: _Seen, moment: Moment, value: object) -> TracedTensor:
+        """Make `value` what stands at a site, if the rules allow it at this moment."""
         self._check_writable(seen)
         traced = self._as_traced(value, seen)
-        self._check_order(seen, event, traced._alias.value())
-        self._check_late(seen, event)
+        self._check_order(seen, moment, traced._alias.value())
+        self._check_late(seen, moment)
         old = None if seen.current is None else seen.current._alias.cell
         if old is not None and old is not seen.memory and old is not traced._alias.cell:
             del self._standing[old]
             old.site = old.on_mutate = old.after_mutate = None
-        self._stand(traced._alias.cell, seen, event)
+        self._stand(traced._alias.cell, seen, moment)
         return traced
 
-    def _stand(self, cell: Cell, seen: _Seen, event: int) -> None:
+    def _stand(self, cell: Cell, seen: _Seen, moment: Moment) -> None:
         """From now on an edit of this memory is an edit at `seen`."""
-        before, _ = self._standing.get(cell, (seen, event))
+        before, _ = self._standing.get(cell, (seen, moment))
         if before is not seen:
             self._keep(before, cell)
-        self._standing[cell] = seen, event
+        self._standing[cell] = seen, moment
         cell.site = seen.site
         cell.on_mutate = self._before_edit
         cell.after_mutate = self._after_edit
@@ -215,10 +230,10 @@ class Sites:
 
     def _after_edit(self, cell: Cell, value: NodeId) -> None:
         # Only now, when the value is known, can the error say which of the two rules is broken.
-        seen, event = self._standing[cell]
+        seen, moment = self._standing[cell]
         try:
-            self._check_order(seen, event, value)
-            self._check_late(seen, event)
+            self._check_order(seen, moment, value)
+            self._check_late(seen, moment)
         except GraphError as error:
             self.broken = error
             raise
@@ -227,17 +242,16 @@ class Sites:
         key = (invoke, site)
         seen = self._seen.get(key)
         if seen is None:
-            event = self.outline.event(site)
-            for skipped in self._skipped.get(invoke, ()):
+            moment = site.step, self.outline.event(site)
+            for skipped in self._skipped.get((invoke, site.step), ()):
                 if site.module.startswith(f"{skipped}."):
                     raise NotASite(
                         f"{at_line()}{site} is inside {skipped}, which this invoke skips, so it "
                         "never runs; read it in another invoke"
                     )
             leaf = self._leaf(site, invoke)
-            shape = self.invokes[invoke]
-            spec = TensorSpec(leaf.dtype, leaf.shape(shape.batch, shape.seq))
-            seen = self._seen[key] = _Seen(site, invoke, event, spec)
+            spec = self.invokes[invoke].spec(leaf, site.step)
+            seen = self._seen[key] = _Seen(site, invoke, moment, spec)
         return seen
 
     def _check_writable(self, seen: _Seen) -> None:
@@ -248,26 +262,34 @@ class Sites:
                 "make of it instead"
             )
 
-    def _check_late(self, seen: _Seen, event: int) -> None:
+    def _check_late(self, seen: _Seen, moment: Moment) -> None:
         for later, site, where in self._reads.get(seen.invoke, ()):
-            if later > event:
+            if later > moment:
                 read_at = f" at {line}" if (line := resolve(where)) else ""
+                at = self._at_step(seen.invoke, seen.site.step)
+                later_at = self._at_step(seen.invoke, site.step)
                 raise LateEdit(
-                    f"{at_line()}late edit: {seen.site} runs before {site}, which was read already"
-                    f"{read_at} and depends on it; move this edit above "
+                    f"{at_line()}late edit: {seen.site}{at} runs before {site}{later_at}, which "
+                    f"was read already{read_at} and depends on it; move this edit above "
                     "that read, or read it in a second invoke"
                 )
 
-    def _check_order(self, seen: _Seen, event: int, value: NodeId) -> None:
-        behind: Mapping[int, int] = self.recorder.value_info[value]
-        latest = behind.get(seen.invoke, -1)
-        if latest > event:
+    def _at_step(self, invoke: int, step: int) -> str:
+        """Words for a step, where there are any."""
+        return f" at step {step}" if self.invokes[invoke].new_tokens else ""
+
+    def _check_order(self, seen: _Seen, moment: Moment, value: NodeId) -> None:
+        behind: Mapping[int, Moment] = self.recorder.value_info[value]
+        latest = behind.get(seen.invoke, NEVER)
+        if latest > moment:
+            at = self._at_step(seen.invoke, seen.site.step)
+            later_at = self._at_step(seen.invoke, latest[0])
             raise ImpossibleOrder(
-                f"{at_line()}impossible edit: {seen.site} runs before {self._site_at(latest)}, "
-                "which the new value depends on; take that value in one invoke and write it in "
-                "another"
+                f"{at_line()}impossible edit: {seen.site}{at} runs before "
+                f"{self._site_at(latest[1])}{later_at}, which the new value depends on; take "
+                "that value in one invoke and write it in another"
             )
-        self._edits.setdefault(seen.invoke, []).append((event, behind))
+        self._edits.setdefault(seen.invoke, []).append((moment, behind))
 
     def _site_at(self, event: int) -> str:
         for info in self.outline.modules.values():
@@ -310,5 +332,5 @@ def _same_view(alias: Alias, cell: Cell) -> Alias:
     return _same_view(alias.parent, cell).through(alias.view)
 
 
-def _merge(inputs: Sequence[Mapping[int, int]]) -> dict[int, int]:
+def _merge(inputs: Sequence[Mapping[int, Moment]]) -> dict[int, Moment]:
     return merge_reads(inputs)

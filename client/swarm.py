@@ -8,7 +8,12 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
-from glasshive.client.files import fetch_model_files, read_config, read_tokenizer
+from glasshive.client.files import (
+    fetch_model_files,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+)
 from glasshive.client.job import Job
 from glasshive.client.model import Model
 from glasshive.client.runner import ModelRunner
@@ -169,6 +174,7 @@ class Swarm:
             name=mine[0].model_name,
             model_id=model_id,
             config=config,
+            generation_config=read_generation_config(folder, config),
             tokenizer=read_tokenizer(folder),
             twin=twin,
             outline=outline_of(twin, config),

@@ -251,6 +251,9 @@ def not_saved_text(tensor: TracedTensor) -> str:
     """Why a traced tensor that is used after its trace has no value."""
     alias = tensor._alias
     recorder = alias.cell.recorder
+    for name, why in recorder.never_came.items():
+        if recorder.saves[name] is tensor:
+            return f"{at_line()}the saved value {alias.layout} never came: {why}"
     if recorder.was_saved(tensor):
         return (
             f"{at_line()}the saved value {alias.layout} has no value, because its trace has "

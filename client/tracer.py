@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +20,8 @@ from glasshive.client.source_lines import at_line, here
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import NotYet
 from glasshive.graph.graph import IO, Site
-from glasshive.graph.outline import Leaf
+from glasshive.graph.order import InvokeShape
+from glasshive.graph.outline import GENERATOR, Leaf
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
@@ -40,7 +41,7 @@ _HABITS = {
     "scan": "shapes are always checked while the body is recorded",
     "validate": "shapes are always checked while the body is recorded",
     "trace": "the body is always recorded",
-    "max_new_tokens": "generation is not in this release yet",
+    "max_new_tokens": "a trace is one forward pass; model.generate(...) makes new tokens",
 }
 
 
@@ -61,10 +62,7 @@ def refuse_options(others: Mapping[str, object]) -> NoReturn:
 _LATER = {
     "log": "log lines come with gradients and cond; save the value, and print it after the block",
     "cond": "conditions come with gradients; torch.where(condition, a, b) chooses between values",
-    "iter": "steps come with generation; a trace is one forward pass",
-    "all": "steps come with generation; a trace is one forward pass",
-    "next": "steps come with generation; a trace is one forward pass",
-    "cache": "it comes with generation; save what you need, as in "
+    "cache": "it comes later; save what you need, as in "
     "[layer.output.save() for layer in model.model.layers]",
     "apply": "no function travels to a peer; call yours on the traced values themselves, as in "
     "f(layer.output)",
@@ -142,11 +140,14 @@ class Tracer:
         if experiment is None:
             return False  # nothing is sent
         try:
-            self._result = self.model.run(experiment, self.options)
+            self._result = self._run(experiment)
         except KeyboardInterrupt:
             # Where the run was interrupted says nothing to the user, whose own line does.
             raise KeyboardInterrupt from None
         return True
+
+    def _run(self, experiment: Experiment) -> Provenance:
+        return self.model.run(experiment, self.options)
 
     @contextlib.contextmanager
     def invoke(self, prompt: Prompt | None = None) -> Iterator[Tracer]:
@@ -197,6 +198,12 @@ class Tracer:
     if not TYPE_CHECKING:  # a type checker shall know these for the mistakes that they are
 
         def __getattr__(self, name: str) -> NoReturn:
+            if name in ("iter", "all", "next"):
+                raise TraceError(
+                    f"tracer.{name} in a trace, which is one forward pass; steps are those of "
+                    "`with model.generate(prompt, max_new_tokens=...) as tracer:`",
+                    line=here(),
+                )
             later = _LATER.get(name)
             if later is not None:
                 raise NotYet(f"{at_line()}tracer.{name} is not in this release: {later}")
@@ -205,8 +212,12 @@ class Tracer:
     def _add_invoke(self, prompt: Prompt) -> int:
         tokens = self.model.tokenize(prompt)
         self.tokens.append(tokens)
-        self.sites.invokes.append(tokens.shape)
+        self.sites.invokes.append(self._shape(tokens))
         return len(self.tokens) - 1
+
+    def _shape(self, tokens: Tokens) -> InvokeShape:
+        """Rows, tokens and new tokens of the invoke that is added."""
+        return tokens.shape
 
     # What the body can ask --------------------------------------------------------------------
 
@@ -266,20 +277,45 @@ class Tracer:
     # For modules ------------------------------------------------------------------------------
 
     def read(self, site: Site) -> TracedTensor:
-        """What stands at a site of the current invoke."""
-        return self.sites.read(site, self._here())
+        """What stands at a site of the current invoke and step."""
+        return self.sites.read(self._at_step(site), self._here())
 
     def leaves(self, module: str, io: IO) -> tuple[Leaf, ...]:
-        """The tensors that a module takes or gives in the current invoke."""
-        return self.sites.leaves(module, io, self._here())
+        """The tensors that a module takes or gives in the current invoke and step."""
+        return self.sites.leaves(module, io, self._here(), self.step_of(module))
 
     def assign(self, site: Site, value: object) -> None:
-        """Put a value at a site of the current invoke."""
-        self.sites.assign(site, self._here(), value)
+        """Put a value at a site of the current invoke and step."""
+        self.sites.assign(self._at_step(site), self._here(), value)
 
     def skip(self, module: str, value: object) -> None:
-        """Have the current invoke not run a module."""
-        self.sites.skip(module, self._here(), value)
+        """Have the current invoke not run a module at the current step."""
+        self.sites.skip(module, self._here(), value, self.step_of(module))
+
+    def step_of(self, module: str) -> int:
+        """The step at which sites of a module are now; 0 in a trace.
+
+        Raises TraceError for what only generations have.
+        """
+        if module == GENERATOR:
+            raise TraceError(
+                "model.generator chooses tokens, and a trace makes none; write "
+                "`with model.generate(prompt, max_new_tokens=...)`",
+                line=here(),
+            )
+        return 0
+
+    def advance(self, module: str, steps: int) -> None:
+        """Go on to a later step for one module. Raises TraceError: a trace has one."""
+        raise TraceError(
+            f"{module or 'model'}.next() in a trace, which is one forward pass; write `with "
+            "model.generate(prompt, max_new_tokens=...)`",
+            line=here(),
+        )
+
+    def _at_step(self, site: Site) -> Site:
+        step = self.step_of(site.module)
+        return replace(site, step=step) if step else site
 
     def _here(self) -> int:
         if self._invoke is None:

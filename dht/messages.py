@@ -50,7 +50,7 @@ def _count(value: Any) -> bool:
 
 
 def _integer(value: Any) -> bool:
-    return type(value) is int and -1 <= value <= MAX_COUNT
+    return type(value) is int and -2 <= value <= MAX_COUNT
 
 
 def _trace_id(value: Any) -> bool:
@@ -202,7 +202,8 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Peer to peer: a carried value, or (-1) the hidden states of a pass. The body is its bytes.
+    """Peer to peer: a carried value, or (-1) the hidden states of a pass, or (-2) the tokens chosen
+    in it. The body is its bytes.
 
     `order`: its axes from the outermost in memory to the innermost; the bytes come in this order.
     """
@@ -212,6 +213,14 @@ class Value:
     dtype: Text
     shape: Shape
     order: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Peer to peer, in place of a value that is never made: the generation ended before."""
+
+    value: Integer
+    pass_index: Integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +330,7 @@ _CODES: Final[dict[int, type[Any]]] = {
     21: Value,
     22: More,
     23: Received,
+    24: Dropped,
     30: AskFile,
     31: File,
     40: TrustVersions,

@@ -15,7 +15,8 @@ GlasshiveError
     ├── NotYet                 a node kind that this release does not run
     ├── BadRoute               a route that lacks a needed block, or whose spans overlap
     ├── UnsupportedModel       a model that cannot be cut by block
-    └── OverBudget             more nodes, bytes or FLOPs than the peer allows
+    ├── OverBudget             more nodes, bytes or FLOPs than the peer allows
+    └── StepNeverRan           a value of a step to which a generation did not come
 
 UnseenWrite (a warning)        a write that nothing saved can see: it is dropped
 RowTaken (a warning)           an index that takes one row of the batch off a block's output
@@ -74,6 +75,10 @@ class LateEdit(GraphError):
 
 class UnequalLengths(GraphError):
     """Invokes that need each other, so must share a pass, but differ in length."""
+
+
+class StepNeverRan(GraphError):
+    """A value of a step to which a generation did not come, because it ended before."""
 
 
 class NoRoots(GraphError):

@@ -6,66 +6,148 @@
   graph plus model is acyclic by one comparison for each write.
 - Invokes of equal length share a pass, as rows of one batch. Where a value of invoke A goes into
   invoke B, A's pass comes before B's, or is the same if A's event comes first.
+- A step of a generation is a pass. The steps of what shares a prompt's pass follow each other.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 from glasshive.graph.errors import BadGraph, ImpossibleOrder, UnequalLengths
 from glasshive.graph.graph import Graph, NodeId, Read, Site, Skip, Write, refs
-from glasshive.graph.outline import Outline
+from glasshive.graph.outline import Leaf, Outline, PassKind
 from glasshive.graph.tensors import TensorSpec
 
 DEFAULT_PASS_ROWS = 32
 
 Slot: TypeAlias = tuple[int, int]
 BEFORE_ALL: Slot = (-1, -1)
+# In an invoke: which of its passes, and the event in that.
+Moment: TypeAlias = tuple[int, int]
+NEVER: Moment = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class InvokeShape:
-    """The size of one invoke's input: `batch` sequences of `seq` tokens, left-padded or not."""
+    """The size of one invoke's input: `batch` sequences of `seq` tokens, left-padded or not.
+
+    `new_tokens` is how many are generated for each at most: 0 in a trace, which is one pass.
+    """
 
     batch: int
     seq: int
     padded: bool = False
+    new_tokens: int = 0
+
+    @property
+    def n_steps(self) -> int:
+        """The number of its passes: of the prompt, and of every new token but the last."""
+        return max(self.new_tokens, 1)
+
+    def kind(self, step: int) -> PassKind:
+        """What decides which tensors one of its passes has."""
+        if self.new_tokens:
+            return PassKind.of_step(self.padded, step)
+        return PassKind.of_trace(self.padded)
+
+    def spec(self, leaf: Leaf, step: int) -> TensorSpec:
+        """What this invoke's rows of a tensor are in one of its passes."""
+        seq, past = (1, self.seq + step - 1) if step else (self.seq, 0)
+        return TensorSpec(leaf.dtype, leaf.shape(self.batch, seq, past))
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass: which invokes are its rows, in order. All have the same length."""
+    """One forward pass: which invokes are its rows, in order. All have the same length.
+
+    In a generation `group` is the index of the pass of the prompt, whose cache it uses, and `past`
+    the number of tokens in there before it runs; in a trace it is -1, and there is no cache.
+    """
 
     invokes: tuple[int, ...]
     seq: int
     padded: bool
     rows: tuple[tuple[int, int], ...]  # [first, last) of each invoke
+    step: int = 0
+    past: int = 0
+    group: int = -1
 
     @property
     def batch(self) -> int:
         """The number of rows of the pass."""
         return self.rows[-1][1]
 
+    @property
+    def kind(self) -> PassKind:
+        """What decides which tensors it has."""
+        if self.group < 0:
+            return PassKind.of_trace(self.padded)
+        return PassKind.of_step(self.padded, self.step)
 
-@dataclass(frozen=True, slots=True)
+    def spec(self, leaf: Leaf, rows: int | None = None) -> TensorSpec:
+        """What a tensor is in this pass, for all of its rows or for some of them."""
+        batch = self.batch if rows is None else rows
+        return TensorSpec(leaf.dtype, leaf.shape(batch, self.seq, self.past))
+
+
+@dataclass(frozen=True)
 class Passes:
     """The passes of a trace in the order in which they run, and where each invoke is."""
 
     passes: tuple[Pass, ...]
 
-    def of(self, invoke: int) -> int:
-        """The index of the pass in which `invoke` runs."""
-        for index, one in enumerate(self.passes):
-            if invoke in one.invokes:
-                return index
-        raise BadGraph(f"invoke {invoke} is in no pass; there are {len(self.passes)} passes")
+    @cached_property
+    def _index(self) -> dict[tuple[int, int], int]:
+        return {
+            (invoke, one.step): index
+            for index, one in enumerate(self.passes)
+            for invoke in one.invokes
+        }
+
+    def of(self, invoke: int, step: int = 0) -> int:
+        """The index of the pass in which a step of `invoke` runs."""
+        index = self._index.get((invoke, step))
+        if index is None:
+            at = f"step {step} of invoke {invoke}" if step else f"invoke {invoke}"
+            raise BadGraph(f"{at} is in no pass; there are {len(self.passes)} passes")
+        return index
+
+    def at(self, node: Read | Write | Skip) -> int:
+        """The index of the pass in which `node` happens."""
+        return self.of(node.invoke, step_of(node))
 
     def rows(self, invoke: int) -> tuple[int, int]:
-        """The rows `[first, last)` of `invoke` in its pass."""
+        """The rows `[first, last)` of `invoke` in its passes."""
         one = self.passes[self.of(invoke)]
         return one.rows[one.invokes.index(invoke)]
+
+    def new_tokens(self, index: int) -> int:
+        """How many tokens are generated behind a prompt whose pass has this index."""
+        return self._group_sizes[self.passes[index].group]
+
+    @cached_property
+    def _group_sizes(self) -> Counter[int]:
+        return Counter(one.group for one in self.passes if one.group >= 0)
+
+    def goes_on(self, index: int) -> bool:
+        """Whether the next pass is another step of the same generation."""
+        if index + 1 >= len(self.passes):
+            return False
+        return self.passes[index + 1].group == self.passes[index].group >= 0
+
+    @property
+    def are_generation(self) -> bool:
+        """Whether tokens are generated."""
+        return any(one.group >= 0 for one in self.passes)
+
+
+def step_of(node: Read | Write | Skip) -> int:
+    """The step at which `node` happens; 0 in a trace."""
+    return node.step if isinstance(node, Skip) else node.site.step
 
 
 def event_of(node: Read | Write | Skip, outline: Outline) -> int:
@@ -75,12 +157,16 @@ def event_of(node: Read | Write | Skip, outline: Outline) -> int:
     return outline.event(node.site)
 
 
+def moment_of(node: Read | Write | Skip, outline: Outline) -> Moment:
+    """When `node` happens in its invoke."""
+    return step_of(node), event_of(node, outline)
+
+
 def spec_of_read(node: Read, outline: Outline, passes: Passes) -> TensorSpec:
     """What the rows of an invoke are at a site. Raises UnknownModule or NotASite."""
-    one = passes.passes[passes.of(node.invoke)]
-    leaf = outline.leaf(node.site, one.padded)
+    one = passes.passes[passes.at(node)]
     first, last = passes.rows(node.invoke)
-    return TensorSpec(leaf.dtype, leaf.shape(last - first, one.seq))
+    return one.spec(outline.leaf(node.site, one.kind), last - first)
 
 
 def slots(graph: Graph, outline: Outline, passes: Passes) -> dict[NodeId, Slot]:
@@ -92,9 +178,9 @@ def slots(graph: Graph, outline: Outline, passes: Passes) -> dict[NodeId, Slot]:
     for node_id, node in graph.nodes.items():
         latest = max((found[ref] for ref in refs(node)), default=BEFORE_ALL)
         if isinstance(node, Read):
-            found[node_id] = (passes.of(node.invoke), event_of(node, outline))
+            found[node_id] = (passes.at(node), event_of(node, outline))
         elif isinstance(node, Write | Skip):
-            here = (passes.of(node.invoke), event_of(node, outline))
+            here = (passes.at(node), event_of(node, outline))
             if latest > here:
                 raise ImpossibleOrder(
                     f"{_place(node)} runs before the value that is written to it exists: "
@@ -112,24 +198,24 @@ def _place(node: Write | Skip) -> str:
     return f"{node.module} (skipped)" if isinstance(node, Skip) else str(node.site)
 
 
-def reads_behind(graph: Graph, outline: Outline) -> dict[NodeId, dict[int, int]]:
-    """For every value, the invokes that it was read from, each with its latest event."""
-    found: dict[NodeId, dict[int, int]] = {ref: {} for ref in graph.imports}
+def reads_behind(graph: Graph, outline: Outline) -> dict[NodeId, dict[int, Moment]]:
+    """For every value, the invokes that it was read from, each with its latest moment."""
+    found: dict[NodeId, dict[int, Moment]] = {ref: {} for ref in graph.imports}
     for node_id, node in graph.nodes.items():
         if isinstance(node, Read):
-            found[node_id] = {node.invoke: event_of(node, outline)}
+            found[node_id] = {node.invoke: moment_of(node, outline)}
             continue
         found[node_id] = merge_reads(found[ref] for ref in refs(node))
     return found
 
 
-def merge_reads(several: Iterable[Mapping[int, int]]) -> dict[int, int]:
-    """The union of such maps: each invoke with its latest event."""
-    merged: dict[int, int] = {}
+def merge_reads(several: Iterable[Mapping[int, Moment]]) -> dict[int, Moment]:
+    """The union of such maps: each invoke with its latest moment."""
+    merged: dict[int, Moment] = {}
     for one in several:
-        for invoke, event in one.items():
-            if event > merged.get(invoke, -1):
-                merged[invoke] = event
+        for invoke, moment in one.items():
+            if moment > merged.get(invoke, NEVER):
+                merged[invoke] = moment
     return merged
 
 
@@ -147,7 +233,8 @@ def assign_passes(
     equal length share passes of at most `pass_rows` rows, in the order in which they were written.
     With `alone` every invoke has its own pass. An invoke (or several that need each other) of more
     rows than that is one pass. One that edits a tensor which all rows share has its own, too. One
-    that nothing is read from is in no pass: it is not run.
+    that nothing is read from is in no pass: it is not run. In a generation invokes share all of
+    their passes or none, and so have as many new tokens each.
     Raises UnequalLengths if invokes need each other and cannot share a pass, and ImpossibleOrder if
     they need each other's later values; both name the node of a write.
     """
@@ -158,7 +245,7 @@ def assign_passes(
     for group in groups:
         _check_group(group, invokes, before, lone, alone)
     level_of: dict[int, int] = {}
-    by_level: dict[tuple[int, tuple[int, bool]], list[list[int]]] = {}
+    by_level: dict[tuple[int, _Key], list[list[int]]] = {}
     group_of = {invoke: index for index, group in enumerate(groups) for invoke in group}
     for group in groups:  # in topological order
         key = _key(invokes[group[0]])
@@ -179,21 +266,24 @@ def assign_passes(
         for group in same:
             size = sum(invokes[i].batch for i in (*chunk, *group))
             if chunk and (size > pass_rows or lone & {chunk[0], group[0]}):
-                passes.append(_pass(chunk, invokes))
+                passes += _passes(chunk, invokes, len(passes))
                 chunk = []
             chunk.extend(group)
-        passes.append(_pass(chunk, invokes))
+        passes += _passes(chunk, invokes, len(passes))
     return Passes(tuple(passes))
 
 
-def _key(shape: InvokeShape) -> tuple[int, bool]:
+_Key: TypeAlias = tuple[int, bool, int]
+
+
+def _key(shape: InvokeShape) -> _Key:
     # A padded batch brings a mask, which changes the attention kernel for every row beside it.
-    return shape.seq, shape.padded
+    return shape.seq, shape.padded, shape.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """A value of one invoke goes into another at `write`; strictly, if it is of a later event."""
+    """A value of one invoke goes into another at `write`; strictly, if it is of a later moment."""
 
     is_strict: bool
     write: NodeId
@@ -206,12 +296,12 @@ def _needs(graph: Graph, outline: Outline) -> dict[int, dict[int, _Need]]:
     for node_id, node in graph.nodes.items():
         if not isinstance(node, Write | Skip):
             continue
-        here = event_of(node, outline)
-        for source, event in behind[node.value.node].items():
+        here = moment_of(node, outline)
+        for source, moment in behind[node.value.node].items():
             if source != node.invoke:
                 needs = before.setdefault(node.invoke, {})
-                if source not in needs or (event > here and not needs[source].is_strict):
-                    needs[source] = _Need(event > here, node_id)
+                if source not in needs or (moment > here and not needs[source].is_strict):
+                    needs[source] = _Need(moment > here, node_id)
     return before
 
 
@@ -221,7 +311,7 @@ def _lone(graph: Graph, outline: Outline, invokes: Sequence[InvokeShape]) -> set
         node.invoke
         for node in graph.nodes.values()
         if isinstance(node, Write)
-        and outline.leaf(node.site, invokes[node.invoke].padded).batch_axis is None
+        and outline.leaf(node.site, invokes[node.invoke].kind(node.site.step)).batch_axis is None
     }
 
 
@@ -306,14 +396,33 @@ def _check_group(
 
 
 def _length(shape: InvokeShape) -> str:
-    return f"{shape.seq} tokens{', padded' if shape.padded else ''}"
+    new = f" and {shape.new_tokens} new ones" if shape.new_tokens else ""
+    return f"{shape.seq} tokens{new}{', padded' if shape.padded else ''}"
 
 
-def _pass(chunk: Sequence[int], invokes: Sequence[InvokeShape]) -> Pass:
+def _passes(chunk: Sequence[int], invokes: Sequence[InvokeShape], at: int) -> list[Pass]:
+    """The passes of invokes that share all of theirs, the first of which has the index `at`."""
     rows = []
     first = 0
     for invoke in chunk:
         rows.append((first, first + invokes[invoke].batch))
         first += invokes[invoke].batch
     shape = invokes[chunk[0]]
-    return Pass(tuple(chunk), shape.seq, shape.padded, tuple(rows))
+    prompt = Pass(tuple(chunk), shape.seq, shape.padded, tuple(rows))
+    return steps_of(prompt, shape.new_tokens, at)
+
+
+def steps_of(prompt: Pass, new_tokens: int, at: int) -> list[Pass]:
+    """The passes that generate so many tokens behind a prompt, whose pass has the index `at`.
+
+    The prompt's alone for 0, which is a trace.
+    """
+    if not new_tokens:
+        return [prompt]
+    return [
+        replace(prompt, group=at),
+        *(
+            replace(prompt, seq=1, step=step, past=prompt.seq + step - 1, group=at)
+            for step in range(1, new_tokens)
+        ),
+    ]

@@ -5,29 +5,62 @@ its input, just before it runs, and its output, just after. Events carry a *bloc
 block 0 (embeddings), the block's index inside it, `n_blocks` after the last (norm and head).
 
 A padded pass has the same modules in the same order, but other tensors: a mask where there was
-none, and position tables that have a row for each prompt instead of one for all. So a module's
-tensors are known for both kinds of pass.
+none, and position tables that have a row for each prompt instead of one for all. So has a step of a
+generation, which has one new token and a cache of those before it. So a module's tensors are known
+for each kind of pass.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Literal, TypeAlias
 
 from glasshive.graph.dtypes import DType
-from glasshive.graph.errors import NotASite, UnknownModule
+from glasshive.graph.errors import NotASite, UnknownModule, UnsupportedModel
 from glasshive.graph.graph import IO, LeafPath, Site
 from glasshive.graph.tensors import TensorSpec
 
-Axis: TypeAlias = int | Literal["batch", "seq"]
+Axis: TypeAlias = int | Literal["batch", "seq", "total"]
+
+GENERATOR: Final = "generator"
+"""Where the tokens of a generation are chosen: the last site of a pass, as if it were a module."""
+
+
+class PassKind(StrEnum):
+    """What decides which tensors a pass has. The values are words for messages.
+
+    As in transformers' `generate`, the prompt of a generation has the logits of its last token
+    only, and a step has one token, and a cache of those before it.
+    """
+
+    PLAIN = "in a batch without padding"
+    PADDED = "in a batch with padding"
+    PROMPT = "in the prompt of a generation"
+    PADDED_PROMPT = "in the padded prompt of a generation"
+    STEP = "in a step after the prompt"
+    PADDED_STEP = "in a step after a padded prompt"
+
+    @staticmethod
+    def of_trace(padded: bool) -> PassKind:
+        """The kind of a pass of a trace."""
+        return PassKind.PADDED if padded else PassKind.PLAIN
+
+    @staticmethod
+    def of_step(padded: bool, step: int) -> PassKind:
+        """The kind of a pass of a generation; step 0 is the prompt."""
+        if step:
+            return PassKind.PADDED_STEP if padded else PassKind.STEP
+        return PassKind.PADDED_PROMPT if padded else PassKind.PROMPT
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One tensor among a module's inputs or outputs, with the meaning of each of its axes.
 
+    `batch` are the rows, `seq` the tokens of the pass, `total` these and all before them.
     `beside`: it is, or shares memory with, what every block receives beside the hidden states.
     `bypasses`: what is made of it reaches blocks other than through the hidden states, so that
     every peer computes it for itself and none can edit it for all.
@@ -44,9 +77,9 @@ class Leaf:
         """The axis that holds the rows, or None if every row sees the same tensor."""
         return self.axes.index("batch") if "batch" in self.axes else None
 
-    def shape(self, batch: int, seq: int) -> tuple[int, ...]:
-        """The leaf's shape for `batch` rows of `seq` tokens."""
-        sizes = {"batch": batch, "seq": seq}
+    def shape(self, batch: int, seq: int, past: int = 0) -> tuple[int, ...]:
+        """The leaf's shape for `batch` rows of `seq` tokens, `past` tokens being in the cache."""
+        sizes = {"batch": batch, "seq": seq, "total": past + seq}
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
 
 
@@ -70,16 +103,31 @@ class ModuleInfo:
     output_parts: int = 0  # how long a tuple its output is; 0 for a tensor or a mapping
     output_names: tuple[str, ...] = ()  # of a mapping's values, in order, tensors or not
 
-    def leaves(self, io: IO, padded: bool) -> tuple[Leaf, ...]:
-        """The tensors that it takes or gives, in a padded pass or in one that is not."""
-        if padded:
-            return self.padded_inputs if io == "input" else self.padded_outputs
-        return self.inputs if io == "input" else self.outputs
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the passes of a generation have that those of a trace have not.
+
+    `leaves` are the tensors that each module takes or gives in them, `cached` the modules that are
+    given the cache. `cache_bytes` is, for each block, what a row keeps however long it is, and what
+    each token adds at most.
+    """
+
+    leaves: Mapping[tuple[str, IO, PassKind], tuple[Leaf, ...]]
+    cached: frozenset[str]
+    cache_bytes: tuple[tuple[int, int], ...]
+
+
+def _no_steps() -> Steps:
+    raise UnsupportedModel("this outline has traces only")
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A model's modules by path, and the block of every event."""
+    """A model's modules by path, and the block of every event.
+
+    `steps` finds what a generation needs to know, or raises UnsupportedModel: only generations ask.
+    """
 
     modules: Mapping[str, ModuleInfo]
     blocks_path: str
@@ -87,11 +135,12 @@ class Outline:
     block_of_event: tuple[int, ...]
     vocabulary_tokens: int
     max_positions_tokens: int | None
+    steps: Callable[[], Steps] = field(default=_no_steps, compare=False, repr=False)
 
     @property
     def n_events(self) -> int:
-        """The number of events in one forward pass."""
-        return len(self.block_of_event)
+        """The number of events in one forward pass, without the choice of a token behind it."""
+        return len(self.block_of_event) - (GENERATOR in self.modules)
 
     def module(self, path: str) -> ModuleInfo:
         """The module at `path`. Raises UnknownModule with the nearest names."""
@@ -121,20 +170,38 @@ class Outline:
             for one in self.modules.values()
         )
 
-    def leaf(self, site: Site, padded: bool) -> Leaf:
-        """The tensor at `site`, in a padded pass or in one that is not.
+    def leaves(self, module: str, io: IO, kind: PassKind) -> tuple[Leaf, ...]:
+        """The tensors that a module takes or gives in a pass of that kind.
+
+        Raises UnknownModule, and UnsupportedModel for a step if the model can't be generated with.
+        """
+        info = self.module(module)
+        if kind is PassKind.PLAIN:
+            return info.inputs if io == "input" else info.outputs
+        if kind is PassKind.PADDED:
+            return info.padded_inputs if io == "input" else info.padded_outputs
+        return self.steps().leaves.get((module, io, kind), ())
+
+    def leaf(self, site: Site, kind: PassKind) -> Leaf:
+        """The tensor at `site` in a pass of that kind.
 
         Raises UnknownModule, or NotASite with the names of the tensors that are there.
         """
         self.event(site)
-        info = self.modules[site.module]
-        leaves = info.leaves(site.io, padded)
+        leaves = self.leaves(site.module, site.io, kind)
         for leaf in leaves:
             if leaf.path == site.leaf:
                 return leaf
-        where = "here"
-        if any(leaf.path == site.leaf for leaf in info.leaves(site.io, not padded)):
-            where = f"in a batch {'with' if padded else 'without'} padding"
+        info = self.modules[site.module]
+        others = (
+            (PassKind.PLAIN, info.inputs if site.io == "input" else info.outputs),
+            (PassKind.PADDED, info.padded_inputs if site.io == "input" else info.padded_outputs),
+        )
+        is_elsewhere = any(
+            leaf.path == site.leaf for other, there in others if other is not kind for leaf in there
+        )
+        of_trace = kind in (PassKind.PLAIN, PassKind.PADDED)
+        where = kind.value if is_elsewhere or not of_trace else "here"
         names = ", ".join(str(Site(site.module, site.io, leaf.path)) for leaf in leaves) or "none"
         raise NotASite(
             f"{site} is not a tensor whose rows and tokens can be told apart {where}; tensors "
@@ -166,6 +233,10 @@ class Outline:
     def holds_blocks(self, path: str) -> bool:
         """Whether a module contains the blocks, and so lies on several peers."""
         return not path or self.blocks_path == path or self.blocks_path.startswith(f"{path}.")
+
+    def fills_cache(self, path: str) -> bool:
+        """Whether a module, or one inside it, keeps something for later steps."""
+        return any(one == path or one.startswith(f"{path}.") for one in self.steps().cached)
 
     def owner_block(self, path: str) -> int:
         """The block on whose peer the module's weights lie: where a call or a parameter goes."""

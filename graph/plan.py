@@ -3,7 +3,8 @@
 - A *stage* is what one peer does in one pass. Stages are ordered by (pass, span); a stage imports
   only from stages before it, so that a run cannot deadlock. Pass -1 comes before the first forward.
 - A peer runs its stages in order. A stage starts when everything that it imports has arrived.
-- `HIDDEN` stands for the hidden states of a pass among the values that travel.
+- `HIDDEN` stands for the hidden states of a pass among the values that travel, `TOKENS` for the
+  tokens that were chosen in it, which are what the next one begins with.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.order import Passes, event_of
 from glasshive.graph.outline import Leaf, Outline
+from glasshive.graph.sampling import Sampling
 from glasshive.graph.tensors import TensorSpec
 
 HIDDEN: Final = NodeId(-1)
+TOKENS: Final = NodeId(-2)
 BEFORE_PASSES: Final = -1
 
 
@@ -75,6 +78,7 @@ class Part:
     """One peer's share of a trace: its nodes and its stages. `index` is its place on the route.
 
     `specs` says what the graph's imports will be; whoever receives them holds the sender to it.
+    `sampling` is how the part with the last block chooses the tokens of a generation.
     """
 
     index: int
@@ -82,6 +86,7 @@ class Part:
     graph: Graph
     stages: tuple[Stage, ...]
     specs: Mapping[NodeId, TensorSpec]
+    sampling: Sampling | None = None
 
     @property
     def receivers(self) -> frozenset[int]:
@@ -122,8 +127,15 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
     """
     if set(part.specs) != set(part.graph.imports):
         raise BadGraph("the shapes of the imports are not those of the graph's imports")
+    is_last = part.span.end >= outline.n_blocks
+    generates = passes.are_generation
+    if (part.sampling is not None) != (is_last and generates):
+        raise BadGraph("how tokens are chosen is said to the part with the last block, if any are")
+    if part.sampling is not None:
+        part.sampling.check(outline.vocabulary_tokens)
     placed: set[NodeId] = set()
     known: set[NodeId] = set()
+    ran: set[int] = set()
     last_pass = BEFORE_PASSES - 1
     for stage in part.stages:
         if stage.pass_index <= last_pass:
@@ -131,7 +143,12 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
         last_pass = stage.pass_index
         if stage.forward and not 0 <= stage.pass_index < len(passes.passes):
             raise BadGraph(f"a forward in pass {stage.pass_index} of {len(passes.passes)}")
+        if stage.forward:
+            _check_step(stage, part, passes, ran, is_last)
+            ran.add(stage.pass_index)
         stop = stage.stop_event
+        if stop is not None and generates:
+            raise BadGraph("a step of a generation runs to its end, where its token is chosen")
         if stop is not None and not (
             0 <= stop < outline.n_events and part.span.hosts(outline.block(stop), outline.n_blocks)
         ):
@@ -142,6 +159,8 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                 if not stage.forward or sender >= part.index or part.span.start == 0:
                     raise BadGraph(f"hidden states from part {sender} to part {part.index}")
                 hidden += 1
+                continue
+            if value == TOKENS:
                 continue
             if value not in part.graph.imports or value in known:
                 raise BadGraph("an import that the graph does not name, or twice", node=value)
@@ -157,7 +176,8 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
             )
         for value, invoke in stage.from_hidden:
             if (
-                passes.of(invoke) != stage.pass_index
+                not 0 <= stage.pass_index < len(passes.passes)
+                or invoke not in passes.passes[stage.pass_index].invokes
                 or value not in part.graph.imports
                 or value in known
             ):
@@ -183,12 +203,30 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                     raise BadGraph("hidden states leave a stage that has none")
                 if receiver < part.index:
                     raise BadGraph(f"hidden states from part {part.index} to part {receiver}")
+            elif value == TOKENS:
+                if not (is_last and stage.forward and passes.goes_on(stage.pass_index)):
+                    raise BadGraph("tokens leave a stage that chooses none for a next one")
             elif value not in known:
                 raise BadGraph("an export of a value that is not there", node=value)
-        if sum(value == HIDDEN for value, _ in stage.exports) > 1:
-            raise BadGraph(f"the hidden states of pass {stage.pass_index} go to several parts")
+        for kind, words in ((HIDDEN, "the hidden states"), (TOKENS, "the tokens")):
+            if sum(value == kind for value, _ in stage.exports) > 1:
+                raise BadGraph(f"{words} of pass {stage.pass_index} go to several parts")
     if len(placed) != len(part.graph.nodes):
         raise BadGraph(f"{len(part.graph.nodes) - len(placed)} nodes stand in no stage")
+
+
+def _check_step(stage: Stage, part: Part, passes: Passes, ran: set[int], is_last: bool) -> None:
+    """Check what only generations have: the steps before, for the cache, and the tokens."""
+    one = passes.passes[stage.pass_index]
+    if one.step and stage.pass_index - 1 not in ran:
+        raise BadGraph(f"step {one.step} of pass {one.group} without the one before it")
+    senders = [sender for value, sender in stage.imports if value == TOKENS]
+    wanted = one.step > 0 and part.span.start == 0 and not is_last
+    if len(senders) != wanted or any(sender <= part.index for sender in senders):
+        raise BadGraph(
+            f"the tokens of pass {stage.pass_index} come to span {part.span} {len(senders)} times, "
+            f"or from where none are chosen; {int(wanted)} is wanted"
+        )
 
 
 def _check_place(
@@ -198,22 +236,27 @@ def _check_place(
     if isinstance(node, Read | Write | Skip):
         event = event_of(node, outline)
         here = part.span.hosts(outline.block(event), outline.n_blocks)
-        if not (here and stage.forward and passes.of(node.invoke) == stage.pass_index):
+        if not (here and stage.forward and passes.at(node) == stage.pass_index):
             raise BadGraph(
                 f"event {event} of invoke {node.invoke} does not happen on span {part.span} in "
                 f"pass {stage.pass_index}",
                 node=node_id,
             )
-        padded = passes.passes[passes.of(node.invoke)].padded
+        one = passes.passes[stage.pass_index]
         edited: tuple[Leaf, ...] = ()
         if isinstance(node, Write):
-            edited = (outline.leaf(node.site, padded),)
+            edited = (outline.leaf(node.site, one.kind),)
         elif isinstance(node, Skip):
-            edited = outline.module(node.module).leaves("output", padded)
+            edited = outline.leaves(node.module, "output", one.kind)
             if len(edited) != 1 or outline.holds_blocks(node.module):
                 raise BadGraph(
                     f"{node.module} cannot be skipped: it gives {len(edited)} tensors, or holds "
                     "the blocks",
+                    node=node_id,
+                )
+            if one.group >= 0 and outline.fills_cache(node.module):
+                raise BadGraph(
+                    f"{node.module} cannot be skipped: later steps need what it keeps in the cache",
                     node=node_id,
                 )
         if any(leaf.bypasses for leaf in edited):

@@ -1,9 +1,10 @@
 """A peer's part of a plan as bytes: msgpack arrays under a version number (see codec.py).
 
-`[version, index, [start, end], stages, passes, specs, graph]`, where a stage is `[pass, nodes,
-imports, exports, from_hidden, forward, stop event or -1]`, a pass `[seq, padded, [[invoke, first
-row, last row], ...]]` and a spec `[value, dtype, shape]`. Whether the part makes sense is
-`check_part`'s business (plan.py).
+`[version, index, [start, end], stages, passes, specs, sampling, graph]`, where a stage is `[pass,
+nodes, imports, exports, from_hidden, forward, stop event or -1]`, passes `[seq, padded, new tokens,
+[[invoke, first row, last row], ...]]` for a prompt and the steps behind it (0 new tokens: a trace),
+a spec `[value, dtype, shape]` and sampling a list of its fields, or empty. Whether the part makes
+sense is `check_part`'s business (plan.py).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from glasshive.graph.codec import GraphLimits, decode_graph, encode_graph
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.graph import NodeId
 from glasshive.graph.msgpack_scan import scan
-from glasshive.graph.order import Pass, Passes
+from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.plan import Part, Span, Stage
+from glasshive.graph.sampling import MAX_STOP_TOKENS, Sampling
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_PASSES: Final = 4096
 MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
@@ -48,14 +50,17 @@ def encode_part(part: Part, passes: Passes) -> bytes:
         [
             one.seq,
             one.padded,
+            passes.new_tokens(index),
             [[i, first, last] for i, (first, last) in zip(one.invokes, one.rows, strict=True)],
         ]
-        for one in passes.passes
+        for index, one in enumerate(passes.passes)
+        if not one.step
     ]
     span = [part.span.start, part.span.end]
     specs = [[i, spec.dtype.value, list(spec.shape)] for i, spec in part.specs.items()]
+    sampling = [] if part.sampling is None else part.sampling.to_plain()
     packed: bytes = msgpack.packb(
-        [VERSION, part.index, span, stages, rows, specs, encode_graph(part.graph)],
+        [VERSION, part.index, span, stages, rows, specs, sampling, encode_graph(part.graph)],
         use_bin_type=True,
     )
     return packed
@@ -67,7 +72,7 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         raise BadGraph(
             f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"
         )
-    version, index, span, stages, rows, specs, graph = _fields(data)
+    version, index, span, stages, rows, specs, sampling, graph = _fields(data)
     if type(number := _made(version, 1, limits)) is not int or number != VERSION:
         raise BadGraph("a part of another version; update glasshive on the older side")
     packed = _made(graph, 1, limits)
@@ -86,15 +91,9 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
             for one in _list(_made(stages, about_nodes, limits), MAX_PASSES, "stages")
         ),
         dict(_spec(one) for one in _list(_made(specs, about_nodes, limits), limits.nodes, "specs")),
+        _sampling(_made(sampling, 32 + MAX_STOP_TOKENS, limits)),
     )
-    about_rows = 4 * MAX_ROWS + 4 * MAX_PASSES
-    passes = Passes(
-        tuple(_pass(one) for one in _list(_made(rows, about_rows, limits), MAX_PASSES, "passes"))
-    )
-    seen = [invoke for one in passes.passes for invoke in one.invokes]
-    if len(set(seen)) != len(seen):
-        raise BadGraph("an invoke stands in two passes")
-    return part, passes
+    return part, _passes(_made(rows, 4 * MAX_ROWS + 5 * MAX_PASSES, limits))
 
 
 def _fields(data: bytes | bytearray) -> list[bytes | bytearray]:
@@ -103,9 +102,9 @@ def _fields(data: bytes | bytearray) -> list[bytes | bytearray]:
     whole.feed(data)
     fields = []
     try:
-        if whole.read_array_header() != 7:
-            raise BadGraph("a part: a list of 7 is wanted")
-        for _ in range(7):
+        if whole.read_array_header() != 8:
+            raise BadGraph("a part: a list of 8 is wanted")
+        for _ in range(8):
             start = whole.tell()
             whole.skip()
             fields.append(data[start : whole.tell()])
@@ -160,8 +159,30 @@ def _stage(tree: Any, limits: GraphLimits) -> Stage:
     )
 
 
-def _pass(tree: Any) -> Pass:
-    seq, padded, rows = _array(tree, 3, "a pass")
+def _sampling(tree: Any) -> Sampling | None:
+    return Sampling.from_plain(tree) if _list(tree, 32, "how tokens are chosen") else None
+
+
+def _passes(tree: Any) -> Passes:
+    """All passes, of which each prompt brings the steps behind it."""
+    passes: list[Pass] = []
+    seen: set[int] = set()
+    for one in _list(tree, MAX_PASSES, "passes"):
+        prompt, new_tokens = _prompt(one)
+        if not seen.isdisjoint(prompt.invokes) or len(set(prompt.invokes)) < len(prompt.invokes):
+            raise BadGraph("an invoke stands in two passes")
+        seen.update(prompt.invokes)
+        if passes and (new_tokens > 0) != (passes[0].group >= 0):
+            raise BadGraph("passes of a trace beside passes of a generation")
+        if len(passes) + max(new_tokens, 1) > MAX_PASSES:
+            raise BadGraph(f"more than {MAX_PASSES} passes")
+        passes += steps_of(prompt, new_tokens, len(passes))
+    return Passes(tuple(passes))
+
+
+def _prompt(tree: Any) -> tuple[Pass, int]:
+    """The pass of a prompt, and how many tokens are generated behind it."""
+    seq, padded, new_tokens, rows = _array(tree, 4, "a pass")
     if not isinstance(padded, bool):
         raise BadGraph("a pass that does not say whether it is padded")
     invokes: list[int] = []
@@ -176,7 +197,8 @@ def _pass(tree: Any) -> Pass:
         expected = spans[-1][1]
     if not invokes:
         raise BadGraph("a pass without invokes")
-    return Pass(tuple(invokes), _integer(seq, 1, MAX_TOKENS), padded, tuple(spans))
+    prompt = Pass(tuple(invokes), _integer(seq, 1, MAX_TOKENS), padded, tuple(spans))
+    return prompt, _integer(new_tokens, 0, MAX_PASSES)
 
 
 def _pairs(tree: Any, limits: GraphLimits) -> tuple[tuple[NodeId, int], ...]:
@@ -188,7 +210,7 @@ def _pairs(tree: Any, limits: GraphLimits) -> tuple[tuple[NodeId, int], ...]:
 
 
 def _node(value: Any) -> NodeId:
-    return NodeId(_integer(value, -1, 1 << 31))
+    return NodeId(_integer(value, -2, 1 << 31))
 
 
 def _integer(value: Any, low: int, high: int) -> int:

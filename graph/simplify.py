@@ -1,8 +1,8 @@
 """What a graph does not need: nodes that say the same twice, and nodes that no root can see.
 
-The roots are the saves. A read depends on every write and skip at earlier events of its invoke,
-because the model itself carries them there; so a write is live if a live read comes later in the
-same invoke, and dead otherwise.
+The roots are the saves. A read depends on every write and skip at earlier moments of its invoke,
+because the model itself carries them there, within a pass or by its cache and the tokens that it
+chose; so a write is live if a live read comes later in the same invoke, and dead otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from glasshive.graph.graph import (
     refs,
 )
 from glasshive.graph.ops import OPS
-from glasshive.graph.order import event_of
+from glasshive.graph.order import NEVER, Moment, moment_of
 from glasshive.graph.outline import Outline
 
 
@@ -71,12 +71,12 @@ def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, boo
 
     Each of those with whether its value is seen nevertheless.
     """
-    effects: dict[int, list[tuple[int, NodeId]]] = {}
+    effects: dict[int, list[tuple[Moment, NodeId]]] = {}
     for node_id, node in graph.nodes.items():
         if isinstance(node, Write | Skip):
-            effects.setdefault(node.invoke, []).append((event_of(node, outline), node_id))
+            effects.setdefault(node.invoke, []).append((moment_of(node, outline), node_id))
     live: set[NodeId] = set()
-    seen_until: dict[int, int] = {}
+    seen_until: dict[int, Moment] = {}
     work: list[NodeId] = [i for i, node in graph.nodes.items() if isinstance(node, Save)]
     while work:
         node_id = work.pop()
@@ -86,10 +86,10 @@ def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, boo
         node = graph.nodes[node_id]
         work.extend(refs(node))
         if isinstance(node, Read):
-            here = event_of(node, outline)
-            if here > seen_until.get(node.invoke, -1):
+            here = moment_of(node, outline)
+            if here > seen_until.get(node.invoke, NEVER):
                 seen_until[node.invoke] = here
-                work.extend(i for event, i in effects.get(node.invoke, ()) if event < here)
+                work.extend(i for moment, i in effects.get(node.invoke, ()) if moment < here)
     dropped = {
         i: node.value.node in live
         for i, node in graph.nodes.items()

@@ -35,7 +35,8 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.order import Passes, event_of, slots
 from glasshive.graph.outline import Outline
-from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Plan, Span, Stage
+from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, TOKENS, Part, Plan, Span, Stage
+from glasshive.graph.sampling import Sampling
 from glasshive.graph.tensors import TensorSpec
 
 # (pass, place on the route): the order in which stages can run.
@@ -63,10 +64,12 @@ def split(
     passes: Passes,
     route: Sequence[Span],
     specs: Mapping[NodeId, TensorSpec],
+    sampling: Sampling | None = None,
 ) -> Plan:
     """The plan of a simplified graph over a route of ascending spans.
 
-    `specs` holds dtype and shape of every node that may travel.
+    `specs` holds dtype and shape of every node that may travel; `sampling` is how the tokens of a
+    generation are chosen.
 
     Raises ImpossibleOrder as `slots` does, BadRoute if a needed block is on no span, and NotYet if
     a value comes from a module whose peer lies behind the place where it is wanted.
@@ -83,6 +86,9 @@ def split(
             if index:
                 builders[index].stage(pass_index).hidden_from = index - 1
                 builders[index - 1].stage(pass_index).exports.append((HIDDEN, index))
+        if deepest and passes.goes_on(pass_index):
+            builders[deepest].stage(pass_index).exports.append((TOKENS, 0))
+            builders[0].stage(pass_index + 1).imports.append((TOKENS, deepest))
     # In the order of the stages, so that the first use of a value is the earliest one.
     ordered = [
         (place or (BEFORE_PASSES, 0), node_id)
@@ -107,9 +113,15 @@ def split(
     parts = []
     for index, builder in enumerate(builders):
         if builder.stages:
-            stop = {p: _stop_event(graph, outline, passes, p, route, index) for p in depth}
-            last = {p: depth[p] == index for p in depth}
-            parts.append(builder.build(stop, last, specs))
+            stop: dict[int, int | None] = {}
+            if not passes.are_generation:
+                stop = {
+                    p: _stop_event(graph, outline, passes, p, route, index)
+                    for p in depth
+                    if depth[p] == index
+                }
+            is_last = builder.span.end >= outline.n_blocks
+            parts.append(builder.build(stop, specs, sampling if is_last else None))
     return Plan(passes, tuple(parts))
 
 
@@ -147,7 +159,7 @@ def _place(
             places[node_id] = None
         elif isinstance(node, Read | Write | Skip):
             block = outline.block(event_of(node, outline))
-            here = (passes.of(node.invoke), _home(block, outline, route))
+            here = (passes.at(node), _home(block, outline, route))
             if latest is not None and latest > here:
                 raise NotYet(
                     f"the value written at block {block} comes from a module whose peer lies "
@@ -205,7 +217,7 @@ def _deadlines(
         node = graph.nodes[node_id]
         if isinstance(node, Write | Skip):
             block = outline.block(event_of(node, outline))
-            until: Place | None = (passes.of(node.invoke), _home(block, outline, route))
+            until: Place | None = (passes.at(node), _home(block, outline, route))
         else:
             until = found.get(node_id)
         if until is None:
@@ -220,12 +232,18 @@ def _deadlines(
 def _forward_depth(
     graph: Graph, outline: Outline, passes: Passes, route: Sequence[Span]
 ) -> dict[int, int]:
-    """For every pass, the last place on the route at which the blocks have to run."""
+    """For every pass, the last place on the route at which the blocks have to run.
+
+    In a generation it is the last one of all, where the token is chosen.
+    """
+    if passes.are_generation:
+        last = _home(outline.n_blocks - 1, outline, route)
+        return dict.fromkeys(range(len(passes.passes)), last)
     depth: dict[int, int] = {}
     for node in graph.nodes.values():
         if isinstance(node, Read):
             here = _home(outline.block(event_of(node, outline)), outline, route)
-            index = passes.of(node.invoke)
+            index = passes.at(node)
             depth[index] = max(depth.get(index, 0), here)
     return dict(sorted(depth.items()))
 
@@ -237,7 +255,7 @@ def _stop_event(
     events = [
         event_of(node, outline)
         for node in graph.nodes.values()
-        if isinstance(node, Read) and passes.of(node.invoke) == pass_index
+        if isinstance(node, Read) and passes.at(node) == pass_index
     ]
     here = [e for e in events if route[at].hosts(outline.block(e), outline.n_blocks)]
     return max(here, default=None)
@@ -251,15 +269,20 @@ def _untouched_exits(
         f"{outline.blocks_path}.{span.end - 1}": index for index, span in enumerate(route[:-1])
     }
     written = {
-        (node.site.module, node.invoke)
+        (node.site.module, node.invoke, node.site.step)
         for node in graph.nodes.values()
         if isinstance(node, Write) and node.site.io == "output"
-    } | {(node.module, node.invoke) for node in graph.nodes.values() if isinstance(node, Skip)}
+    } | {
+        (node.module, node.invoke, node.step)
+        for node in graph.nodes.values()
+        if isinstance(node, Skip)
+    }
     found: dict[NodeId, tuple[int, int]] = {}
     for node_id, node in graph.nodes.items():
         if isinstance(node, Read) and node.site.io == "output" and node.site.module in exits:
             first = outline.modules[node.site.module].outputs[0].path
-            if node.site.leaf == first and (node.site.module, node.invoke) not in written:
+            here = (node.site.module, node.invoke, node.site.step)
+            if node.site.leaf == first and here not in written:
                 found[node_id] = (exits[node.site.module], node.invoke)
     return found
 
@@ -305,9 +328,9 @@ class _PartBuilder:
 
     def build(
         self,
-        stop: dict[int, int | None],
-        last: dict[int, bool],
+        stop: Mapping[int, int | None],
         specs: Mapping[NodeId, TensorSpec],
+        sampling: Sampling | None,
     ) -> Part:
         stages = []
         for pass_index, one in sorted(self.stages.items()):
@@ -322,10 +345,10 @@ class _PartBuilder:
                     exports=tuple(one.exports),
                     from_hidden=tuple(one.from_hidden),
                     forward=one.forward,
-                    stop_event=stop.get(pass_index) if last.get(pass_index) else None,
+                    stop_event=stop.get(pass_index),
                 )
             )
         ordered = dict(sorted(self.nodes.items()))
         graph = Graph(ordered, frozenset(self.imports))
         imported = {value: specs[value] for value in sorted(self.imports)}
-        return Part(self.index, self.span, graph, tuple(stages), imported)
+        return Part(self.index, self.span, graph, tuple(stages), imported, sampling)

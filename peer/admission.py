@@ -27,6 +27,8 @@ from glasshive.peer.pace import HostPace
 from glasshive.security.policy import Policy
 
 _KEPT_VERDICTS = 256
+# Of each token of the vocabulary while one is chosen: logits and chances, sorted and summed.
+_CHANCES_BYTES = 48
 
 
 class Admission:
@@ -83,7 +85,7 @@ class Admission:
     def _count(self, part: Part, passes: Passes, go_on: Callable[[], None]) -> Bill:
         self.policy.check_graph(part.graph)
         forwards = [passes.passes[stage.pass_index] for stage in part.stages if stage.forward]
-        seconds = sum(self._pace.forward_seconds(one.batch, one.seq) for one in forwards)
+        seconds = sum(self._pace.forward_seconds(one.batch, one.seq, one.past) for one in forwards)
         if seconds > self._budget.seconds:
             tokens = sum(one.batch * one.seq for one in forwards)
             raise OverBudget(
@@ -91,11 +93,12 @@ class Admission:
                 f"peer's time, but {self._budget.seconds:.3g} s are allowed"
                 f"{self._budget.by('seconds')}; trace fewer or shorter prompts at a time"
             )
-        waiting_bytes = self._waiting_bytes(part, passes)
+        waiting_bytes = self._waiting_bytes(part, passes) + self._generation_bytes(part, passes)
         if waiting_bytes > self._budget.peak_bytes:
+            also = " with their caches" if passes.are_generation else ""
             raise OverBudget(
-                f"tokens and hidden states of {len(forwards)} passes take {waiting_bytes} bytes "
-                f"while they wait here, but {self._budget.peak_bytes} are allowed"
+                f"tokens and hidden states of {len(forwards)} passes{also} take {waiting_bytes} "
+                f"bytes while they wait here, but {self._budget.peak_bytes} are allowed"
                 f"{self._budget.by('peak_bytes')}; trace fewer or shorter prompts at a time"
             )
         model = surroundings(self._outline, self._calls, passes)
@@ -110,10 +113,33 @@ class Admission:
             replace(self._budget, seconds=self._budget.seconds - seconds),
             imports=part.specs,
             order=[node for stage in part.stages for node in stage.nodes],
-            keep={v for stage in part.stages for v, _ in stage.exports if v != HIDDEN},
+            keep={v for stage in part.stages for v, _ in stage.exports if v >= 0},
             resident_bytes=waiting_bytes,
         )
         return replace(bill, seconds=bill.seconds + seconds)
+
+    def _generation_bytes(self, part: Part, passes: Passes) -> int:
+        """What the steps of a generation keep here at most, one prompt's after the other.
+
+        The caches at their full length, of which one block's is there twice while it grows; and
+        where tokens are chosen, all of them, and some copies of the chances of each.
+        """
+        most_bytes = 0
+        for one in passes.passes:
+            if one.group < 0:
+                return 0
+            tokens = one.past + one.seq
+            blocks = [
+                one.batch * (kept + each * tokens)
+                for kept, each in self._outline.steps().cache_bytes[part.span.start : part.span.end]
+            ]
+            now_bytes = sum(blocks) + max(blocks)
+            if part.sampling is not None:
+                now_bytes += one.batch * (
+                    2 * 8 * tokens + _CHANCES_BYTES * self._outline.vocabulary_tokens
+                )
+            most_bytes = max(most_bytes, now_bytes)
+        return most_bytes
 
     def _waiting_bytes(self, part: Part, passes: Passes) -> int:
         """What the passes take at most besides the graph: tokens, and hidden states that wait.
@@ -126,7 +152,8 @@ class Admission:
         waiting_bytes = 0  # before a stage: what it and later ones import, what earlier ones export
         for stage in stages:
             one = passes.passes[stage.pass_index]
-            tensors = (part.span.start == 0) + 2 * one.padded  # token ids; mask and positions
+            # Token ids, also where the next ones are chosen; mask and positions.
+            tensors = (part.span.start == 0 or part.sampling is not None) + 2 * one.padded
             inputs_bytes += tensors * one.batch * one.seq * 8
             if any(value == HIDDEN for value, _ in stage.imports):
                 waiting_bytes += self._outline.hidden_spec(one.batch, one.seq).nbytes

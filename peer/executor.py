@@ -9,6 +9,8 @@
 - What the model may take for an index is looked at before an accelerator sees it.
 - A stage that is cancelled or takes too long ends at the next node or block: a kernel can't be
   interrupted.
+- A step of a generation runs with the cache that its prompt's pass has begun; the last span chooses
+  the next tokens, and what is read or written of them comes after everything else of the pass.
 - Everything here runs on the one torch thread of a peer, and knows no network.
 """
 
@@ -19,7 +21,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -43,43 +44,26 @@ from glasshive.graph.graph import (
 from glasshive.graph.kernels import run_op, to_torch_dtype
 from glasshive.graph.kernels_checks import GuardedOps
 from glasshive.graph.ops import OPS
-from glasshive.graph.order import Passes, event_of
-from glasshive.graph.outline import Leaf, Outline
-from glasshive.graph.plan import HIDDEN, Part, Stage
+from glasshive.graph.order import Pass, Passes, event_of
+from glasshive.graph.outline import GENERATOR, Leaf, Outline
+from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
 from glasshive.graph.run import Interpreter
-from glasshive.graph.twin import leaf_of, with_leaf
+from glasshive.graph.tensor_trees import leaf_of, with_leaf
+from glasshive.peer.bypass import Bypass, Removable
 from glasshive.peer.device import wait_for
 from glasshive.peer.errors import TraceEnded
+from glasshive.peer.generation import Generation, PassInputs
 from glasshive.peer.memory_order import copy_in_order
+from glasshive.peer.sampler import Sampler
 from glasshive.peer.span_model import SpanModel, StopForward
 
 _START = -1
+_CHOSEN = Site(GENERATOR, "output")
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 Bucket: TypeAlias = list[NodeId]
 Aside: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 GiveWay: TypeAlias = Callable[[Aside], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PassInputs:
-    """What enters a forward pass: token ids on the first span, mask and positions if padded.
-
-    `input_ids`, `attention_mask` and `position_ids` are int64 `[batch, seq]`.
-    """
-
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    def on(self, device: torch.device) -> PassInputs:
-        """The same on `device`."""
-        return PassInputs(
-            *(
-                None if one is None else one.to(device)
-                for one in (self.input_ids, self.attention_mask, self.position_ids)
-            )
-        )
 
 
 class Outbox(Protocol):
@@ -89,37 +73,7 @@ class Outbox(Protocol):
         """A value for the client."""
 
     def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
-        """A value, or HIDDEN, for another peer of the route."""
-
-
-class _Removable(Protocol):
-    """Something put on a module for one stage."""
-
-    def remove(self) -> None:
-        """Take it off."""
-
-
-class _Bypass:
-    """Has a module give something without running, until it is removed."""
-
-    def __init__(
-        self, module: nn.Module, give: Callable[..., Tensor], is_off: Callable[[], bool]
-    ) -> None:
-        self._module = module
-        self._before = module.__dict__.get("forward")  # another trace's, which has given way
-        run = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs) if is_off() else give()
-
-        module.forward = forward
-
-    def remove(self) -> None:
-        """Let the module run again."""
-        if self._before is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._before
+        """A value, HIDDEN or TOKENS, for another peer of the route."""
 
 
 class Executor:
@@ -158,7 +112,7 @@ class Executor:
         self._values = Interpreter(
             part.graph,
             functools.partial(run_op, device=model.device, guarded=model.guarded),
-            extra_uses=(v for s in part.stages for v, _ in s.exports if v != HIDDEN),
+            extra_uses=(v for s in part.stages for v, _ in s.exports if v not in (HIDDEN, TOKENS)),
         )
         self._users: dict[NodeId, set[NodeId]] = {node_id: set() for node_id in part.graph.nodes}
         self._kept = {value for stage in part.stages for value, _ in stage.exports}
@@ -169,6 +123,9 @@ class Executor:
                 elif ref in self._users:
                     self._users[ref].add(node_id)
         self._skipped: dict[tuple[str, int], Tensor] = {}
+        self._generations: dict[int, Generation] = {}  # by the pass of the prompt
+        self.ended: set[int] = set()
+        """The generations of which no more steps come, by the pass of the prompt."""
         self._last_write: NodeId | None = None
         self._is_off = False  # its hooks: a module runs on the side, or another trace's stage
         self._cancelled = False
@@ -181,18 +138,31 @@ class Executor:
         """Give in a value that another peer computed, from any device."""
         self._values.put(value, tensor.to(self._model.device))
 
-    def run(self, stage: Stage, inputs: PassInputs, hidden: Tensor | None) -> None:
+    def end(self, group: int) -> None:
+        """No more steps of that generation come: forget what it keeps. Between stages."""
+        self.ended.add(group)
+        self._generations.pop(group, None)
+
+    def run(
+        self,
+        stage: Stage,
+        inputs: PassInputs,
+        hidden: Tensor | None,
+        tokens: Tensor | None = None,
+    ) -> None:
         """Run one stage and wait until the device has done it.
 
-        `inputs` and `hidden`, which is `[batch, seq, hidden]` where the stage imports it, may be on
-        any device.
+        `inputs`, `hidden` (`[batch, seq, hidden]`, where the stage imports it) and `tokens` (int64
+        `[batch]`, where it does) may be on any device. The stages of a generation run in order.
 
         Raises GraphError naming the node that failed, or before which the stage had to end.
         """
         self._ends_at = self._clock() + self._stage_seconds
         self._go_on()
         device = self._model.device
-        inputs = inputs.on(device)
+        inputs = self._inputs(
+            stage, inputs.on(device), None if tokens is None else tokens.to(device)
+        )
         hidden = None if hidden is None else hidden.to(device)
         try:
             with torch.no_grad():
@@ -209,6 +179,20 @@ class Executor:
         finally:
             # So that what a stage takes is seen, also of one that failed, and late work is overdue.
             wait_for(device)
+
+    def _inputs(self, stage: Stage, inputs: PassInputs, tokens: Tensor | None) -> PassInputs:
+        """What enters the pass. Begins a generation with its prompt."""
+        if not stage.forward or (one := self._passes.passes[stage.pass_index]).group < 0:
+            return inputs
+        if not one.step:
+            self._generations[one.group] = Generation.begin(
+                self._model, inputs, one, self._part.sampling
+            )
+            return inputs
+        begun = self._generations[one.group]
+        if tokens is None and begun.sampler is not None:
+            tokens = begun.sampler.tokens  # chosen here
+        return begun.prompt.of_step(one.step, tokens)
 
     def _buckets(self, stage: Stage) -> dict[int, Bucket]:
         when: dict[NodeId, int] = {}
@@ -227,15 +211,20 @@ class Executor:
         self, stage: Stage, buckets: dict[int, Bucket], inputs: PassInputs, hidden: Tensor | None
     ) -> None:
         is_edited = any(map(self._reaches_indices, stage.nodes))
+        generation = self._generations.get(self._passes.passes[stage.pass_index].group)
+        chosen = self._outline.event(_CHOSEN) if generation is not None else None
+        at_choice = buckets.pop(chosen, []) if chosen is not None else []
         with contextlib.ExitStack() as hooks:
             for handle in self._hooks(stage, buckets):
                 hooks.callback(handle.remove)
             try:
                 output = self._model.run(
-                    input_ids=inputs.input_ids,
+                    input_ids=inputs.input_ids if self._model.is_first else None,
                     hidden=hidden,
                     attention_mask=inputs.attention_mask,
                     position_ids=inputs.position_ids,
+                    cache=None if generation is None else generation.cache,
+                    last_only=generation is not None,
                     is_edited=is_edited,
                 )
             except _FAILURES as error:
@@ -250,8 +239,30 @@ class Executor:
                 if output is None:
                     raise NotASite("the forward ended before the hidden states left the span")
                 self._outbox.exported(stage, HIDDEN, receiver, output)
+        if generation is not None:
+            if generation.sampler is not None and output is not None:
+                self._choose(stage, generation.sampler, at_choice, output)
+            if not self._passes.goes_on(stage.pass_index):
+                self._generations.pop(self._passes.passes[stage.pass_index].group, None)
 
-    def _hooks(self, stage: Stage, buckets: dict[int, Bucket]) -> Iterator[_Removable]:
+    def _choose(self, stage: Stage, sampler: Sampler, bucket: Bucket, logits: Tensor) -> None:
+        """Choose the next tokens, let the graph see and change them, and send them on."""
+        tokens = self._run_bucket(bucket, sampler.choose(logits))
+        event = self._outline.event(_CHOSEN)
+        self._export(stage, {event: bucket}, event)
+        try:
+            sampler.take(tokens)
+        except GraphError as error:
+            error.node = self._last_write
+            raise
+        if sampler.has_ended:
+            self.end(self._passes.passes[stage.pass_index].group)
+            return
+        for value, receiver in stage.exports:
+            if value == TOKENS:
+                self._outbox.exported(stage, TOKENS, receiver, tokens)
+
+    def _hooks(self, stage: Stage, buckets: dict[int, Bucket]) -> Iterator[Removable]:
         """What is put on the modules for this stage, each as soon as it is there."""
         for module, event, bucket, io in self._sites(stage, buckets):
             if io == "input":
@@ -312,7 +323,7 @@ class Executor:
         if self._cancelled:
             raise TraceEnded("the trace was cancelled")
 
-    def _skip_modules(self, stage: Stage) -> Iterator[_Removable]:
+    def _skip_modules(self, stage: Stage) -> Iterator[Removable]:
         """Have skipped modules give what the graph says instead of what they compute."""
         skipped: dict[str, set[int]] = {}
         for node_id in stage.nodes:
@@ -321,26 +332,33 @@ class Executor:
                 skipped.setdefault(node.module, set()).add(node.invoke)
         one = self._passes.passes[max(stage.pass_index, 0)]
         for path, invokes in skipped.items():
-            (leaf,) = self._outline.module(path).leaves("output", one.padded)
+            (leaf,) = self._outline.leaves(path, "output", one.kind)
             module = self._model.module.get_submodule(path)
             if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
                 give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
-                yield _Bypass(module, give, lambda: self._is_off)
+                yield Bypass(module, give, lambda: self._is_off)
             else:  # other rows need it, or its output holds more than the value: it runs
-                give = functools.partial(self._put_skipped, path, sorted(invokes), leaf)
+                give = functools.partial(self._put_skipped, path, sorted(invokes), leaf, one.step)
                 yield module.register_forward_hook(give, prepend=True)
 
     def _skipped_output(self, path: str, invokes: tuple[int, ...], axis: int) -> Tensor:
         return torch.cat([self._skipped.pop((path, invoke)) for invoke in invokes], axis)
 
     def _put_skipped(
-        self, path: str, invokes: list[int], leaf: Leaf, module: nn.Module, args: Any, output: Any
+        self,
+        path: str,
+        invokes: list[int],
+        leaf: Leaf,
+        step: int,
+        module: nn.Module,
+        args: Any,
+        output: Any,
     ) -> Any:
         if self._is_off:
             return None
         whole = leaf_of(output, leaf.path).clone()
         for invoke in invokes:
-            site = Site(path, "output", leaf.path)
+            site = Site(path, "output", leaf.path, step)
             rows = self._rows(Read(site, invoke), whole)
             rows.copy_(self._skipped.pop((path, invoke)))
         return with_leaf(output, leaf.path, whole)
@@ -383,7 +401,7 @@ class Executor:
         made = set(buckets.get(event, ())) if event is not None else None
         later = {i for bucket in buckets.values() for i in bucket} if event is None else set()
         for value, receiver in stage.exports:
-            if value == HIDDEN:
+            if value in (HIDDEN, TOKENS):
                 continue
             if (made is not None and value in made) or (made is None and value not in later):
                 tensor = self._values.take(value)
@@ -428,22 +446,25 @@ class Executor:
                 raise
         return tree
 
+    def _pass(self, node: Read | Write | Skip) -> Pass:
+        return self._passes.passes[self._passes.at(node)]
+
     def _leaf(self, node: Read | Write | Skip) -> Leaf:
-        one = self._passes.passes[self._passes.of(node.invoke)]
+        kind = self._pass(node).kind
         if isinstance(node, Skip):
-            (leaf,) = self._outline.module(node.module).leaves("output", one.padded)
+            (leaf,) = self._outline.leaves(node.module, "output", kind)
             return leaf
-        return self._outline.leaf(node.site, one.padded)
+        return self._outline.leaf(node.site, kind)
 
     def _check_fits(self, node: Skip, value: Tensor) -> None:
         """Raise ShapeMismatch unless `value` is what the skipped module would give."""
-        leaf = self._leaf(node)
         first, last = self._passes.rows(node.invoke)
-        shape = leaf.shape(last - first, self._passes.passes[self._passes.of(node.invoke)].seq)
-        if (tuple(value.shape), value.dtype) != (shape, to_torch_dtype(leaf.dtype)):
+        wanted = self._pass(node).spec(self._leaf(node), last - first)
+        if (tuple(value.shape), value.dtype) != (wanted.shape, to_torch_dtype(wanted.dtype)):
             raise ShapeMismatch(
                 f"a value of shape {list(value.shape)}, {value.dtype}, is given for "
-                f"{node.module}.output, which has shape {list(shape)} and {leaf.dtype.value}"
+                f"{node.module}.output, which has shape {list(wanted.shape)} and "
+                f"{wanted.dtype.value}"
             )
 
     def _path(self, node: Read | Write) -> tuple[int | str, ...]:
@@ -454,9 +475,9 @@ class Executor:
 
     def _rows(self, node: Read | Write, whole: Tensor) -> Tensor:
         """The view of the invoke's rows in the tensor at a site."""
-        one = self._passes.passes[self._passes.of(node.invoke)]
+        one = self._pass(node)
         leaf = self._leaf(node)
-        expected = leaf.shape(one.batch, one.seq)
+        expected = one.spec(leaf).shape
         if tuple(whole.shape) != expected:
             raise NotASite(
                 f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; this "

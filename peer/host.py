@@ -68,8 +68,9 @@ from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
-from glasshive.peer.executor import Aside, PassInputs
+from glasshive.peer.executor import Aside
 from glasshive.peer.file_server import FileServer
+from glasshive.peer.generation import PassInputs
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace
 from glasshive.peer.memory_book import MemoryBook, lent_bytes
@@ -360,7 +361,9 @@ class Host:
     def _may_be_put_aside(self, passes: Passes) -> bool:
         """Whether the reserve beside what is promised has room for what these passes hold."""
         most_bytes = self.memory_bytes // PUT_ASIDE_PARTS
-        return all(self._model.pass_bytes(p.batch, p.seq) <= most_bytes for p in passes.passes)
+        return all(
+            self._model.pass_bytes(p.batch, p.past + p.seq) <= most_bytes for p in passes.passes
+        )
 
     async def _checked(
         self, request: TraceRequest, shown_at: float, body: bytearray
@@ -399,9 +402,15 @@ class Host:
                 f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
             )
         for one in passes.passes:
-            if one.batch > limits.batch_rows or one.seq > limits.context_tokens:
+            tokens = one.past + one.seq
+            if one.group >= 0 and one.step >= limits.graph.steps:
+                raise OverBudget(
+                    f"step {one.step} of a generation; this peer takes at most "
+                    f"{limits.graph.steps} steps{limits.by('steps')}"
+                )
+            if one.batch > limits.batch_rows or tokens > limits.context_tokens:
                 raise BadGraph(
-                    f"a pass of {one.batch} rows of {one.seq} tokens; this peer takes at most "
+                    f"a pass of {one.batch} rows of {tokens} tokens; this peer takes at most "
                     f"{limits.batch_rows} rows{limits.by('batch_rows')} of "
                     f"{limits.context_tokens} tokens{limits.by('context_tokens')}"
                 )
@@ -461,6 +470,7 @@ class Host:
             mine = taken.setdefault(message.pass_index, {})
             if (
                 one is None
+                or one.step
                 or message.name not in ("input_ids", "attention_mask", "position_ids")
                 or message.name in mine
                 or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.seq))

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from glasshive.dht.errors import MalformedMessage, StreamBusy, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
+    Dropped,
     Opening,
     Received,
     Saved,
@@ -33,8 +34,9 @@ from glasshive.dht.messages import (
 )
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.graph.errors import GraphError
-from glasshive.graph.graph import NodeId, Skip
+from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import GraphError, StepNeverRan
+from glasshive.graph.graph import NodeId, Skip, refs
 from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
 )
@@ -43,7 +45,7 @@ from glasshive.graph.kernels import (
 )
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
-from glasshive.graph.plan import HIDDEN, Part, Stage
+from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
 from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.accounts import Account
 from glasshive.peer.client_stream import ClientStream
@@ -54,7 +56,8 @@ from glasshive.peer.errors import (
     NeighbourLost,
     TraceEnded,
 )
-from glasshive.peer.executor import Aside, Executor, GiveWay, PassInputs
+from glasshive.peer.executor import Aside, Executor, GiveWay
+from glasshive.peer.generation import PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
@@ -69,6 +72,19 @@ TELL_SECONDS: Final = 10.0  # in which the client is told of an end
 RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
 
+_Key: TypeAlias = tuple[NodeId, int | None]
+
+
+def _key(value: NodeId, pass_index: int) -> _Key:
+    """By what a value that travels is known: hidden states and tokens are there in every pass."""
+    return value, pass_index if value in (HIDDEN, TOKENS) else None
+
+
+def _made_in(value: NodeId, stage: Stage) -> int:
+    """The pass in which hidden states or tokens that a stage imports were made."""
+    return stage.pass_index - (value == TOKENS)
+
+
 @dataclass
 class _Sent:
     hidden_bytes: int = 0
@@ -79,7 +95,7 @@ class _Sent:
 class _Outgoing:
     """Something for a peer of the plan: a value, or the hidden states of a pass."""
 
-    message: Value
+    message: Value | Dropped
     data: memoryview
 
 
@@ -110,13 +126,14 @@ class HostedTrace:
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._expected = {
-            (value, stage.pass_index if value == HIDDEN else None): (sender, stage.pass_index)
+            _key(value, _made_in(value, stage)): (sender, stage.pass_index)
             for stage in self.part.stages
             for value, sender in stage.imports
         }
-        self._arrived: dict[tuple[NodeId, int | None], asyncio.Future[Tensor]] = {
+        self._arrived: dict[_Key, asyncio.Future[Tensor | None]] = {  # None: it never comes
             key: self._loop.create_future() for key in self._expected
         }
+        self._never_made: set[NodeId] = set()
         self._digest = SavesDigest()  # the torch thread's alone until the last stage has run
         self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
         receivers = self.part.receivers
@@ -210,28 +227,33 @@ class HostedTrace:
             del self._incoming[sender]  # its end may be the trace's, and this is still to arrive
         await stream.send(encode(Received()), b"", self.left_seconds + TELL_SECONDS)
 
-    def _keys_from(self, sender: int) -> list[tuple[NodeId, int | None]]:
+    def _keys_from(self, sender: int) -> list[_Key]:
         return [key for key, (one, _) in self._expected.items() if one == sender]
 
-    def _is_awaited(self, key: tuple[NodeId, int | None]) -> bool:
+    def _is_awaited(self, key: _Key) -> bool:
         parked = self._arrived.get(key)
         return parked is not None and not parked.done()
 
     async def _park_next(self, sender: int, stream: Stream) -> None:
         frame = await stream.receive(self.left_seconds)
-        message = decode(frame.header, Value)
+        message = decode(frame.header, Value, Dropped)
         value = NodeId(message.value)
-        key = (value, message.pass_index if value == HIDDEN else None)
+        key = _key(value, message.pass_index)
         expected, needed_in = self._expected.get(key, (None, 0))
         parked = self._arrived.get(key)
         if expected != sender or parked is None or parked.done():
             raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
-        if value != HIDDEN and (message.pass_index, sender) >= (needed_in, self.part.index):
+        if key[1] is None and (message.pass_index, sender) >= (needed_in, self.part.index):
             # What a stage imports was made before it: in an earlier pass, or by an earlier part.
             raise MalformedMessage(
                 f"value {message.value} from part {sender} in pass {message.pass_index} comes "
                 f"after part {self.part.index} needs it, in pass {needed_in}"
             )
+        if isinstance(message, Dropped):
+            if not self.passes.are_generation:
+                raise MalformedMessage(f"value {message.value} is dropped, and nothing ends early")
+            parked.set_result(None)
+            return
         spec = spec_of(message.dtype, message.shape)
         wanted = self._spec(*key)
         if spec != wanted:
@@ -251,22 +273,33 @@ class HostedTrace:
                 parked.exception()  # whoever waits is told; nobody else has to be
 
     def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
-        if value != HIDDEN or pass_index is None:
+        if pass_index is None:
             return self.part.specs[value]
         one = self.passes.passes[pass_index]
+        if value == TOKENS:
+            return TensorSpec(DType.INT64, (one.batch,))
         return self.outline.hidden_spec(one.batch, one.seq)
 
     async def _run_stage(self, stage: Stage) -> None:
-        hidden: Tensor | None = None
+        group = self.passes.passes[stage.pass_index].group if stage.forward else -1
         carried: dict[NodeId, Tensor] = {}
         for value, _ in stage.imports:
-            key = (value, stage.pass_index if value == HIDDEN else None)
+            if group in self._executor.ended:
+                break
+            key = _key(value, _made_in(value, stage))
             tensor = await self._soon(self._arrived[key])
             del self._arrived[key]
-            if value == HIDDEN:
-                hidden = tensor
-            else:
+            if tensor is not None:
                 carried[value] = tensor
+            elif value in (HIDDEN, TOKENS):
+                self._executor.end(group)
+            else:
+                self._never_made.add(value)
+        if group in self._executor.ended:
+            self._drop(stage, stage.exports)
+            return
+        self._check_made(stage)
+        hidden, tokens = carried.pop(HIDDEN, None), carried.pop(TOKENS, None)
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
@@ -274,13 +307,34 @@ class HostedTrace:
             with self.account.computing():
                 while carried:
                     self._executor.put(*carried.popitem())
-                self._executor.run(stage, inputs, hidden)
+                self._executor.run(stage, inputs, hidden, tokens)
             if self._is_whole(stage):
                 one = self.passes.passes[stage.pass_index]
                 seconds = self.account.compute_seconds - before_seconds
                 self.pace.saw(one.batch * one.seq, seconds)
 
         await self._soon(self.run_on_torch(work))
+        if group in self._executor.ended:
+            self._drop(stage, [(value, to) for value, to in stage.exports if value == TOKENS])
+
+    def _drop(self, stage: Stage, exports: Iterable[tuple[NodeId, int]]) -> None:
+        """Tell those who wait for what a stage would have made that it never comes."""
+        if exports is stage.exports:
+            self._never_made.update(stage.nodes)
+        for value, receiver in exports:
+            out = _Outgoing(Dropped(value, stage.pass_index), memoryview(b""))
+            self._outgoing[receiver].put_nowait(out)
+
+    def _check_made(self, stage: Stage) -> None:
+        """Raise StepNeverRan if a node needs what a step of a generation that ended would make."""
+        for node_id in stage.nodes:
+            if not self._never_made.isdisjoint(refs(self.part.graph.nodes[node_id])):
+                raise StepNeverRan(
+                    "this needs a value of a step that never ran: the generation that it is of had "
+                    "ended before, with a stop token; take it from an earlier step, or generate "
+                    "with eos_token_id=[]",
+                    node=node_id,
+                )
 
     def _is_whole(self, stage: Stage) -> bool:
         """Whether the stage runs all that this span has of the model."""
@@ -370,6 +424,9 @@ class HostedTrace:
                     await stream.close()
 
     async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Sent) -> None:
+        if isinstance(item.message, Dropped):
+            await stream.send(encode(item.message), b"", self.left_seconds)
+            return
         await send_tensor(stream, item.message, item.data, self.left_seconds)
         if item.message.value == HIDDEN:
             traffic.hidden_bytes += len(item.data)

@@ -39,13 +39,13 @@ class HostPace:
     hidden_size: int
     graph: Pace
 
-    def forward_seconds(self, batch: int, seq: int) -> float:
-        """About how long the span's forward takes on `[batch, seq]` tokens.
+    def forward_seconds(self, batch: int, seq: int, past: int = 0) -> float:
+        """About how long the span's forward takes on `[batch, seq]` tokens behind `past` others.
 
         Attention grows with the length of a row: in a block of width d, a token costs about 24 d^2
         FLOPs, and 4 d for each token that it looks at.
         """
-        longer = 1 + seq / (6 * self.hidden_size)
+        longer = 1 + (past + seq) / (6 * self.hidden_size)
         return batch * seq * longer / self.tokens_per_second
 
     def saw(self, tokens: int, seconds: float) -> None:

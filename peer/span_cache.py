@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from glasshive.graph.steps import cache_layer_bytes
+
 
 class _Counter(DynamicLayer):  # type: ignore[no-untyped-call]
     """An attention layer's length without its keys: for blocks that another peer hosts."""
@@ -59,15 +61,7 @@ class SpanCache(DynamicCache):
 
     def held_bytes(self) -> int:
         """The bytes that the hosted entries hold now."""
-        held = 0
-        for layer in self.hosted:
-            states: list[object] = []
-            if isinstance(layer, CacheLayerMixin):
-                states += [layer.keys, layer.values]
-            if hasattr(layer, "conv_states"):
-                states += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            held += sum(state.nbytes for state in states if isinstance(state, Tensor))
-        return held
+        return sum(map(cache_layer_bytes, self.hosted))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows `beam_idx` (int64, 1-D), in that order."""

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 from glasshive.graph.errors import UnsupportedModel
 from glasshive.graph.kernels_checks import GuardedOps, ends_process
 from glasshive.graph.twin import blocks_path
+from glasshive.graph.twin_scans import LAST_LOGITS
 from glasshive.peer.errors import BadSpan, ModelTypeRefused, WrongInput
 from glasshive.peer.span_cache import SpanCache
 
@@ -242,6 +243,7 @@ class SpanModel:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: SpanCache | None = None,
+        last_only: bool = False,
         is_edited: bool = False,
     ) -> Tensor | None:
         """Run the span once.
@@ -249,8 +251,10 @@ class SpanModel:
         `input_ids` (int64, `[batch, seq]`) on the first span, `hidden` (`[batch, seq, hidden]`) on
         the others. `attention_mask` is 2-D, `[batch, past + seq]`; `position_ids` is `[batch, seq]`
         and is dropped where the model takes none (it then counts from the mask). With neither, the
-        result equals the plain `model(input_ids)`. `is_edited` says that a hook may change what the
-        model takes for indices; on a guarded span they are then looked at, wherever they are used.
+        result equals the plain `model(input_ids)`. `last_only` asks for the logits of the last
+        token alone, as `generate` does, where the model knows how. `is_edited` says that a hook may
+        change what the model takes for indices; on a guarded span they are then looked at, wherever
+        they are used.
 
         Returns the hidden states behind block `end - 1`, on the last span the logits
         (`[batch, seq, vocabulary]`), and `None` if a hook ended the forward by `StopForward`.
@@ -262,6 +266,8 @@ class SpanModel:
         arguments, seq_tokens = self._arguments(
             input_ids, hidden, attention_mask, position_ids, cache
         )
+        if last_only and LAST_LOGITS in self._accepts:
+            arguments[LAST_LOGITS] = 1
         # The model's own positions are good for every length up to one that has run.
         tokens = seq_tokens + (0 if cache is None else cache.length_tokens)
         looks = self.guarded and (is_edited or tokens > self._longest_tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glasshive.graph.errors import NotASite
-from glasshive.graph.order import InvokeShape
+from glasshive.graph.order import NEVER, InvokeShape
 
 HIDDEN = 32
 BLOCKS = 4
@@ -156,8 +156,8 @@ class RandomTrace:
         info = self.model.outline.modules[module.path]
         event = info.input_event if io == "input" else info.output_event
         behind = sites.recorder.value_info[sites.recorder.value(value)]
-        read = max((at for at, _, _ in sites._reads.get(invoke, ())), default=-1)
-        return max(behind.get(invoke, -1), read) <= event
+        read = max((at for at, _, _ in sites._reads.get(invoke, ())), default=NEVER)
+        return max(behind.get(invoke, NEVER), read) <= (0, event)
 
     def _fitting(self) -> Tensor:
         """A value of the shape of this invoke's hidden states."""

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from glasshive.client.experiment import Experiment, TraceOptions
+from glasshive.client.files import read_generation_config
 from glasshive.client.model import Model
-from glasshive.client.saved import fill
 from glasshive.graph.budget import Pace
 from glasshive.graph.codec import DEFAULT_LIMITS
 from glasshive.graph.errors import NotYet
 from glasshive.graph.kernels import spec_of, tensor_from_bytes, tensor_to_bytes
 from glasshive.graph.order import slots
-from glasshive.graph.plan import HIDDEN, Plan, Span, Stage, check_part
+from glasshive.graph.plan import HIDDEN, TOKENS, Plan, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
 from glasshive.graph.split import split
 from glasshive.graph.twin import build_twin, outline_of
 from glasshive.peer.admission import Admission
 from glasshive.peer.checkpoint import Checkpoint
-from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.executor import Executor
+from glasshive.peer.generation import PassInputs
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.memory_order import memory_order, tensor_in_order
 from glasshive.peer.pace import HostPace
@@ -53,7 +54,7 @@ class _Mail:
         self.saves[name] = tensor_from_bytes(spec_of(value), tensor_to_bytes(value))
 
     def exported(self, stage: Stage, value: int, receiver: int, tensor: Tensor) -> None:
-        at = stage.pass_index if value == HIDDEN else -1
+        at = stage.pass_index if value in (HIDDEN, TOKENS) else -1
         assert (receiver, value, at) not in self.values
         order = memory_order(tensor)
         data = tensor_to_bytes(tensor.permute(order))
@@ -85,6 +86,7 @@ class CuttingRunner:
             name="tiny",
             model_id="0" * 64,
             config=self.config,
+            generation_config=read_generation_config(self.folder, self.config),
             tokenizer=None,
             twin=self.twin,
             outline=self.outline,
@@ -105,8 +107,7 @@ class CuttingRunner:
             assert saves.keys() == whole.keys()
             for name, value in saves.items():
                 assert same(value, whole[name]), f"{name} differs at cuts {cuts}"
-        for name, tensor in experiment.saves.items():
-            fill(tensor, whole[name])
+        experiment.fill(whole)
         return None
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
@@ -120,7 +121,9 @@ class CuttingRunner:
         bounds = [0, *cuts, self.n_blocks]
         route = [Span(start, end) for start, end in itertools.pairwise(bounds)]
         passes = experiment.passes
-        plan = split(experiment.graph, self.outline, passes, route, experiment.specs)
+        plan = split(
+            experiment.graph, self.outline, passes, route, experiment.specs, experiment.sampling
+        )
         assert {i for i in experiment.graph.nodes} <= {i for p in plan.parts for i in p.graph.nodes}
         saves: Saves = {}
         values: dict[tuple[int, int, int], Tensor] = {}
@@ -136,15 +139,25 @@ class CuttingRunner:
             model = self._span(part.span)
             consts = experiment.consts
             executors[part.index] = Executor(model, self.outline, part, passes, consts, mail)
+        ended: set[int] = set()
         for stage, index in in_order(plan):
-            executor, hidden = executors[index], None
+            group = passes.passes[stage.pass_index].group if stage.forward else -1
+            if group in ended:
+                executors[index].end(group)
+                continue
+            executor, hidden, tokens = executors[index], None, None
             for value, _ in stage.imports:
-                tensor = values.pop((index, value, stage.pass_index if value == HIDDEN else -1))
+                made_in = {HIDDEN: stage.pass_index, TOKENS: stage.pass_index - 1}.get(value, -1)
+                tensor = values.pop((index, value, made_in))
                 if value == HIDDEN:
                     hidden = tensor
+                elif value == TOKENS:
+                    tokens = tensor
                 else:
                     executor.put(value, tensor)
-            executor.run(stage, _inputs(experiment, stage, first=route[index].start == 0), hidden)
+            has_ids = route[index].start == 0 or executor._part.sampling is not None
+            executor.run(stage, _inputs(experiment, stage, has_ids=has_ids), hidden, tokens)
+            ended |= executor.ended
         assert not values, f"sent and never taken: {list(values)}"
         for executor in executors.values():
             assert len(executor._values) == 0, "values are held after the run"
@@ -164,11 +177,11 @@ def in_order(plan: Plan) -> list[tuple[Stage, int]]:
     return sorted(both, key=lambda one: (one[0].pass_index, one[1]))
 
 
-def _inputs(experiment: Experiment, stage: Stage, *, first: bool) -> PassInputs:
-    if not stage.forward:
+def _inputs(experiment: Experiment, stage: Stage, *, has_ids: bool) -> PassInputs:
+    if not stage.forward or experiment.passes.passes[stage.pass_index].step:
         return PassInputs()
     one = experiment.inputs[stage.pass_index]
-    ids = one.input_ids if first else None
+    ids = one.input_ids if has_ids else None
     return PassInputs(ids, one.attention_mask, one.position_ids)
 
 

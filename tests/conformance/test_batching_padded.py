@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import glasshive
 from glasshive.graph.errors import NotASite, NotYet
 from glasshive.graph.graph import Site
-from glasshive.graph.outline import Leaf, Outline
+from glasshive.graph.outline import Leaf, Outline, PassKind
 from glasshive.graph.twin import build_twin, scan
 
 UNEQUAL = [[3, 14, 15, 9, 26, 5], [35, 8, 9], [7]]
@@ -299,9 +299,9 @@ def test_what_every_peer_has_for_itself_is_not_edited(get_padded: GetPadded) -> 
 def test_a_mask_is_there_only_in_a_padded_batch(get_padded: GetPadded) -> None:
     outline = get_padded("llama", ()).model.outline
     mask = Site("model.layers.1.self_attn", "input", ("attention_mask",))
-    assert outline.leaf(mask, padded=True).axes == ("batch", 1, "seq", "seq")
+    assert outline.leaf(mask, PassKind.PADDED).axes == ("batch", 1, "seq", "seq")
     with pytest.raises(NotASite, match="told apart in a batch without padding; tensors in a batch"):
-        outline.leaf(mask, padded=False)
+        outline.leaf(mask, PassKind.PLAIN)
 
 
 # Every architecture ------------------------------------------------------------------------------

@@ -25,9 +25,6 @@ from glasshive.graph.errors import NotYet
     [
         ("log", "log lines come with gradients and cond; save the value, and print it after"),
         ("cond", "conditions come with gradients; torch.where(condition, a, b) chooses"),
-        ("iter", "steps come with generation; a trace is one forward pass"),
-        ("all", "steps come with generation; a trace is one forward pass"),
-        ("next", "steps come with generation; a trace is one forward pass"),
         ("cache", "save what you need, as in [layer.output.save() for layer in model.model.layers"),
         ("apply", "no function travels to a peer; call yours on the traced values themselves"),
     ],

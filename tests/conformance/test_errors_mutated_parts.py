@@ -32,14 +32,16 @@ from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError, NotYet,
 from glasshive.graph.graph import Const
 from glasshive.graph.kernels import spec_of, to_torch_dtype
 from glasshive.graph.order import Passes, slots
-from glasshive.graph.plan import HIDDEN, Part, Span, Stage, check_part
+from glasshive.graph.plan import HIDDEN, TOKENS, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
 from glasshive.graph.split import split
 from glasshive.graph.tensors import TensorSpec
-from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.executor import Executor
+from glasshive.peer.generation import PassInputs
 
 TRIES = count(6_000, 1_000_000)
 MAX_TOKENS = 200  # what a test's patience allows
+MAX_PASSES = 50
 ODD: list[Any] = [
     *(0, 1, 2, 3, -1, 5, 6, 40, 255, 2**31, -(2**40), True, False, None, 1.5, float("inf")),
     *("", "a", "set", "inplace", "model.layers.0", "model.norm", "lm_head", "output", "input"),
@@ -65,8 +67,9 @@ def sample_parts(runner: CuttingRunner) -> list[tuple[bytes, Experiment]]:
         for cuts in ((), (2,), (1, 4)):
             route = [Span(*ends) for ends in itertools.pairwise([0, *cuts, BLOCKS])]
             passes, specs = experiment.passes, experiment.specs
+            graph, sampling = experiment.graph, experiment.sampling
             try:
-                plan = split(experiment.graph, runner.outline, passes, route, specs)
+                plan = split(graph, runner.outline, passes, route, specs, sampling)
             except NotYet:
                 continue
             found.extend((encode_part(part, passes), experiment) for part in plan.parts)
@@ -79,6 +82,17 @@ def sample_parts(runner: CuttingRunner) -> list[tuple[bytes, Experiment]]:
             warnings.simplefilter("ignore", UnseenWrite)
             with pytest.raises(GraphError):
                 RandomTrace(model, seed).run()
+    for padded in (False, True):
+        prompts = [[1, 2, 3, 4], [5, 6] if padded else [5, 6, 7, 8]]
+        with (
+            pytest.raises(GraphError),
+            model.generate(prompts, max_new_tokens=4, do_sample=True, eos_token_id=9) as tracer,
+        ):
+            for step in tracer.iter[:]:
+                model.model.layers[3].output[:, -1] += step
+                model.model.layers[2].mlp.skip(torch.zeros(2, 4 if step == 0 else 1, WIDTH))
+                model.lm_head.output.save()
+            model.generator.output[:] = 3
     return found
 
 
@@ -125,7 +139,8 @@ def run_as_a_peer(
 ) -> tuple[Part, Passes]:
     """What a host does with a part, its neighbours' values being zeros."""
     part, passes = decode_part(data, DEFAULT_LIMITS)
-    if part.span.end > BLOCKS or any(one.batch * one.seq > MAX_TOKENS for one in passes.passes):
+    sizes = [one.batch * (one.past + one.seq) for one in passes.passes]
+    if part.span.end > BLOCKS or max(sizes, default=0) > MAX_TOKENS or len(sizes) > MAX_PASSES:
         raise BadGraph("no host of this test takes it")
     check_part(part, passes, runner.outline)
     slots(part.graph, runner.outline, passes)
@@ -139,18 +154,23 @@ def run_as_a_peer(
     executor = Executor(runner._span(part.span), runner.outline, part, passes, consts, Nowhere())
     for stage in part.stages:
         hidden: Tensor | None = None
+        tokens: Tensor | None = None
         inputs = PassInputs()
         if stage.forward:
             one = passes.passes[stage.pass_index]
-            if part.span.start == 0:
+            if one.group in executor.ended:
+                continue
+            if part.span.start == 0 or part.sampling is not None:
                 inputs = PassInputs(torch.ones(one.batch, one.seq, dtype=torch.int64))
         for value, _ in stage.imports:
             if value == HIDDEN:
                 hidden = torch.zeros(one.batch, one.seq, WIDTH)
+            elif value == TOKENS:
+                tokens = torch.ones(one.batch, dtype=torch.int64)
             else:
                 spec = part.specs[value]
                 executor.put(value, torch.zeros(spec.shape, dtype=to_torch_dtype(spec.dtype)))
-        executor.run(stage, inputs, hidden)
+        executor.run(stage, inputs, hidden, tokens)
     return part, passes
 
 
@@ -164,9 +184,9 @@ def test_a_changed_part_is_refused_or_run(tiny_folder: Callable[[str], Path]) ->
         data, experiment = choose.choice(samples)
         tree = msgpack.unpackb(data)
         if choose.random() < 0.6:
-            graph = msgpack.unpackb(tree[6])
+            graph = msgpack.unpackb(tree[7])
             mutate(graph, choose)
-            tree[6] = msgpack.packb(graph)
+            tree[7] = msgpack.packb(graph)
         else:
             mutate(tree, choose)
         try:

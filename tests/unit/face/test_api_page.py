@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import glasshive
+from glasshive.client.generation import Generation
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.passphrases import PASSPHRASE_VARIABLE
 from glasshive.settings import CONFIG_VARIABLE, DATA_VARIABLE, Settings
@@ -27,6 +28,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "close": glasshive.Swarm.close,
     "local": glasshive.local,
     "trace": glasshive.Model.trace,
+    "generate": glasshive.Model.generate,
+    "all": Generation.all,
+    "next": Generation.next,
     "save": glasshive.save,
     "invoke": glasshive.Tracer.invoke,
     "barrier": glasshive.Tracer.barrier,

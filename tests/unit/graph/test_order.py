@@ -153,8 +153,8 @@ def test_an_invoke_from_which_nothing_is_read_is_not_run(outline: Outline) -> No
 def test_reads_behind_a_value(outline: Outline) -> None:
     g = graph(Read(out(0), 0), Read(out(2), 0), Read(out(1), 1), Op("add", (ref(1), ref(2), 1)))
     assert reads_behind(g, outline)[NodeId(3)] == {
-        0: outline.event(out(2)),
-        1: outline.event(out(1)),
+        0: (0, outline.event(out(2))),
+        1: (0, outline.event(out(1))),
     }
 
 

@@ -12,8 +12,9 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from glasshive.graph.errors import NotASite, UnknownModule, UnsupportedModel
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.kernels import from_torch_dtype
-from glasshive.graph.outline import Outline
-from glasshive.graph.twin import build_twin, leaf_of, outline_of, scan, with_leaf
+from glasshive.graph.outline import Outline, PassKind
+from glasshive.graph.tensor_trees import leaf_of, with_leaf
+from glasshive.graph.twin import build_twin, outline_of, scan
 
 LLAMA = LlamaConfig(
     hidden_size=32,
@@ -60,17 +61,17 @@ def test_events_are_in_the_order_of_the_run(llama: Outline) -> None:
 
 
 def test_axes_are_told_apart(llama: Outline) -> None:
-    assert llama.leaf(Site("model.layers.1", "output"), padded=False).axes == ("batch", "seq", 32)
+    assert llama.leaf(Site("model.layers.1", "output"), PassKind.PLAIN).axes == ("batch", "seq", 32)
     assert (
-        llama.leaf(Site("model.layers.1.self_attn", "output", (0,)), padded=False).batch_axis == 0
+        llama.leaf(Site("model.layers.1.self_attn", "output", (0,)), PassKind.PLAIN).batch_axis == 0
     )
-    assert llama.leaf(Site("lm_head", "output"), padded=False).shape(3, 5) == (3, 5, 64)
+    assert llama.leaf(Site("lm_head", "output"), PassKind.PLAIN).shape(3, 5) == (3, 5, 64)
     assert str(llama.hidden_spec(2, 7)) == "float32[2, 7, 32]"
 
 
 def test_a_dtype_is_the_model_s() -> None:
     half = scan(build_twin(LLAMA, torch.bfloat16), LLAMA)
-    assert half.leaf(Site("model.layers.1", "output"), padded=False).dtype == from_torch_dtype(
+    assert half.leaf(Site("model.layers.1", "output"), PassKind.PLAIN).dtype == from_torch_dtype(
         torch.bfloat16
     )
 
@@ -91,7 +92,7 @@ def test_what_is_no_site_says_why(llama: Outline) -> None:
     with pytest.raises(NotASite, match=r"'model\.layers' \(ModuleList\) is called 0 times"):
         llama.event(Site("model.layers", "output"))
     with pytest.raises(NotASite, match=r"tensors here: model\.layers\.1\.output"):
-        llama.leaf(Site("model.layers.1", "output", (3,)), padded=False)
+        llama.leaf(Site("model.layers.1", "output", (3,)), PassKind.PLAIN)
     with pytest.raises(UnknownModule, match=r"did you mean model\.layers\.1\.mlp"):
         llama.event(Site("model.layers.1.mpl", "output"))
     with pytest.raises(UnknownModule, match="has no parameter 'bias'; it has weight"):
@@ -117,27 +118,31 @@ def test_experts_that_see_flat_tokens_are_no_sites_but_their_block_is() -> None:
         eos_token_id=2,
     )
     outline = scanned(config)
-    assert outline.leaf(Site("model.layers.0", "output"), padded=False).axes == ("batch", "seq", 32)
+    assert outline.leaf(Site("model.layers.0", "output"), PassKind.PLAIN).axes == (
+        "batch",
+        "seq",
+        32,
+    )
     gate = outline.modules["model.layers.0.mlp.gate"]
     assert all("batch" not in leaf.axes for leaf in gate.inputs)
 
 
 def test_what_reaches_blocks_by_a_side_way_is_known(llama: Outline) -> None:
     gpt2 = scanned(GPT2)
-    for padded in (False, True):
+    for kind in PassKind:
         for io in SIDES:
-            for leaf in llama.modules["model.rotary_emb"].leaves(io, padded):
+            for leaf in llama.leaves("model.rotary_emb", io, kind):
                 assert leaf.bypasses
-            for leaf in llama.modules["model.embed_tokens"].leaves(io, padded):
+            for leaf in llama.leaves("model.embed_tokens", io, kind):
                 assert not leaf.bypasses
-            for leaf in gpt2.modules["transformer.wpe"].leaves(io, padded):
+            for leaf in gpt2.leaves("transformer.wpe", io, kind):
                 assert not leaf.bypasses
 
 
 def test_of_what_the_whole_model_takes_only_the_tokens_keep_to_the_chain(llama: Outline) -> None:
     """Every peer of a route is given the mask and the positions, and makes its own of them."""
     for module in ("", "model"):
-        leaves = {leaf.path: leaf for leaf in llama.modules[module].leaves("input", padded=True)}
+        leaves = {leaf.path: leaf for leaf in llama.leaves(module, "input", PassKind.PADDED)}
         assert not leaves["input_ids",].bypasses
         assert leaves["attention_mask",].bypasses
         assert leaves["position_ids",].bypasses
@@ -148,23 +153,23 @@ def test_of_what_the_whole_model_takes_only_the_tokens_keep_to_the_chain(llama: 
 
 def test_tables_have_rows_in_a_padded_batch_only(llama: Outline) -> None:
     table = Site("model.rotary_emb", "output", (0,))
-    assert llama.leaf(table, padded=False).shape(3, 7) == (1, 7, 8)
-    assert llama.leaf(table, padded=True).shape(3, 7) == (3, 7, 8)
+    assert llama.leaf(table, PassKind.PLAIN).shape(3, 7) == (1, 7, 8)
+    assert llama.leaf(table, PassKind.PADDED).shape(3, 7) == (3, 7, 8)
     wpe = Site("transformer.wpe", "output")
     gpt2 = scanned(GPT2)
-    assert gpt2.leaf(wpe, padded=False).batch_axis is None
-    assert gpt2.leaf(wpe, padded=True).batch_axis == 0
+    assert gpt2.leaf(wpe, PassKind.PLAIN).batch_axis is None
+    assert gpt2.leaf(wpe, PassKind.PADDED).batch_axis == 0
     hidden = Site("model.layers.1", "output")
-    assert llama.leaf(hidden, padded=True) == llama.leaf(hidden, padded=False)
+    assert llama.leaf(hidden, PassKind.PADDED) == llama.leaf(hidden, PassKind.PLAIN)
 
 
 def test_a_mask_is_a_site_of_a_padded_batch_only(llama: Outline) -> None:
     mask = Site("model.layers.1.self_attn", "input", ("attention_mask",))
-    assert llama.leaf(mask, padded=True).shape(3, 7) == (3, 1, 7, 7)
-    assert llama.leaf(mask, padded=True).beside
+    assert llama.leaf(mask, PassKind.PADDED).shape(3, 7) == (3, 1, 7, 7)
+    assert llama.leaf(mask, PassKind.PADDED).beside
     text = r"told apart in a batch without padding; tensors in a batch without padding: model\.lay"
     with pytest.raises(NotASite, match=text):
-        llama.leaf(mask, padded=False)
+        llama.leaf(mask, PassKind.PLAIN)
 
 
 @pytest.mark.parametrize("why", ["asks for numbers", "takes no mask", "runs other modules"])
@@ -193,24 +198,28 @@ def test_a_twin_that_cannot_be_scanned_padded_has_what_has_rows_anyway(why: str)
     ways = {"asks for numbers": asks, "takes no mask": blind, "runs other modules": other}
     twin.forward = ways[why]
     outline = scan(twin, GPT2)
-    assert outline.leaf(Site("transformer.h.1", "output"), padded=True).axes == ("batch", "seq", 32)
+    assert outline.leaf(Site("transformer.h.1", "output"), PassKind.PADDED).axes == (
+        "batch",
+        "seq",
+        32,
+    )
     with pytest.raises(NotASite, match=r"told apart in a batch with padding; tensors .*: none"):
-        outline.leaf(Site("transformer.wpe", "output"), padded=True)
+        outline.leaf(Site("transformer.wpe", "output"), PassKind.PADDED)
 
 
 def test_what_every_block_receives_is_marked(llama: Outline) -> None:
     """The rotary table lies beside the chain, wherever it is handed on; hidden states do not."""
     for module in ("model.layers.1", "model.layers.2.self_attn"):
         table = Site(module, "input", ("position_embeddings", 0))
-        assert llama.leaf(table, padded=False).beside
-        assert llama.leaf(table, padded=False).batch_axis is None
-    assert not llama.leaf(Site("model.layers.1", "input", (0,)), padded=False).beside
+        assert llama.leaf(table, PassKind.PLAIN).beside
+        assert llama.leaf(table, PassKind.PLAIN).batch_axis is None
+    assert not llama.leaf(Site("model.layers.1", "input", (0,)), PassKind.PLAIN).beside
     assert not llama.leaf(
-        Site("model.layers.1.self_attn", "input", ("hidden_states",)), padded=False
+        Site("model.layers.1.self_attn", "input", ("hidden_states",)), PassKind.PLAIN
     ).beside
     twin = build_twin(LLAMA, torch.float32, "eager")
     mask = Site("model.layers.1.self_attn", "input", ("attention_mask",))
-    assert scan(twin, LLAMA).leaf(mask, padded=False).beside
+    assert scan(twin, LLAMA).leaf(mask, PassKind.PLAIN).beside
 
 
 def test_what_sums_up_all_rows_is_no_site() -> None:
@@ -220,9 +229,9 @@ def test_what_sums_up_all_rows_is_no_site() -> None:
     mlp.gate_proj.register_forward_hook(lambda module, args, output: (output, output.mean()))
     mlp.forward = lambda hidden: hidden + mlp.gate_proj(hidden)[1]
     outline = scan(twin, LLAMA)
-    assert outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (0,)), padded=False).axes
+    assert outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (0,)), PassKind.PLAIN).axes
     with pytest.raises(NotASite, match="not a tensor whose rows and tokens can be told apart"):
-        outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (1,)), padded=False)
+        outline.leaf(Site("model.layers.1.mlp.gate_proj", "output", (1,)), PassKind.PLAIN)
 
 
 def test_padding_among_tokens_without_values_is_not_looked_for() -> None:

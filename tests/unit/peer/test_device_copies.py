@@ -12,7 +12,8 @@ import torch
 
 import glasshive
 from glasshive.peer import executor, host, hosted_trace
-from glasshive.peer.executor import Executor, PassInputs
+from glasshive.peer.executor import Executor
+from glasshive.peer.generation import PassInputs
 
 
 def test_copies_and_waits_are_not_on_the_loop(

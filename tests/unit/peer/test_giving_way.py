@@ -19,7 +19,8 @@ from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.peer import executor as executor_module
 from glasshive.peer.errors import TraceEnded
-from glasshive.peer.executor import Aside, Executor, PassInputs
+from glasshive.peer.executor import Aside, Executor
+from glasshive.peer.generation import PassInputs
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TURN_SECONDS, TorchThread
 from glasshive.security.keys import Identity, PeerId

@@ -1,0 +1,175 @@
+"""A generation over 1, 2 and 3 peers against `generate` with hooks, and nnsight local.
+
+Real host processes on loopback, SmolLM2-135M in fp32: 32 greedy tokens behind a prompt of 8, with
+0, 1 and 30 edits at each step (the last token of a block's MLP output set to zero), saving the last
+token's logits at each step. Every swarm arm is interleaved with the plain arm; nnsight runs in a
+process of its own, interleaved with a plain arm there, since importing it patches `object`. What a
+step takes over the spans' own compute is what the peers say that they computed, taken off the whole
+time. Bar: <= 3 ms a step for 3 peers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import interleaved, report
+from trace_overhead import CUTS, hooked, plain_model, tokens
+from transformers import AutoTokenizer
+
+import glasshive
+from glasshive.models import find_model
+from glasshive.testing import LocalSwarm
+
+EDITS = (0, 1, 30)
+NEW = 32
+PROMPT = tokens(1, 8)
+REPEATS = 5
+
+
+def plain_arm(model: Any, edits: int) -> Callable[[], Any]:
+    """The experiment with torch hooks on transformers' own loop."""
+
+    def zero(module: Any, args: Any, output: torch.Tensor) -> None:
+        output[:, -1] = 0
+
+    def run() -> Any:
+        kept: list[torch.Tensor] = []
+
+        def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+            kept.append(output[:, -1].clone())
+
+        layers = list(model.model.layers)
+        with (
+            torch.no_grad(),
+            hooked([layer.mlp for layer in layers[30 - edits :]], zero),
+            hooked([model.lm_head], keep),
+        ):
+            ids = model.generate(
+                PROMPT,
+                attention_mask=torch.ones_like(PROMPT),
+                max_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        return [ids, *kept]
+
+    return run
+
+
+def swarm_arm(model: Any, edits: int, over_compute: list[float]) -> Callable[[], Any]:
+    """The experiment on a swarm; what each step took over the peers' compute goes to a list."""
+
+    def run() -> Any:
+        layers = model.model.layers
+        with model.generate(PROMPT, max_new_tokens=NEW, eos_token_id=[], progress=False) as tracer:
+            saved = []
+            for _ in tracer.iter[:]:
+                for layer in layers[30 - edits :]:
+                    layer.mlp.output[:, -1] = 0
+                saved.append(model.lm_head.output[:, -1].save())
+        computed = sum(hop.compute_seconds for hop in tracer.result.hops)
+        over_compute.append((tracer.result.seconds - computed) / NEW)
+        return [tracer.output_ids, *saved]
+
+    return run
+
+
+def measure_swarm(plain: Any, peers: int) -> list[dict[str, Any]]:
+    """Ratios over the plain arm for one number of peers."""
+    rows = []
+    folder = find_model("SmolLM2-135M-Instruct")
+    with (
+        LocalSwarm(folder, spans=CUTS[peers]) as local,
+        glasshive.connect(local.config) as swarm,
+    ):
+        model = swarm.model(folder.name)
+        for edits in EDITS:
+            over_compute: list[float] = []
+            arms = {
+                "plain": plain_arm(plain, edits),
+                "swarm": swarm_arm(model, edits, over_compute),
+            }
+            equal = all(
+                torch.equal(one, two.value)
+                for one, two in zip(arms["plain"](), arms["swarm"](), strict=True)
+            )
+            over_compute.clear()
+            found = interleaved(arms, repeats=REPEATS)
+            rows.append(
+                {
+                    "peers": peers,
+                    "edits": edits,
+                    "plain_tokens_per_second": NEW / found["plain"].median,
+                    "swarm_tokens_per_second": NEW / found["swarm"].median,
+                    "ratio": found["swarm"].median / found["plain"].median,
+                    "least_ratio": found["swarm"].least / found["plain"].least,
+                    "ms_a_step_over_compute": 1e3 * sorted(over_compute)[len(over_compute) // 2],
+                    "bit_equal": equal,
+                }
+            )
+    return rows
+
+
+def measure_nnsight() -> dict[int, float]:
+    """Ratios of nnsight over the plain arm by the number of edits, from a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, __file__, "--nnsight"], capture_output=True, text=True, check=True
+    )
+    return {edits: ratio for edits, ratio in json.loads(answer.stdout.splitlines()[-1])}
+
+
+def nnsight_worker() -> None:
+    """Measure nnsight beside a plain arm, and print the ratios as JSON."""
+    from nnsight import TransformersModel
+
+    plain = plain_model()
+    tokenizer = AutoTokenizer.from_pretrained(find_model("SmolLM2-135M-Instruct"))
+    model = TransformersModel(plain_model(), task="text-generation", tokenizer=tokenizer)
+
+    def arm(edits: int) -> Callable[[], Any]:
+        def run() -> Any:
+            with (
+                torch.no_grad(),
+                model.generate(
+                    PROMPT, max_new_tokens=NEW, do_sample=False, eos_token_id=None
+                ) as tracer,
+            ):
+                saved = list().save()
+                for _ in tracer.iter[0:NEW]:
+                    for layer in model.model.layers[30 - edits :]:
+                        layer.mlp.output[:, -1] = 0
+                    saved.append(model.lm_head.output[:, -1].clone())
+            return saved
+
+        return run
+
+    rows = []
+    for edits in EDITS:
+        found = interleaved({"plain": plain_arm(plain, edits), "nnsight": arm(edits)}, repeats=3)
+        rows.append((edits, found["nnsight"].median / found["plain"].median))
+    print(json.dumps(rows))
+
+
+def main() -> None:
+    """Print the figures."""
+    plain = plain_model()
+    rows = [row for peers in CUTS for row in measure_swarm(plain, peers)]
+    nnsight = measure_nnsight()
+    for row in rows:
+        row["nnsight_ratio"] = nnsight[row["edits"]]
+    columns = list(rows[0])
+    report(
+        "generation",
+        columns,
+        [[row[name] for name in columns] for row in rows],
+        {"rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    nnsight_worker() if "--nnsight" in sys.argv else main()

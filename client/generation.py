@@ -1,0 +1,311 @@
+"""`with model.generate(prompt, max_new_tokens=20) as tracer:`: a trace of several forward passes.
+
+Step 0 is the forward pass of the prompt, and each later one that of the token before it, so that n
+new tokens take n steps. The body says what happens at each: `for step in tracer.iter[:]:` is about
+every step of the current invoke, and Python's own `if` about some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from glasshive.client.errors import TraceError
+from glasshive.client.experiment import Chosen, Experiment, TraceOptions, finish
+from glasshive.client.functional import DeadCell, intern_layout
+from glasshive.client.prompts import Prompt, Tokens
+from glasshive.client.provenance import Provenance
+from glasshive.client.saved import fill_with, saved
+from glasshive.client.source_lines import here
+from glasshive.client.token_choice import sampling_of
+from glasshive.client.traced import TracedTensor
+from glasshive.client.tracer import Tracer
+from glasshive.graph.order import InvokeShape
+from glasshive.graph.plan_codec import MAX_PASSES
+
+if TYPE_CHECKING:
+    from glasshive.client.model import Model
+
+
+class Steps:
+    """Steps to go through: `iter[:]`, `iter[a:b]`, `iter[i]` or `iter[[i, j]]`, in a `for` loop.
+
+    Inside the loop sites are those of the step that it gives. Negative numbers count from the end.
+    """
+
+    def __init__(self, tracer: Generation, wanted: int | slice | Sequence[int] = slice(None)):
+        self._tracer = tracer
+        self._wanted = wanted
+
+    def __getitem__(self, wanted: int | slice | Sequence[int]) -> Steps:
+        return Steps(self._tracer, wanted)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self._chosen():
+            with self._tracer.at(step):
+                yield step
+
+    def __len__(self) -> int:
+        return len(self._chosen())
+
+    def _chosen(self) -> list[int]:
+        n_steps = self._tracer.n_steps
+        wanted = self._wanted
+        if isinstance(wanted, slice):
+            return list(range(n_steps))[wanted]
+        several = [wanted] if isinstance(wanted, int) else list(wanted)
+        for one in several:
+            if type(one) is not int or not -n_steps <= one < n_steps:
+                raise TraceError(
+                    f"step {one!r:.40} of a generation of {n_steps} new tokens, whose steps are 0 "
+                    f"to {n_steps - 1}; ask for more with max_new_tokens=",
+                    line=here(),
+                )
+        return [one % n_steps for one in several]
+
+    def __enter__(self) -> NoReturn:
+        raise TraceError(
+            "`with tracer.iter[...]` would run its body once, for all steps; here the body runs "
+            "for each of them: write `for step in tracer.iter[...]:`",
+            line=here(),
+        )
+
+    def __exit__(self, *error: object) -> None:
+        """There is no way in."""
+
+
+class Generation(Tracer):
+    """One generation: what `model.generate(...)` gives.
+
+    After the block, `output_ids` has all tokens, and what was saved at each step holds its tensor.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt | None,
+        options: TraceOptions,
+        max_new_tokens: int | None,
+        seed: int | None,
+        streamer: Any,
+        choice: Mapping[str, object],
+    ) -> None:
+        super().__init__(model, prompt, options)
+        self.title = f"a generation of {model.name}"
+        self.sites.recorder.title = self.title
+        model.outline.steps()  # raises UnsupportedModel
+        self._sampling, configured = sampling_of(
+            model.generation_config, choice, seed, model.outline.vocabulary_tokens
+        )
+        self._max_new_tokens = configured if max_new_tokens is None else max_new_tokens
+        self._asked_tokens: int | None = None
+        self._streamer = streamer
+        self._step = 0
+        self._advanced: dict[str, int] = {}
+        self._results: dict[int, TracedTensor] = {}
+        self._chosen: Chosen | None = None
+
+    # The body -------------------------------------------------------------------------------
+
+    def invoke(self, prompt: Prompt | None = None, *, max_new_tokens: int | None = None) -> Any:
+        """One more prompt, or batch of prompts, with its own number of new tokens if it says one.
+
+        As `Tracer.invoke`.
+        """
+        self._asked_tokens = max_new_tokens
+        return super().invoke(prompt)
+
+    @property
+    def n_steps(self) -> int:
+        """The number of steps of the current invoke, one for each new token."""
+        return self.sites.invokes[self._here()].n_steps
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of the current invoke, to be indexed: `for step in tracer.iter[1:]:`."""
+        self._require_open("tracer.iter")
+        return Steps(self)
+
+    def all(self) -> Steps:
+        """Every step of the current invoke: `for step in tracer.all():`."""
+        return self.iter[:]
+
+    def next(self, steps: int = 1) -> Generation:
+        """From now on sites are those of a later step, until the loop or the invoke ends."""
+        self._require_open("tracer.next()")
+        self._require_step(self._step + steps)
+        self._step += steps
+        self._advanced.clear()
+        return self
+
+    def at(self, step: int) -> _AtStep:
+        """A context in which sites are those of that step."""
+        return _AtStep(self, step)
+
+    def step_of(self, module: str) -> int:
+        """The step at which sites of a module are now. Raises TraceError if there is none such."""
+        step = self._step + self._advanced.get(module, 0)
+        self._require_step(step)
+        return step
+
+    def advance(self, module: str, steps: int) -> None:
+        """Go on to a later step for one module."""
+        self._advanced[module] = self._advanced.get(module, 0) + steps
+        self.step_of(module)
+
+    def _require_step(self, step: int) -> None:
+        if not 0 <= step < self.n_steps:
+            raise TraceError(
+                f"step {step} of a generation of {self.n_steps} new tokens, whose steps are 0 to "
+                f"{self.n_steps - 1}; ask for more with max_new_tokens=",
+                line=here(),
+            )
+
+    def _shape(self, tokens: Tokens) -> InvokeShape:
+        asked = self._max_new_tokens if self._asked_tokens is None else self._asked_tokens
+        self._asked_tokens = None
+        self._step = 0
+        self._advanced.clear()
+        if type(asked) is not int or not 1 <= asked <= MAX_PASSES:
+            raise TraceError(
+                f"max_new_tokens={asked!r:.40}, where the number of new tokens is wanted, from 1 "
+                f"to {MAX_PASSES}"
+                + ("; the model's own generation_config says none" if asked is None else ""),
+                line=here(),
+            )
+        longest, seq = self.model.outline.max_positions_tokens, tokens.input_ids.shape[1]
+        if longest is not None and seq + asked > longest:
+            raise TraceError(
+                f"{seq} tokens and {asked} new ones; the model takes at most {longest} in all; "
+                "shorten the prompt, or ask for fewer with max_new_tokens=",
+                line=here(),
+            )
+        return replace(tokens.shape, new_tokens=asked)
+
+    @property
+    def result(self) -> Any:
+        """In the block, all tokens of the current invoke, int64 `[batch, prompt + new]`, to save.
+
+        What is saved of it holds the tokens up to the last that was made, as `output_ids`. After
+        the block, which peers ran what (a Provenance).
+        """
+        recorder = self.sites.recorder
+        if not recorder.is_open:
+            return super().result
+        invoke = self._here()
+        if invoke not in self._results:
+            batch, seq = self.tokens[invoke].input_ids.shape
+            layout = intern_layout(torch.int64, (batch, seq + self.n_steps))
+            reason = (
+                "tracer.result is there after the block, when it is known how many tokens there "
+                "are: save it; the token of one step is model.generator.output"
+            )
+            self._results[invoke] = TracedTensor.wrap(DeadCell(recorder, layout, reason).root)
+        return self._results[invoke]
+
+    # The end --------------------------------------------------------------------------------
+
+    def _finish(self) -> Experiment:
+        if not self.tokens:
+            return super()._finish()  # which says what is missing
+        return finish(
+            self.sites,
+            self.tokens,
+            self.model.calls,
+            self.options,
+            sampling=self._sampling,
+            tell=None if self._streamer is None else _Streaming(self._streamer, self.tokens),
+            left_out=list(self._results.values()),
+        )
+
+    def _run(self, experiment: Experiment) -> Provenance:
+        result = super()._run(experiment)
+        self._chosen = experiment.chosen
+        for invoke, tensor in self._results.items():
+            if self.sites.recorder.was_saved(tensor):
+                fill_with(tensor, self._ids(invoke))
+        if self._streamer is not None:
+            self._streamer.end()
+        return result
+
+    @property
+    def output_ids(self) -> Any:
+        """All tokens, int64 `[batch, prompt + new]`, as transformers' `generate` gives them.
+
+        For a generation with invokes a list, one for each. Raises TraceError before the end.
+        """
+        ids = [saved(self._ids(invoke)) for invoke in range(len(self.tokens))]
+        return ids if self._prompt is None else ids[0]
+
+    @property
+    def new_tokens(self) -> Any:
+        """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes."""
+        ids = [saved(self._made(invoke)) for invoke in range(len(self.tokens))]
+        return ids if self._prompt is None else ids[0]
+
+    @property
+    def text(self) -> list[str]:
+        """The new tokens as text, one for each row of every invoke, special tokens left out."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise TraceError("this model has no tokenizer here; take output_ids", line=here())
+        rows = [row for invoke in range(len(self.tokens)) for row in self._made(invoke).tolist()]
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts
+
+    def _made(self, invoke: int) -> Tensor:
+        if self._chosen is None:
+            raise TraceError(
+                "the tokens of a generation are there once its block has ended without an error",
+                line=here(),
+            )
+        return self._chosen.tokens(invoke)
+
+    def _ids(self, invoke: int) -> Tensor:
+        return torch.cat([self.tokens[invoke].input_ids, self._made(invoke)], 1)
+
+
+class _AtStep:
+    """Inside it, sites of a generation are those of one step."""
+
+    def __init__(self, tracer: Generation, step: int) -> None:
+        self._tracer = tracer
+        self._step = step
+        self._before = 0
+
+    def __enter__(self) -> None:
+        self._before = self._tracer._step
+        self._tracer._step = self._step
+        self._tracer._advanced.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self._tracer._step = self._before
+        self._tracer._advanced.clear()
+
+
+class _Streaming:
+    """Gives tokens to a streamer of transformers' kind as they come: prompts first, then steps."""
+
+    def __init__(self, streamer: Any, tokens: Sequence[Tokens]) -> None:
+        if len(tokens) != 1:
+            raise TraceError(
+                f"streamer= in a generation of {len(tokens)} invokes; a streamer takes one",
+                line=here(),
+            )
+        self._streamer = streamer
+        self._prompt = tokens[0].input_ids
+        self._told = -1
+
+    def __call__(self, chosen: Chosen) -> None:
+        """Tell what is new."""
+        if self._told < 0:
+            self._streamer.put(self._prompt)
+            self._told = 0
+        steps = chosen.steps(0)
+        for tokens in steps[self._told :]:
+            self._streamer.put(tokens)
+        self._told = len(steps)

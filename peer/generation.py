@@ -1,0 +1,67 @@
+"""What enters a forward pass, and what a generation keeps on a span between its passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glasshive.graph.order import Pass
+from glasshive.graph.sampling import Sampling
+from glasshive.peer.errors import WrongInput
+from glasshive.peer.sampler import Sampler
+from glasshive.peer.span_cache import SpanCache
+from glasshive.peer.span_model import SpanModel
+
+
+@dataclass(frozen=True, slots=True)
+class PassInputs:
+    """What enters a forward pass: token ids, mask and positions if padded.
+
+    `input_ids`, `attention_mask` and `position_ids` are int64 `[batch, seq]`. The tokens are those
+    of the first span; of a generation's prompt the last one has them too, to choose the next ones.
+    """
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    def of_step(self, step: int, tokens: Tensor | None) -> PassInputs:
+        """What enters a step behind this prompt: the tokens chosen before, int64 `[batch]`."""
+        mask, positions = self.attention_mask, self.position_ids
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), step)], 1)
+        if positions is not None:
+            positions = positions[:, -1:] + step
+        return PassInputs(None if tokens is None else tokens[:, None], mask, positions)
+
+    def on(self, device: torch.device) -> PassInputs:
+        """The same on `device`."""
+        return PassInputs(
+            *(
+                None if one is None else one.to(device)
+                for one in (self.input_ids, self.attention_mask, self.position_ids)
+            )
+        )
+
+
+@dataclass(slots=True)
+class Generation:
+    """What a generation keeps on this span between its steps."""
+
+    prompt: PassInputs
+    cache: SpanCache
+    sampler: Sampler | None
+
+    @classmethod
+    def begin(
+        cls, model: SpanModel, prompt: PassInputs, one: Pass, sampling: Sampling | None
+    ) -> Generation:
+        """The state before the first pass. Raises WrongInput without the tokens to go on from."""
+        sampler = None
+        if sampling is not None:
+            if prompt.input_ids is None:
+                raise WrongInput("the prompt's tokens did not come to where the next are chosen")
+            sampler = Sampler(model, sampling, one, prompt.input_ids, prompt.attention_mask)
+        return cls(prompt, model.new_cache(), sampler)

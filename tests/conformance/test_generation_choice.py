@@ -1,0 +1,333 @@
+"""Which tokens are chosen: transformers' `generate` decides, and its own processors for chance."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from generation_oracle import generate_hooked
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import glasshive
+from glasshive.client.errors import NotSaved, PeerFailed, TraceError
+from glasshive.graph.errors import GraphError
+
+CUTS: tuple[tuple[int, ...], ...] = ((), (2, 4))
+ROWS = torch.tensor([[3, 14, 15, 92, 65], [35, 89, 79, 32, 38], [9, 9, 9, 9, 9]])
+NEW = 16
+VARIED: dict[str, Any] = {"repetition_penalty": 1.7}  # left alone, a tiny model repeats itself
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama that stops at no token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**architectures.TINY["llama"], "eos_token_id": None})
+    made: Path = tmp_path_factory.mktemp("choice")
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    """Plain Hugging Face."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=CUTS, ids=lambda cuts: f"{len(cuts) + 1}-spans")
+def model(folder: Path, request: pytest.FixtureRequest) -> Any:
+    """The same over one span, and over three."""
+    return glasshive.local(folder, cuts=request.param)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+    ],
+    ids=str,
+)
+def test_greedy_choices_are_those_of_generate(
+    choice: dict[str, Any], model: Any, plain: Any
+) -> None:
+    wanted, _ = generate_hooked(plain, ROWS, NEW, **choice)
+    assert not torch.equal(wanted, generate_hooked(plain, ROWS, NEW)[0])
+    with model.generate(ROWS, max_new_tokens=NEW, **choice) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, wanted)
+
+
+def drawn(plain: Any, rows: Tensor, new: int, processors: LogitsProcessorList, seed: int) -> Tensor:
+    """Each row and step with a generator of its own, over whole passes without a cache."""
+    ids = rows
+    for step in range(new):
+        scores = processors(ids, plain(ids).logits[:, -1].float())
+        chosen = []
+        for row, chances in enumerate(torch.softmax(scores, -1)):
+            told = hashlib.sha256(f"{seed} 0 {row} {step}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(told, "big") >> 1)
+            chosen.append(torch.multinomial(chances, 1, generator=generator))
+        ids = torch.cat([ids, torch.stack(chosen)], 1)
+    return ids
+
+
+def test_chance_is_a_function_of_seed_row_and_step(model: Any, plain: Any) -> None:
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(3.0),
+            TopKLogitsWarper(40),
+            TopPLogitsWarper(0.95),
+            MinPLogitsWarper(0.001),
+        ]
+    )
+    choice = {
+        "do_sample": True,
+        "repetition_penalty": 1.3,
+        "temperature": 3.0,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.001,
+    }
+    with model.generate(ROWS, max_new_tokens=NEW, seed=7, **choice) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, drawn(plain, ROWS, NEW, processors, 7))
+    with model.generate(ROWS, max_new_tokens=NEW, seed=8, **choice) as other:
+        pass
+    assert not torch.equal(tracer.output_ids, other.output_ids)
+
+
+def test_torch_manual_seed_repeats_a_generation(model: Any) -> None:
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with model.generate(ROWS, max_new_tokens=NEW, do_sample=True, temperature=5.0) as tracer:
+            pass
+        made.append(tracer.output_ids)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+def stop_tokens(plain: Any) -> tuple[int, Tensor]:
+    """A token with which the first row ends before the others, and what there is without it."""
+    ids, _ = generate_hooked(plain, ROWS, NEW, **VARIED)
+    new = ids[:, ROWS.shape[1] :]
+    token = next(
+        int(one)
+        for at, one in enumerate(new[0])
+        if at >= 2 and int(one) not in new[0, :at].tolist()
+    )
+    return token, new
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_row_ends_with_a_stop_token(several: bool, model: Any, plain: Any) -> None:
+    token, _ = stop_tokens(plain)
+    rows = ROWS if several else ROWS[:1]
+    choice = {"eos_token_id": [token, 1], "pad_token_id": 5, **VARIED}
+    path = "model.layers.3"
+    wanted, reads = generate_hooked(plain, rows, NEW, reads=[path], **choice)
+    with model.generate(rows, max_new_tokens=NEW, **choice) as tracer:
+        saved = [model.model.layers[3].output.save() for _ in tracer.iter[:]]
+        result = tracer.result.save()
+    assert torch.equal(tracer.output_ids, wanted)
+    assert torch.equal(result, wanted)
+    made = len(reads[path])
+    assert (made < NEW) is not several
+    for one, want in zip(saved, reads[path], strict=False):
+        assert torch.equal(one, want)
+    for one in saved[made:]:
+        with pytest.raises(NotSaved, match=rf"never came: .* ended at step {made - 1}, "):
+            one.sum()
+
+
+def test_no_stop_token_before_min_new_tokens(model: Any, plain: Any) -> None:
+    token, _ = stop_tokens(plain)
+    choice = {"eos_token_id": token, "min_new_tokens": NEW - 2, **VARIED}
+    wanted, _ = generate_hooked(plain, ROWS[:1], NEW, **choice)
+    with model.generate(ROWS[:1], max_new_tokens=NEW, **choice) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, wanted)
+
+
+def test_a_token_can_be_written(model: Any, plain: Any) -> None:
+    """The token of step 2 is another: what follows is what `generate` makes of those so far."""
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        for step in tracer.iter[:]:
+            if step == 2:
+                model.generator.output[:] = 17
+    begun, _ = generate_hooked(plain, ROWS, 2)
+    forced = torch.cat([begun, torch.full((3, 1), 17)], 1)
+    wanted, _ = generate_hooked(plain, forced, 3)
+    assert torch.equal(tracer.output_ids, wanted)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(model: Any) -> None:
+    text = r"test_generation_choice.py:\d+: GraphError at peer .*not in the vocabulary of 128"
+    with pytest.raises(PeerFailed, match=text), model.generate(ROWS, max_new_tokens=3):
+        model.generator.output[:] = 128
+
+
+def test_the_models_own_configuration_is_honoured(folder: Path, plain: Any, tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    whole.generation_config = GenerationConfig(repetition_penalty=1.7, max_new_tokens=9)
+    whole.save_pretrained(tmp_path)
+    wanted, _ = generate_hooked(plain, ROWS, 9, repetition_penalty=1.7)
+    with glasshive.local(tmp_path).generate(ROWS) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, wanted)
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"num_beams": 4}, r"num_beams=4: peers choose one token after the other"),
+        (
+            {"temprature": 2.0},
+            r"generate\(temprature=2.0\) is no option here; did you mean te",
+        ),
+        ({"temperature": -1.0}, r"temperature=-1.0: a number above 0 is wanted"),
+        ({"top_p": 1.5}, r"top_p=1.5: a number above 0 and at most 1 is wanted"),
+        ({"eos_token_id": 999}, r"eos_token_id=999 is not in the vocabulary of 128 tokens"),
+        ({"do_sample": True, "seed": -1}, r"seed=-1; a whole number from 0"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0, where the number of new tokens is wanted"),
+        ({"max_new_tokens": 500}, r"5 tokens and 500 new ones; the model takes at most 128"),
+    ],
+    ids=str,
+)
+def test_what_no_peer_does_is_refused_at_the_users_line(
+    choice: dict[str, Any], text: str, model: Any
+) -> None:
+    given = {"max_new_tokens": 4, **choice}
+    with (
+        pytest.raises(TraceError, match=rf"test_generation_choice.py:\d+: {text}"),
+        model.generate(ROWS, **given),
+    ):
+        pass
+
+
+def test_how_many_tokens_must_be_said(model: Any) -> None:
+    text = (
+        "max_new_tokens=None, where .* is wanted, .*; the model's own generation_config says none"
+    )
+    with pytest.raises(TraceError, match=text), model.generate(ROWS):
+        pass
+
+
+def test_a_step_that_is_not_there_is_refused(model: Any) -> None:
+    with (
+        pytest.raises(TraceError, match="step 4 of a generation of 4 new tokens, whose steps are"),
+        model.generate(ROWS, max_new_tokens=4) as tracer,
+    ):
+        for _ in tracer.iter[4]:
+            pass
+
+
+def test_with_instead_of_for_is_refused(model: Any) -> None:
+    with (
+        pytest.raises(TraceError, match=r"write `for step in tracer\.iter"),
+        model.generate(ROWS, max_new_tokens=4) as tracer,
+        tracer.iter[:],
+    ):
+        pass
+
+
+def test_a_block_cannot_be_skipped_but_an_mlp_can(model: Any, plain: Any) -> None:
+    layer = model.model.layers[2]
+    with (
+        pytest.raises(GraphError, match=r"model.layers.2 cannot be skipped in a generation: later"),
+        model.generate(ROWS, max_new_tokens=4),
+    ):
+        layer.skip(layer.input)
+
+    def nothing(step: int, output: Tensor) -> Tensor | None:
+        return torch.zeros_like(output) if step == 1 else None
+
+    wanted, _ = generate_hooked(plain, ROWS, 6, edits={"model.layers.2.mlp": nothing})
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        for _ in tracer.iter[1]:
+            layer.mlp.skip(torch.zeros(3, 1, 64))
+    assert torch.equal(tracer.output_ids, wanted)
+
+
+def test_a_late_edit_names_the_steps(model: Any) -> None:
+    text = "model.layers.1.output at step 1 runs before model.layers.0.output at step 2, which was"
+    with (
+        pytest.raises(GraphError, match=text),
+        model.generate(ROWS, max_new_tokens=4) as tracer,
+    ):
+        for _ in tracer.iter[2]:
+            model.model.layers[0].output.save()
+        for _ in tracer.iter[1]:
+            model.model.layers[1].output[:] = 0
+
+
+def test_next_goes_on_by_module_or_for_all(model: Any, plain: Any) -> None:
+    path = "model.layers.3"
+    _, reads = generate_hooked(plain, ROWS, 4, reads=[path, "lm_head"])
+    with model.generate(ROWS, max_new_tokens=4) as tracer:
+        first = model.lm_head.output.save()
+        second = model.lm_head.next().output.save()
+        third = model.lm_head.next().output.save()
+        still = model.model.layers[3].output.save()
+        tracer.next(3)
+        last = model.model.layers[3].output.save()
+    for saved, want in zip((first, second, third), reads["lm_head"], strict=False):
+        assert torch.equal(saved, want)
+    assert torch.equal(still, reads[path][0])
+    assert torch.equal(last, reads[path][3])
+
+
+def test_a_trace_has_no_steps(model: Any) -> None:
+    for use in (
+        lambda tracer: tracer.iter[:],
+        lambda tracer: tracer.all(),
+        lambda tracer: model.lm_head.next(),
+        lambda tracer: model.generator.output,
+    ):
+        with pytest.raises(TraceError, match=r"model.generate\("), model.trace(ROWS) as tracer:
+            use(tracer)
+
+
+class Heard:
+    """A streamer as transformers has them."""
+
+    def __init__(self) -> None:
+        self.put_in: list[Tensor] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.put_in.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_tokens_go_to_a_streamer_as_generate_gives_them(model: Any, plain: Any) -> None:
+    wanted, got = Heard(), Heard()
+    plain.generate(ROWS, max_new_tokens=5, do_sample=False, streamer=wanted)
+    with model.generate(ROWS, max_new_tokens=5, streamer=got):
+        pass
+    assert len(got.put_in) == len(wanted.put_in)
+    assert all(map(torch.equal, got.put_in, wanted.put_in))
+    assert got.ended == wanted.ended == 1
