@@ -301,11 +301,11 @@ class _Streaming:
         self._told = -1
 
     def __call__(self, chosen: Chosen) -> None:
-        """Tell what is new."""
+        """Tell what is new. A generation that is run again makes the same tokens once more."""
         if self._told < 0:
             self._streamer.put(self._prompt)
             self._told = 0
         steps = chosen.steps(0)
         for tokens in steps[self._told :]:
             self._streamer.put(tokens)
-        self._told = len(steps)
+        self._told = max(self._told, len(steps))

@@ -21,6 +21,7 @@ pytestmark = [
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35], [1, 2, 3, 4, 5, 6, 7]])
 NEW = 64
+PENALTY = 1.5  # left alone, a tiny model says one token again and again
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def wanted(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
         max_new_tokens=NEW,
         do_sample=False,
         eos_token_id=None,
+        repetition_penalty=PENALTY,
     )
     return ids, kept
 
@@ -89,7 +91,8 @@ class Killer:
 def steered(model: Any, work: int = 1, **options: Any) -> tuple[Any, list[Any]]:
     """The same over the swarm, with some work at each step that takes its time."""
     big = torch.eye(work)
-    with model.generate(PROMPT, max_new_tokens=NEW, eos_token_id=[], **options) as tracer:
+    options |= {"max_new_tokens": NEW, "eos_token_id": [], "repetition_penalty": PENALTY}
+    with model.generate(PROMPT, **options) as tracer:
         saved = []
         for _ in tracer.iter[:]:
             model.model.layers[2].output[:, -1] += 1.5
