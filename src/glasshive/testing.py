@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 
+from glasshive.fault_proxy import FaultProxy, keep_port
 from glasshive.graph.errors import GlasshiveError
 from glasshive.privacy_notice import LOCAL_PREFIX
 from glasshive.security.invite_book import InviteBook
@@ -41,6 +42,7 @@ from glasshive.settings import DATA_VARIABLE, Settings, load_settings
 from glasshive.swarm_members import book_path, member_files
 from glasshive.swarm_trust import open_store
 
+_LOCALHOST = "127.0.0.1"
 _POLL_SECONDS = 0.02
 _TAIL_LINES = 30
 
@@ -77,8 +79,10 @@ class LocalPeer:
         env: dict[str, str],
         *,
         keeps_address: bool = False,
+        proxy: FaultProxy | None = None,
     ) -> None:
         self.name = name
+        self._proxy = proxy
         self._keeps_address = keeps_address
         self._arguments = list(arguments)
         self._log = log
@@ -118,6 +122,15 @@ class LocalPeer:
     def peer_id(self) -> str:
         """Its peer id; "" before it was ready."""
         return self.address.rpartition("/p2p/")[2]
+
+    @property
+    def proxy(self) -> FaultProxy:
+        """What others reach it through. Raises SwarmNotReady in a swarm without `faults`."""
+        if self._proxy is None:
+            raise SwarmNotReady(
+                f"{self.name} has no proxy; LocalSwarm(..., faults=True) gives each host one"
+            )
+        return self._proxy
 
     def pids(self) -> list[int]:
         """Its processes: supervisor, host process, network daemon."""
@@ -223,7 +236,9 @@ class LocalSwarm:
     `spans[i]` is served by `hosts[i]`; with `replicas=2` again by `hosts[len(spans) + i]`, and so
     on. Hosts compute with `threads` threads each, else with as many as torch takes by itself:
     results are equal to the bit only at equal numbers of threads. With `trust` they keep to a
-    whitelist, and each peer has a data folder of its own, as on a machine of its own.
+    whitelist, and each peer has a data folder of its own, as on a machine of its own. With `faults`
+    clients and other hosts reach each host by its `proxy` only. Two hosts use one connection for
+    both, which goes through the proxy of the one that was dialled.
     """
 
     def __init__(
@@ -238,6 +253,7 @@ class LocalSwarm:
         threads: int | None = None,
         name: str | None = None,
         trust: LocalTrust | None = None,
+        faults: bool = False,
         start_seconds: float = 120.0,
     ) -> None:
         if not spans or replicas < 1:
@@ -249,6 +265,8 @@ class LocalSwarm:
         self._start_seconds = start_seconds
         self._threads = threads
         self._trust = trust
+        self._faults = faults
+        self._at_end = contextlib.ExitStack()
         self._book: InviteBook | None = None
         self._options = [
             *("--dtype", dtype, "--attention", attention, "--device", device),
@@ -286,8 +304,14 @@ class LocalSwarm:
         """
         blocks = ["--blocks", f"{span[0]}:{span[1]}", "--bootstrap", self.bootstrap.address]
         folder = str(path or self._path)
-        name = f"host{next(self._numbers)}"
-        host = self._peer(name, "serve", folder, *blocks, *self._options)
+        number = next(self._numbers)
+        name, port, proxy = f"host{number}", 0, None
+        if self._faults:
+            # A peer that is announced elsewhere can't choose its own.
+            port = self._at_end.enter_context(keep_port()).getsockname()[1]
+            proxy = self._at_end.enter_context(FaultProxy((_LOCALHOST, port), seed=number))
+            blocks += ["--announce", _multiaddr(proxy.port)]
+        host = self._peer(name, "serve", folder, *blocks, *self._options, port=port, proxy=proxy)
         if self._book is not None:
             place = self.config.parent
             self.enrol(place / f"{name}.key", Role.HOST, _data_of(place, name))
@@ -326,6 +350,7 @@ class LocalSwarm:
                     _signal(pid, signal.SIGKILL)
             for peer in peers:
                 peer.kill()
+            self._at_end.close()
             if self._folder is not None:
                 self._folder.cleanup()
                 self._folder = None
@@ -366,16 +391,19 @@ class LocalSwarm:
         for host in self.hosts:
             host.wait_ready(max(deadline - time.monotonic(), 0.1))
 
-    def _peer(self, name: str, *arguments: str) -> LocalPeer:
+    def _peer(
+        self, name: str, *arguments: str, port: int = 0, proxy: FaultProxy | None = None
+    ) -> LocalPeer:
         if self._folder is None:
             raise SwarmNotReady("the swarm was closed, or never entered")
         folder = Path(self._folder.name)
-        common = ["--log-format", "json", "--until-stdin-ends", "--listen", "/ip4/127.0.0.1/tcp/0"]
+        common = ["--log-format", "json", "--until-stdin-ends", "--listen", _multiaddr(port)]
         full = [*arguments, "--key", str(folder / f"{name}.key"), *common]
         log = folder / f"{name}.log"
         env = self._env | {DATA_VARIABLE: str(_data_of(folder, name))}
         # Others know the bootstrap by its address, also after a restart.
-        return LocalPeer(name, full, log, env, keeps_address=name == "bootstrap")
+        keeps_address = name == "bootstrap"
+        return LocalPeer(name, full, log, env, keeps_address=keeps_address, proxy=proxy)
 
 
 def _data_of(folder: Path, name: str) -> Path:
@@ -395,6 +423,10 @@ def _write_trust(folder: Path, trust: LocalTrust) -> list[str]:
         (folder / "policy.toml").write_text(trust.policy)
         lines.append('policy = "policy.toml"')
     return lines
+
+
+def _multiaddr(port: int) -> str:
+    return f"/ip4/{_LOCALHOST}/tcp/{port}"
 
 
 def _events(text: str) -> list[dict[str, Any]]:
