@@ -68,6 +68,8 @@ class Sites:
         self.invokes: list[InvokeShape] = []
         self._seen: dict[tuple[int, Site], _Seen] = {}
         self._reads: dict[int, list[tuple[Moment, Site, Mark]]] = {}
+        self._latest_read: dict[int, Moment] = {}
+        # What later reads depend on besides their own moment: reads of other invokes.
         self._edits: dict[int, list[tuple[Moment, Mapping[int, Moment]]]] = {}
         self._standing: dict[Cell, tuple[_Seen, Moment]] = {}  # with the one at which edits count
         self._skipped: dict[tuple[int, int], list[str]] = {}  # by invoke and step
@@ -90,6 +92,7 @@ class Sites:
             if self.outline.is_block(site.module) and (site.io, site.leaf) == ("output", ()):
                 seen.memory.on_view = self._warn_of_row
             self._reads.setdefault(invoke, []).append((seen.moment, site, mark()))
+            self._latest_read[invoke] = max(seen.moment, self._latest_read.get(invoke, NEVER))
         else:
             seen.shown = True
         return seen.current
@@ -263,6 +266,8 @@ class Sites:
             )
 
     def _check_late(self, seen: _Seen, moment: Moment) -> None:
+        if self._latest_read.get(seen.invoke, NEVER) <= moment:
+            return
         for later, site, where in self._reads.get(seen.invoke, ()):
             if later > moment:
                 read_at = f" at {line}" if (line := resolve(where)) else ""
@@ -289,7 +294,9 @@ class Sites:
                 f"{self._site_at(latest[1])}{later_at}, which the new value depends on; take "
                 "that value in one invoke and write it in another"
             )
-        self._edits.setdefault(seen.invoke, []).append((moment, behind))
+        others = {invoke: read for invoke, read in behind.items() if invoke != seen.invoke}
+        if others:
+            self._edits.setdefault(seen.invoke, []).append((moment, others))
 
     def _site_at(self, event: int) -> str:
         for info in self.outline.modules.values():

@@ -37,6 +37,8 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 def copy_in_order(tensor: Tensor) -> Tensor:
     """A copy whose axes lie in memory as those of `tensor` do, without gaps."""
+    if tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.contiguous_format)
     order = memory_order(tensor)
     return _back(tensor.permute(order).clone(memory_format=torch.contiguous_format), order)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation_oracle import generate_hooked
 from oracle import Edit, Read, run_hooked
 
 import glasshive
@@ -115,3 +116,25 @@ def test_a_sweep_of_thirty_patches_is_one_pass(model: Any, plain: tuple[Any, Any
     edits = [Edit(f"model.layers.{i}", "output", (), patch(i + 1), "inplace") for i in range(30)]
     wanted = run_hooked(plain[0], ids, edits=edits)["logits"][1:, -1]
     assert torch.equal(torch.cat([one.value for one in saved]), wanted)
+
+
+def test_a_generation_with_an_edit_at_every_step(model: Any, plain: tuple[Any, Any]) -> None:
+    ids = torch.tensor([demo_oracle.token_ids(plain[1], PROMPT)])
+
+    def dampen(step: int, output: Any) -> None:
+        output[:, -1] *= 0.9
+
+    wanted_ids, wanted = generate_hooked(
+        plain[0], ids, 32, edits={"model.layers.12": dampen}, reads=["model.layers.25", "lm_head"]
+    )
+    with model.generate(PROMPT, max_new_tokens=32) as tracer:
+        states, logits = [], []
+        for _ in tracer.iter[:]:
+            model.model.layers[12].output[:, -1] *= 0.9
+            states.append(model.model.layers[25].output.save())
+            logits.append(model.lm_head.output.save())
+    assert torch.equal(tracer.output_ids, wanted_ids)
+    assert tracer.text == [plain[1].decode(wanted_ids[0, ids.shape[1] :], skip_special_tokens=True)]
+    for saved, reads in ((states, wanted["model.layers.25"]), (logits, wanted["lm_head"])):
+        assert all(torch.equal(one, read) for one, read in zip(saved, reads, strict=False))
+        assert len(reads) == tracer.new_tokens.shape[1]
