@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,10 +20,10 @@ from glasshive.client.source_lines import Mark, SourceLine, here, resolve
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.budget import Bill, Budget, admit
 from glasshive.graph.calls import Calls, surroundings
-from glasshive.graph.codec import graph_digest
-from glasshive.graph.errors import GraphError, NoRoots, UnseenWrite
-from glasshive.graph.graph import Graph, Node, NodeId, Read, Ref, Save, Site, Write
-from glasshive.graph.order import DEFAULT_PASS_ROWS, Moment, Passes, assign_passes
+from glasshive.graph.codec import DEFAULT_LIMITS, graph_digest
+from glasshive.graph.errors import GraphError, NoRoots, StepNeverRan, UnseenWrite
+from glasshive.graph.graph import Graph, Node, NodeId, Read, Ref, Save, Site, Skip, Write
+from glasshive.graph.order import DEFAULT_PASS_ROWS, Moment, Passes, assign_passes, step_of
 from glasshive.graph.outline import GENERATOR, Outline
 from glasshive.graph.sampling import Sampling
 from glasshive.graph.simplify import simplify
@@ -101,6 +102,12 @@ class Chosen:
         if self._tell is not None:
             self._tell(self)
 
+    def of(self, saves: Mapping[str, Tensor]) -> Chosen:
+        """The same of what has come, which nobody is told of."""
+        other = Chosen(self.names, (), None)
+        other._stops, other._came = self._stops, saves
+        return other
+
     def steps(self, invoke: int) -> list[Tensor]:
         """The tokens of each step that has come, int64 `[batch]`, up to the end of the invoke."""
         if invoke not in self._steps:
@@ -129,7 +136,7 @@ class Chosen:
         return torch.stack(self.steps(invoke), 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Experiment:
     """What is run: a graph in passes, the inputs, and where in the user's code each node stands.
 
@@ -146,6 +153,8 @@ class Experiment:
     saves: Mapping[str, TracedTensor]
     marks: Mapping[NodeId, Mark]
     until: Mapping[str, Mapping[int, Moment]]  # of each save: what it needs of which invokes
+    # Of each write: what its value needs.
+    writes: Mapping[NodeId, tuple[Write | Skip, Mapping[int, Moment]]]
     sampling: Sampling | None = None
     chosen: Chosen | None = None  # of a generation
 
@@ -162,40 +171,79 @@ class Experiment:
         """Give every saved value its tensor, once all has come that comes.
 
         What needs a step that a generation did not come to, because it ended before, has none, and
-        says so when it is used. Raises ClientError if a tensor is not what was traced.
+        says so when it is used. Raises StepNeverRan if such a value was written somewhere, and
+        ClientError if a tensor is not what was traced.
         """
         if self.chosen is not None:
             self.chosen.hear(came)
+            self._check_writes(self.chosen)
         for name, tensor in self.saves.items():
-            missing = self._why_missing(name)
+            missing = self._why_missing(name, self.chosen)
             if missing is None:
                 fill(tensor, came[name])
             else:
                 tensor._alias.cell.recorder.never_came[name] = missing
 
     def never_come(self, came: Mapping[str, Tensor]) -> frozenset[str]:
-        """The saves that don't come beside these, because the tokens among them say an end."""
+        """The saves that don't come beside these, because the tokens among them say an end.
+
+        From any thread.
+        """
         if self.chosen is None:
             return frozenset()
-        self.chosen.hear(came)
-        late = {name for name in self.saves if self._why_missing(name) is not None}
-        for (invoke, step), name in self.chosen.names.items():
-            if self.chosen.has_ended(invoke) and step >= len(self.chosen.steps(invoke)):
+        chosen = self.chosen.of(came)
+        late = {name for name in self.saves if self._why_missing(name, chosen) is not None}
+        for (invoke, step), name in chosen.names.items():
+            if chosen.has_ended(invoke) and step >= len(chosen.steps(invoke)):
                 late.add(name)
         return frozenset(late)
 
-    def _why_missing(self, name: str) -> str | None:
+    def objection(self, name: str, tensor: Tensor) -> str:
+        """What is wrong with a saved tensor that has come as announced; empty if nothing is."""
+        is_token = self.chosen is not None and name in self._tokens_of_peers
+        if is_token and not self.outline.are_tokens(tensor.tolist()):
+            return f"{name} holds a token outside the vocabulary"
+        return ""
+
+    def _why_missing(self, name: str, chosen: Chosen | None) -> str | None:
         """Why a save never came; None if it comes."""
-        if self.chosen is None:
+        if chosen is None:
             return None
-        for invoke, (step, _) in self.until[name].items():
-            made = len(self.chosen.steps(invoke))
-            if step >= made and self.chosen.has_ended(invoke):
-                return (
-                    f"it is of step {step}, and the generation ended at step {made - 1}, with a "
-                    "stop token"
+        late = _late(self.until[name], chosen)
+        if late is None:
+            return None
+        invoke, step = late
+        return (
+            f"it is of step {step}, and the generation ended at step "
+            f"{len(chosen.steps(invoke)) - 1}, with a stop token"
+        )
+
+    def _check_writes(self, chosen: Chosen) -> None:
+        """Raise StepNeverRan for a write of a value of an invoke at a step after its end.
+
+        Where invokes share passes there is such a value: what the model makes of padding.
+        """
+        for node_id, (node, behind) in self.writes.items():
+            has_run = step_of(node) < len(chosen.steps(node.invoke))
+            if has_run and (late := _late(behind, chosen)) is not None:
+                line = self.line_of(node_id)
+                raise StepNeverRan(
+                    f"{_prefix(line)}this writes a value of step {late[1]} of invoke {late[0]}, "
+                    f"which ended at step {len(chosen.steps(late[0])) - 1}, with a stop token; "
+                    "take it from an earlier step, or generate with eos_token_id=[]",
+                    node=node_id,
                 )
-        return None
+
+    @cached_property
+    def _tokens_of_peers(self) -> frozenset[str]:
+        """The names of saved tokens that peers choose; what is written there, they refuse."""
+        nodes = self.graph.nodes
+        saves = (node for node in nodes.values() if isinstance(node, Save))
+        return frozenset(
+            one.name
+            for one in saves
+            if isinstance(read := nodes[one.value.node], Read) and read.site.module == GENERATOR
+        )
 
     def saved_specs(self) -> dict[str, TensorSpec]:
         """What every save will be, by name."""
@@ -241,6 +289,13 @@ def finish(
     if sampling is not None:
         names, tokens_saved = _save_tokens(sites, nodes)
         saved |= tokens_saved
+        if len(saved) > DEFAULT_LIMITS.saves:
+            raise TraceError(
+                f"{len(wanted)} saved values, and {len(names)} tokens, which come back too; a "
+                f"trace brings back at most {DEFAULT_LIMITS.saves}: stack the values of several "
+                "steps with torch.stack(...) and save that, or generate fewer tokens at a time",
+                line=here(),
+            )
         chosen = Chosen(names, sampling.eos_token_id, tell)
     effects += [(Save(ref, name), recorder.mark_of(ref.node), True) for name, ref in saved.items()]
     shown: set[NodeId] = set()
@@ -287,9 +342,22 @@ def finish(
         wanted,
         marks,
         until,
+        {
+            node_id: (node, recorder.value_info[node.value.node])
+            for node_id, node in graph.nodes.items()
+            if isinstance(node, Write | Skip) and node.value.node in recorder.value_info
+        },
         sampling,
         chosen,
     )
+
+
+def _late(behind: Mapping[int, Moment], chosen: Chosen) -> tuple[int, int] | None:
+    """The invoke and step, of those that a value needs, that came after the invoke's end."""
+    for invoke, (step, _) in behind.items():
+        if step >= len(chosen.steps(invoke)) and chosen.has_ended(invoke):
+            return invoke, step
+    return None
 
 
 def _save_tokens(

@@ -57,14 +57,16 @@ class Steps:
         wanted = self._wanted
         if isinstance(wanted, slice):
             return list(range(n_steps))[wanted]
-        several = [wanted] if isinstance(wanted, int) else list(wanted)
+        several: Sequence[Any] = wanted if isinstance(wanted, list | tuple | range) else [wanted]
         for one in several:
-            if type(one) is not int or not -n_steps <= one < n_steps:
+            if type(one) is not int:
                 raise TraceError(
-                    f"step {one!r:.40} of a generation of {n_steps} new tokens, whose steps are 0 "
-                    f"to {n_steps - 1}; ask for more with max_new_tokens=",
+                    f"tracer.iter[{wanted!r:.40}]: a step's number, a list of them or a slice is "
+                    "wanted, as in tracer.iter[2], tracer.iter[[0, 3]] or tracer.iter[1:]",
                     line=here(),
                 )
+            if not -n_steps <= one < n_steps:
+                raise _no_step(one, n_steps)
         return [one % n_steps for one in several]
 
     def __enter__(self) -> NoReturn:
@@ -159,11 +161,7 @@ class Generation(Tracer):
 
     def _require_step(self, step: int) -> None:
         if not 0 <= step < self.n_steps:
-            raise TraceError(
-                f"step {step} of a generation of {self.n_steps} new tokens, whose steps are 0 to "
-                f"{self.n_steps - 1}; ask for more with max_new_tokens=",
-                line=here(),
-            )
+            raise _no_step(step, self.n_steps)
 
     def _shape(self, tokens: Tokens) -> InvokeShape:
         asked = self._max_new_tokens if self._asked_tokens is None else self._asked_tokens
@@ -206,6 +204,15 @@ class Generation(Tracer):
             )
             self._results[invoke] = TracedTensor.wrap(DeadCell(recorder, layout, reason).root)
         return self._results[invoke]
+
+    def _here(self) -> int:
+        if self._invoke is None:
+            raise TraceError(
+                "no prompt: a site belongs to an invoke; write `with model.generate(prompt):`, or "
+                "`with tracer.invoke(prompt):` inside the block, and loops over steps inside that",
+                line=here(),
+            )
+        return super()._here()
 
     # The end --------------------------------------------------------------------------------
 
@@ -267,6 +274,14 @@ class Generation(Tracer):
 
     def _ids(self, invoke: int) -> Tensor:
         return torch.cat([self.tokens[invoke].input_ids, self._made(invoke)], 1)
+
+
+def _no_step(step: int, n_steps: int) -> TraceError:
+    return TraceError(
+        f"step {step} of a generation of {n_steps} new tokens, whose steps are 0 to {n_steps - 1}; "
+        "ask for more with max_new_tokens=",
+        line=here(),
+    )
 
 
 class _AtStep:

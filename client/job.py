@@ -113,6 +113,8 @@ class Job:
     deadline_seconds: float
     # Of what has come in the end: which others never come, because a generation has ended.
     never_come: Callable[[Mapping[str, Tensor]], frozenset[str]] = lambda came: frozenset()
+    # What is wrong with a save that has come as announced; empty if nothing is.
+    objection: Callable[[str, Tensor], str] = lambda name, tensor: ""
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
@@ -125,6 +127,7 @@ class Job:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
         self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
+        self._said: dict[PeerId, PeerError] = {}
 
     @property
     def left_seconds(self) -> float:
@@ -176,9 +179,7 @@ class Job:
                 for one in several:
                     tasks.create_task(one)
         except BaseExceptionGroup as group:
-            # A peer that says what is wrong tells more than the ones that only lost contact.
-            causes: list[BaseException] = list(group.exceptions)
-            raise min(causes, key=lambda e: not isinstance(e, PeerFailed)) from None
+            raise min(group.exceptions, key=_how_little_it_says) from None
 
     async def _prepare(self, hop: HopReport, streams: list[_PeerStream]) -> None:
         body = encode_part(hop.part, self.plan.passes)
@@ -230,10 +231,15 @@ class Job:
             with _blaming(hop, self.silence_seconds, "while it ran its part"):
                 await self._run_part(hop, streams[hop.peer.peer_id])
         except PeerError as error:
+            self._said[hop.peer.peer_id] = error
             self._ended[hop.peer.peer_id].set()
             if error.peer != hop.peer.peer_id:
                 await self._hear_out(error.peer)
-            raise
+            # That one may blame a third in its turn, and so on.
+            said = [error]
+            while (other := self._said.get(said[-1].peer)) is not None and other not in said:
+                said.append(other)
+            raise min(said, key=_how_little_it_says) from None
         finally:
             self._ended[hop.peer.peer_id].set()
 
@@ -282,14 +288,18 @@ class Job:
                 )
             came.begin(message.name, message.dtype, message.shape)
             data = await receive_tensor(stream, frame, spec, self.silence_seconds, came.update)
-            self.saves[message.name] = tensor_from_bytes(spec, data)
+            tensor = tensor_from_bytes(spec, data)
+            if objection := self.objection(message.name, tensor):
+                raise MalformedMessage(objection)
+            self.saves[message.name] = tensor
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
 
     def _check_complete(self) -> None:
         """Raise BadAnswer if a save never came of which the chosen tokens don't say why."""
         never = self.never_come(self.saves)
-        for hop in self.hops:
+        # Who chooses the tokens first: if it held some back, others had nothing to save.
+        for hop in sorted(self.hops, key=lambda one: one.part.sampling is None):
             with _blaming(hop, self.silence_seconds, "while it ran its part"):
                 self._check_came(hop, never)
 
@@ -367,6 +377,12 @@ class _PeerStream:
                 raise _failure(self.hop, decode(frame.header, Failed), self.hops)
             if frame.header != _ALIVE:
                 return frame
+
+
+def _how_little_it_says(error: BaseException) -> int:
+    """A peer that says what is wrong with its part, or with another peer's, says more than one that
+    has only lost contact."""
+    return 0 if isinstance(error, PeerFailed) else 1 if isinstance(error, BadAnswer) else 2
 
 
 def _saves_of(hop: HopReport) -> set[str]:

@@ -230,6 +230,8 @@ class Module:
         return sorted({*object.__dir__(self), *names, *self._info().params})
 
     def __repr__(self) -> str:
+        if self.path == GENERATOR:
+            return f"{GENERATOR}: {self._info().kind}, with .output at each step of a generation"
         return f"{self.path or 'model'}: {self._twin_module()!r}"
 
     # A module is no value -----------------------------------------------------------------------

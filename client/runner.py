@@ -180,6 +180,7 @@ class ModelRunner:
             consts=experiment.consts,
             expected=experiment.saved_specs(),
             never_come=experiment.never_come,
+            objection=experiment.objection,
             trace_id=secrets.token_bytes(16),
             deadline_seconds=deadline_seconds,
         )

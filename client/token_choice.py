@@ -15,6 +15,15 @@ from glasshive.client.source_lines import here
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.sampling import Sampling
 
+HABITS: Final[Mapping[str, str]] = {
+    "remote": "a trace always runs on the peers of the model's swarm (in this process for "
+    "glasshive.local)",
+    "backend": "a trace always runs on the peers of the model's swarm",
+    "scan": "shapes are always checked while the body is recorded",
+    "validate": "shapes are always checked while the body is recorded",
+    "trace": "the body is always recorded",
+}
+"""What NNsight takes besides, and why it is not needed here."""
 # What makes no difference to which tokens are chosen, or is said elsewhere.
 _BESIDE: Final = frozenset(
     {
@@ -49,6 +58,13 @@ def sampling_of(
     merged.update(**own._get_default_generation_params(), defaults_only=True)
     known = merged.to_dict()
     for name in choice:
+        if (why := HABITS.get(name)) is not None:
+            raise TraceError(f"generate({name}=...) is no option here: {why}", line=here())
+        if name in _BESIDE:
+            instead = "say max_new_tokens=" if name == "max_length" else "leave it out"
+            raise TraceError(
+                f"generate({name}={choice[name]!r:.40}) has no meaning here; {instead}", line=here()
+            )
         if name not in known or name.startswith("_"):
             near = difflib.get_close_matches(name, [*_OURS, "max_new_tokens", "seed"], n=1)
             raise TraceError(
@@ -56,13 +72,13 @@ def sampling_of(
                 + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_OURS)}"),
                 line=here(),
             )
-    merged.update(**{name: value for name, value in choice.items() if value is not None})
+    merged.update(**choice)
     _check_others(merged, choice)
     stops = merged.eos_token_id
     stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
     pad = merged.pad_token_id
     sampling = Sampling(
-        do_sample=bool(merged.do_sample),
+        do_sample=merged.do_sample or False,
         temperature=_float(merged.temperature, 1.0),
         top_k=merged.top_k or 0,
         top_p=_float(merged.top_p, 1.0),

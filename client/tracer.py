@@ -17,6 +17,7 @@ from glasshive.client.recorder import recording
 from glasshive.client.saved import SavedTensor, saved
 from glasshive.client.sites import Sites
 from glasshive.client.source_lines import at_line, here
+from glasshive.client.token_choice import HABITS
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import NotYet
 from glasshive.graph.graph import IO, Site
@@ -35,12 +36,7 @@ class _Stop(BaseException):
 
 # What NNsight's `trace` takes besides, and why it is not needed here.
 _HABITS = {
-    "remote": "a trace always runs on the peers of the model's swarm (in this process for "
-    "glasshive.local)",
-    "backend": "a trace always runs on the peers of the model's swarm",
-    "scan": "shapes are always checked while the body is recorded",
-    "validate": "shapes are always checked while the body is recorded",
-    "trace": "the body is always recorded",
+    **HABITS,
     "max_new_tokens": "a trace is one forward pass; model.generate(...) makes new tokens",
 }
 

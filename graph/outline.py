@@ -13,7 +13,7 @@ for each kind of pass.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal, TypeAlias
@@ -110,12 +110,13 @@ class Steps:
 
     `leaves` are the tensors that each module takes or gives in them, `cached` the modules that are
     given the cache. `cache_bytes` is, for each block, what a row keeps however long it is, and what
-    each token adds at most.
+    each token adds at most. `masked`: whether the mask of a padded prompt goes on in its steps.
     """
 
     leaves: Mapping[tuple[str, IO, PassKind], tuple[Leaf, ...]]
     cached: frozenset[str]
     cache_bytes: tuple[tuple[int, int], ...]
+    masked: bool
 
 
 def _no_steps() -> Steps:
@@ -155,6 +156,11 @@ class Outline:
         """When `site` happens in a forward pass. Raises UnknownModule or NotASite."""
         info = self.module(site.module)
         event = info.input_event if site.io == "input" else info.output_event
+        if event is None and info.path == GENERATOR:
+            raise NotASite(
+                "generator is where tokens are chosen: it has an output, the chosen ones, and "
+                "nothing else; what they are chosen by are the logits of the model's head"
+            )
         if event is None:
             raise NotASite(
                 f"{info.path!r} ({info.kind}) is called {info.calls} times in a forward pass, so "
@@ -233,6 +239,10 @@ class Outline:
     def holds_blocks(self, path: str) -> bool:
         """Whether a module contains the blocks, and so lies on several peers."""
         return not path or self.blocks_path == path or self.blocks_path.startswith(f"{path}.")
+
+    def are_tokens(self, ids: Iterable[int]) -> bool:
+        """Whether all of them are in the vocabulary."""
+        return all(0 <= one < self.vocabulary_tokens for one in ids)
 
     def fills_cache(self, path: str) -> bool:
         """Whether a module, or one inside it, keeps something for later steps."""

@@ -161,6 +161,8 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                 hidden += 1
                 continue
             if value == TOKENS:
+                if not stage.forward:
+                    raise BadGraph("tokens come to a stage that runs no blocks")
                 continue
             if value not in part.graph.imports or value in known:
                 raise BadGraph("an import that the graph does not name, or twice", node=value)
@@ -182,6 +184,10 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                 or value in known
             ):
                 raise BadGraph("not a value of the hidden states", node=value)
+            first, last = passes.rows(invoke)
+            wanted = outline.hidden_spec(last - first, passes.passes[stage.pass_index].seq)
+            if part.specs[value] != wanted or not hidden:
+                raise BadGraph(f"not the invoke's {wanted} of the hidden states", node=value)
             known.add(value)
         for node_id in stage.nodes:
             node = part.graph.nodes.get(node_id)

@@ -55,6 +55,13 @@ class Interpreter:
             del self._values[node_id]
         return value
 
+    def give_up(self, node_id: NodeId) -> None:
+        """One use of a value that never comes, as whatever would use it is never run."""
+        left = self._uses[node_id] - 1
+        self._uses[node_id] = left
+        if left == 0:
+            self._values.pop(node_id, None)
+
     def run(self, node_id: NodeId, node: Op) -> Any:
         """The value of one op, not kept yet. An error of the kernel names the node."""
         try:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from glasshive.graph.errors import BadGraph
 
 MAX_STOP_TOKENS: Final = 64
+MAX_NGRAM: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "epsilon_cutoff": (_number(0.0, 1.0), _PART),
     "eta_cutoff": (_number(0.0, 1.0), _PART),
     "repetition_penalty": (_number(0.0, 1e6, open_below=True), "a number above 0"),
-    "no_repeat_ngram_size": (_whole(0, 1 << 16), "a whole number from 0 on"),
+    "no_repeat_ngram_size": (_whole(0, MAX_NGRAM), f"a whole number from 0 to {MAX_NGRAM}"),
     "min_new_tokens": (_whole(0, 1 << 24), "a whole number from 0 on"),
     "eos_token_id": (_tokens, f"at most {MAX_STOP_TOKENS} tokens' ids"),
     "pad_token_id": _TOKEN,

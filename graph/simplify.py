@@ -1,8 +1,9 @@
 """What a graph does not need: nodes that say the same twice, and nodes that no root can see.
 
-The roots are the saves. A read depends on every write and skip at earlier moments of its invoke,
-because the model itself carries them there, within a pass or by its cache and the tokens that it
-chose; so a write is live if a live read comes later in the same invoke, and dead otherwise.
+The roots are the saves, and what is written as a chosen token. A read depends on every write and
+skip at earlier moments of its invoke, because the model itself carries them there, within a pass or
+by its cache and the tokens that it chose; so a write is live if a live read comes later in the same
+invoke, and dead otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.ops import OPS
 from glasshive.graph.order import NEVER, Moment, moment_of
-from glasshive.graph.outline import Outline
+from glasshive.graph.outline import GENERATOR, Outline
 
 
 def simplify(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, bool]]:
@@ -77,7 +78,7 @@ def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, boo
             effects.setdefault(node.invoke, []).append((moment_of(node, outline), node_id))
     live: set[NodeId] = set()
     seen_until: dict[int, Moment] = {}
-    work: list[NodeId] = [i for i, node in graph.nodes.items() if isinstance(node, Save)]
+    work: list[NodeId] = [i for i, node in graph.nodes.items() if _is_root(node)]
     while work:
         node_id = work.pop()
         if node_id in live or node_id in graph.imports:
@@ -96,6 +97,11 @@ def drop_unseen(graph: Graph, outline: Outline) -> tuple[Graph, dict[NodeId, boo
         if isinstance(node, Write | Skip) and i not in live
     }
     return Graph({i: n for i, n in graph.nodes.items() if i in live}, graph.imports), dropped
+
+
+def _is_root(node: Node) -> bool:
+    """Whether a node is wanted for itself. A token that is written is checked by its peer."""
+    return isinstance(node, Save) or (isinstance(node, Write) and node.site.module == GENERATOR)
 
 
 def _rename(node: Node, same: dict[NodeId, NodeId]) -> Node:

@@ -8,7 +8,7 @@ generated with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ def scan_steps(
             padded = both(PassKind.PADDED_PROMPT, PassKind.PADDED_STEP)
         except UnsupportedModel:
             padded = None
+    masked = padded is not None and not _is_spread(plain, padded)
     leaves: dict[tuple[str, IO, PassKind], tuple[Leaf, ...]] = {}
     sides: tuple[IO, IO] = ("input", "output")
     for kind, scans in plain.items():
@@ -59,7 +60,7 @@ def scan_steps(
             # Where the twin can't be run padded, what has rows without padding.
             leaves[name, io, padded_kind] = (
                 tuple(leaf for leaf in found if leaf.batch_axis is not None)
-                if padded is None
+                if padded is None or (kind is PassKind.STEP and not masked)
                 else padded[padded_kind].leaves(name, io)
             )
         for one in (kind, padded_kind):
@@ -71,7 +72,24 @@ def scan_steps(
         cache_bytes=tuple(
             _row_bytes(last.first.cache, last.second.cache, index) for index in range(n_blocks)
         ),
+        masked=masked,
     )
+
+
+def _is_spread(plain: Mapping[PassKind, Scans], padded: Mapping[PassKind, Scans]) -> bool:
+    """Whether the mask of all tokens so far makes many of the one token of a step.
+
+    Mamba multiplies what comes in with it, and `generate` gives it the prompt's mask only.
+    """
+    one, other = plain[PassKind.STEP], padded[PassKind.PADDED_STEP]
+    for name in one.first.events:
+        if one.first.calls[name] != 1:
+            continue
+        axes = {leaf.path: leaf.axes for leaf in one.leaves(name, "output")}
+        for leaf in other.leaves(name, "output"):
+            if "total" in leaf.axes and "total" not in axes.get(leaf.path, ("total",)):
+                return True
+    return False
 
 
 def cache_layer_bytes(layer: Any) -> int:

@@ -29,6 +29,7 @@ from glasshive.security.policy import Policy
 _KEPT_VERDICTS = 256
 # Of each token of the vocabulary while one is chosen: logits and chances, sorted and summed.
 _CHANCES_BYTES = 48
+_GRAM_BYTES = 48
 
 
 class Admission:
@@ -135,9 +136,10 @@ class Admission:
             ]
             now_bytes = sum(blocks) + max(blocks)
             if part.sampling is not None:
-                now_bytes += one.batch * (
-                    2 * 8 * tokens + _CHANCES_BYTES * self._outline.vocabulary_tokens
-                )
+                chances_bytes = _CHANCES_BYTES * self._outline.vocabulary_tokens
+                # transformers keeps the n-grams of each row in lists and tuples of Python.
+                grams_bytes = _GRAM_BYTES * part.sampling.no_repeat_ngram_size * tokens
+                now_bytes += one.batch * (2 * 8 * tokens + chances_bytes + grams_bytes)
             most_bytes = max(most_bytes, now_bytes)
         return most_bytes
 

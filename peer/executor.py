@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -43,12 +43,12 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.kernels import run_op, to_torch_dtype
 from glasshive.graph.kernels_checks import GuardedOps
-from glasshive.graph.ops import OPS
 from glasshive.graph.order import Pass, Passes, event_of
 from glasshive.graph.outline import GENERATOR, Leaf, Outline
 from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
 from glasshive.graph.run import Interpreter
 from glasshive.graph.tensor_trees import leaf_of, with_leaf
+from glasshive.peer.borrowing import borrowing
 from glasshive.peer.bypass import Bypass, Removable
 from glasshive.peer.device import wait_for
 from glasshive.peer.errors import TraceEnded
@@ -74,6 +74,15 @@ class Outbox(Protocol):
 
     def exported(self, stage: Stage, value: NodeId, receiver: int, tensor: Tensor) -> None:
         """A value, HIDDEN or TOKENS, for another peer of the route."""
+
+
+def _no_choice(error: Exception, node: NodeId | None) -> GraphError:
+    reason = str(error).split("\n", 1)[0]
+    return GraphError(
+        f"no token can be chosen: {reason:.200}; save the logits of an earlier step to see whether "
+        "they are numbers, and look at how tokens are to be chosen",
+        node=node,
+    )
 
 
 class Executor:
@@ -138,6 +147,15 @@ class Executor:
         """Give in a value that another peer computed, from any device."""
         self._values.put(value, tensor.to(self._model.device))
 
+    def leave_out(self, nodes: Iterable[NodeId], exports: Iterable[tuple[NodeId, int]]) -> None:
+        """Nodes and exports of a stage never come: forget what only they use. Between stages."""
+        for node_id in nodes:
+            for ref in refs(self._part.graph.nodes[node_id]):
+                self._values.give_up(ref)
+        for value, _ in exports:
+            if value >= 0:
+                self._values.give_up(value)
+
     def end(self, group: int) -> None:
         """No more steps of that generation come: forget what it keeps. Between stages."""
         self.ended.add(group)
@@ -185,14 +203,17 @@ class Executor:
         if not stage.forward or (one := self._passes.passes[stage.pass_index]).group < 0:
             return inputs
         if not one.step:
-            self._generations[one.group] = Generation.begin(
-                self._model, inputs, one, self._part.sampling
-            )
+            self._generations.clear()  # a part may leave out the last steps of the one before
+            try:
+                begun = Generation.begin(self._model, inputs, one, self._part.sampling)
+            except _FAILURES as error:
+                raise _no_choice(error, None) from error
+            self._generations[one.group] = begun
             return inputs
         begun = self._generations[one.group]
         if tokens is None and begun.sampler is not None:
             tokens = begun.sampler.tokens  # chosen here
-        return begun.prompt.of_step(one.step, tokens)
+        return begun.prompt.of_step(one.step, tokens, masked=self._outline.steps().masked)
 
     def _buckets(self, stage: Stage) -> dict[int, Bucket]:
         when: dict[NodeId, int] = {}
@@ -247,7 +268,11 @@ class Executor:
 
     def _choose(self, stage: Stage, sampler: Sampler, bucket: Bucket, logits: Tensor) -> None:
         """Choose the next tokens, let the graph see and change them, and send them on."""
-        tokens = self._run_bucket(bucket, sampler.choose(logits))
+        try:
+            chosen = sampler.choose(logits)
+        except _FAILURES as error:
+            raise _no_choice(error, self._last_write) from error
+        tokens = self._run_bucket(bucket, chosen)
         event = self._outline.event(_CHOSEN)
         self._export(stage, {event: bucket}, event)
         try:
@@ -410,7 +435,7 @@ class Executor:
     def _run_bucket(self, bucket: Bucket, tree: Any = None) -> Any:
         """Run nodes in order; returns `tree` with the writes applied to it."""
         replaced: dict[tuple[object, ...], Tensor] = {}
-        borrowed, settled = self._borrowed(bucket)
+        borrowed, settled = borrowing(self._part.graph.nodes, bucket, self._users, self._kept)
         for node_id in bucket:
             node = self._part.graph.nodes[node_id]
             try:
@@ -489,38 +514,6 @@ class Executor:
             return whole
         first, last = self._passes.rows(node.invoke)
         return whole.narrow(leaf.batch_axis, first, last - first)
-
-    def _borrowed(self, bucket: Bucket) -> tuple[set[NodeId], set[NodeId]]:
-        """Reads and views that may share the model's memory, and views that must be copied.
-
-        A read need not be copied if all that uses it runs at the same event, before the model goes
-        on: a slice of the logits then costs a slice. What is left of it afterwards is copied.
-        """
-        nodes = self._part.graph.nodes
-        inside = set(bucket)
-        borrowed: set[NodeId] = set()
-        settled: set[NodeId] = set()
-        edited = False
-        for node_id in bucket:
-            node = nodes[node_id]
-            if isinstance(node, Write):
-                edited = True
-            elif edited:
-                return set(), set()  # something is computed after an edit: copy everything
-        for node_id in bucket:
-            node = nodes[node_id]
-            shares = isinstance(node, Read) or (
-                isinstance(node, Op)
-                and OPS[node.name].cost in ("view", "cast")
-                and any(ref in borrowed for ref in refs(node))
-            )
-            if not shares:
-                continue
-            if self._users[node_id] <= inside and node_id not in self._kept:
-                borrowed.add(node_id)
-            elif isinstance(node, Op):
-                settled.add(node_id)
-        return borrowed, settled
 
     def _write(self, node: Write, tree: Any, replaced: dict[tuple[object, ...], Tensor]) -> Any:
         """`tree` with one write applied. `replaced` holds the memory of leaves that were set."""

@@ -27,9 +27,13 @@ class PassInputs:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
 
-    def of_step(self, step: int, tokens: Tensor | None) -> PassInputs:
-        """What enters a step behind this prompt: the tokens chosen before, int64 `[batch]`."""
-        mask, positions = self.attention_mask, self.position_ids
+    def of_step(self, step: int, tokens: Tensor | None, *, masked: bool) -> PassInputs:
+        """What enters a step behind this prompt: the tokens chosen before, int64 `[batch]`.
+
+        `masked` is whether the model takes the prompt's mask there, longer by the new tokens.
+        """
+        mask = self.attention_mask if masked else None
+        positions = self.position_ids
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), step)], 1)
         if positions is not None:

@@ -79,6 +79,7 @@ from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.security.envelope import payload_digest
+from glasshive.security.errors import NotAllowed
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
@@ -264,6 +265,8 @@ class Host:
         body: bytearray,
     ) -> TraceResult:
         trace, bill = await self._prepare(client, account, request, request_sha256, body)
+        if trace.passes.are_generation:
+            self._check_generations(client)
         # Before the client is told: other peers may push as soon as it has heard of all.
         self._traces[request.trace_id] = trace
         try:
@@ -301,6 +304,19 @@ class Host:
                 "whatever keys; wait for one of them, or try another peer"
             )
         self._tenants[trace_id] = client
+
+    def _check_generations(self, client: ClientStream) -> None:
+        """Raise Busy, or NotAllowed if there may be none, for one more generation of a client's."""
+        limits = self._limits
+        most, by = limits.generations_per_client, limits.by("generations_per_client")
+        if not most:
+            raise NotAllowed(f"generations are not allowed here{by}")
+        running = sum(
+            one.passes.are_generation and one.client.peer_id == client.peer_id
+            for one in self._traces.values()
+        )
+        if running >= most:
+            raise Busy(f"{most} generations of yours are running here; no more are allowed{by}")
 
     async def _prepare(
         self,

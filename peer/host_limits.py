@@ -23,6 +23,7 @@ class HostLimits:
     """Of all keys that come from one address: a class has most places, and leaves others some.
 
     Not in private swarms: there a key costs an invite, and an institution may have one address."""
+    generations_per_client: int = 8
     trace_seconds: float = 600.0
     prepare_seconds: float = 60.0
     batch_rows: int = 256
@@ -94,7 +95,7 @@ class HostLimits:
             batch_rows=self.batch_rows,
             context_tokens=self.context_tokens,
             traces_per_client=min(self.traces_per_client, self.traces),
-            generations_per_client=0,  # this release runs none
+            generations_per_client=min(self.generations_per_client, self.traces),
         )
 
     def under(self, policy: Policy) -> HostLimits:
@@ -112,6 +113,7 @@ class HostLimits:
                 steps=min(self.graph.steps, told.steps),
             ),
             traces_per_client=min(self.traces_per_client, told.traces_per_client),
+            generations_per_client=min(self.generations_per_client, told.generations_per_client),
             batch_rows=min(self.batch_rows, told.batch_rows),
             context_tokens=min(self.context_tokens, told.context_tokens),
             budget=replace(

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
@@ -36,7 +36,7 @@ from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import GraphError, StepNeverRan
-from glasshive.graph.graph import NodeId, Skip, refs
+from glasshive.graph.graph import NodeId, Read, Skip, Write, refs
 from glasshive.graph.kernels import (
     spec_of as spec_of_tensor,
 )
@@ -181,6 +181,10 @@ class HostedTrace:
                 self._saves.put_nowait(None)
                 for queue in self._outgoing.values():
                     queue.put_nowait(None)
+                # What others send of steps that never ran here: they would take an end of their
+                # streams before it for a loss.
+                for parked in self._arrived.values():
+                    await self._soon(parked)
         except BaseExceptionGroup as group:
             # One cause is enough: the others are its echo in the tasks beside it. A node that
             # failed says more than a peer that was lost meanwhile.
@@ -250,8 +254,7 @@ class HostedTrace:
                 f"after part {self.part.index} needs it, in pass {needed_in}"
             )
         if isinstance(message, Dropped):
-            if not self.passes.are_generation:
-                raise MalformedMessage(f"value {message.value} is dropped, and nothing ends early")
+            self._check_dropped(value, message.pass_index)
             parked.set_result(None)
             return
         spec = spec_of(message.dtype, message.shape)
@@ -262,8 +265,21 @@ class HostedTrace:
             )
         data = await receive_tensor(stream, frame, spec, self.left_seconds)
         tensor = tensor_in_order(spec, message.order, data)
+        if value == TOKENS and not self.outline.are_tokens(tensor.tolist()):
+            # On an accelerator an embedding of such a one would end the process.
+            raise MalformedMessage(f"tokens of pass {message.pass_index} outside the vocabulary")
         if not parked.done():  # whoever waited may have been cancelled meanwhile
             parked.set_result(tensor)
+
+    def _check_dropped(self, value: NodeId, pass_index: int) -> None:
+        """Raise MalformedMessage for the end of a generation from one who can't know of it."""
+        if not self.passes.are_generation:
+            raise MalformedMessage(f"value {value} is dropped, and nothing ends early")
+        if value == HIDDEN:
+            one = self.passes.passes[pass_index]
+            here = self.part.sampling is not None and one.group not in self._executor.ended
+            if here or not one.step:
+                raise MalformedMessage(f"hidden states of pass {pass_index} are dropped too early")
 
     def lose(self, sender: int, why: SwarmError) -> None:
         """Fail what still waits for the peer `sender`, whose stream has broken."""
@@ -282,24 +298,24 @@ class HostedTrace:
 
     async def _run_stage(self, stage: Stage) -> None:
         group = self.passes.passes[stage.pass_index].group if stage.forward else -1
+        arriving = {_key(value, _made_in(value, stage)): value for value, _ in stage.imports}
+        # First what says whether the stage runs at all.
         carried: dict[NodeId, Tensor] = {}
-        for value, _ in stage.imports:
-            if group in self._executor.ended:
-                break
-            key = _key(value, _made_in(value, stage))
+        for key, value in sorted(arriving.items(), key=lambda one: one[1] >= 0):
+            if value < 0 and group in self._executor.ended:
+                continue  # nobody waits for it; it is taken at the end
             tensor = await self._soon(self._arrived[key])
             del self._arrived[key]
             if tensor is not None:
                 carried[value] = tensor
-            elif value in (HIDDEN, TOKENS):
+            elif value < 0:
                 self._executor.end(group)
             else:
                 self._never_made.add(value)
-        if group in self._executor.ended:
-            self._drop(stage, stage.exports)
-            return
-        self._check_made(stage)
+        stage = self._what_runs(stage, has_ended=group in self._executor.ended)
         hidden, tokens = carried.pop(HIDDEN, None), carried.pop(TOKENS, None)
+        if not (stage.forward or stage.nodes or stage.exports or carried):
+            return
         inputs = self.inputs.get(stage.pass_index, PassInputs())
 
         def work() -> None:
@@ -314,27 +330,58 @@ class HostedTrace:
                 self.pace.saw(one.batch * one.seq, seconds)
 
         await self._soon(self.run_on_torch(work))
-        if group in self._executor.ended:
+        if stage.forward and group in self._executor.ended:
             self._drop(stage, [(value, to) for value, to in stage.exports if value == TOKENS])
+
+    def _what_runs(self, stage: Stage, *, has_ended: bool) -> Stage:
+        """The stage without what needs a step that never comes, of which others are told.
+
+        Of a stage whose generation has ended, what is left needs earlier steps only. Raises
+        StepNeverRan if a value that never comes would be written somewhere.
+        """
+        never, nodes = self._never_made, self.part.graph.nodes
+        if not has_ended and not never:
+            return stage
+        if has_ended:
+            never.update(value for value, _ in stage.from_hidden)
+        left_out = []
+        for node_id in stage.nodes:
+            node = nodes[node_id]
+            lacks = not never.isdisjoint(refs(node))
+            if has_ended and isinstance(node, Read | Write | Skip):
+                left_out.append(node_id)
+            elif lacks and isinstance(node, Write | Skip):
+                raise StepNeverRan(
+                    "this writes a value of a step that never ran: the generation that it is of "
+                    "had ended before, with a stop token; take it from an earlier step, or "
+                    "generate with eos_token_id=[]",
+                    node=node_id,
+                )
+            elif lacks:
+                left_out.append(node_id)
+            else:
+                continue
+            never.add(node_id)
+        dropped = [
+            (value, to)
+            for value, to in stage.exports
+            if value in never or (has_ended and value < 0)
+        ]
+        self._executor.leave_out(left_out, dropped)
+        self._drop(stage, dropped)
+        return replace(
+            stage,
+            nodes=tuple(one for one in stage.nodes if one not in never),
+            exports=tuple(one for one in stage.exports if one not in dropped),
+            from_hidden=() if has_ended else stage.from_hidden,
+            forward=stage.forward and not has_ended,
+        )
 
     def _drop(self, stage: Stage, exports: Iterable[tuple[NodeId, int]]) -> None:
         """Tell those who wait for what a stage would have made that it never comes."""
-        if exports is stage.exports:
-            self._never_made.update(stage.nodes)
         for value, receiver in exports:
             out = _Outgoing(Dropped(value, stage.pass_index), memoryview(b""))
             self._outgoing[receiver].put_nowait(out)
-
-    def _check_made(self, stage: Stage) -> None:
-        """Raise StepNeverRan if a node needs what a step of a generation that ended would make."""
-        for node_id in stage.nodes:
-            if not self._never_made.isdisjoint(refs(self.part.graph.nodes[node_id])):
-                raise StepNeverRan(
-                    "this needs a value of a step that never ran: the generation that it is of had "
-                    "ended before, with a stop token; take it from an earlier step, or generate "
-                    "with eos_token_id=[]",
-                    node=node_id,
-                )
 
     def _is_whole(self, stage: Stage) -> bool:
         """Whether the stage runs all that this span has of the model."""

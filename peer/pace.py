@@ -38,15 +38,18 @@ class HostPace:
     tokens_per_second: float
     hidden_size: int
     graph: Pace
+    pass_seconds: float = 0.0  # of one token
 
     def forward_seconds(self, batch: int, seq: int, past: int = 0) -> float:
         """About how long the span's forward takes on `[batch, seq]` tokens behind `past` others.
+
+        No pass is faster than that of one token, which reads all the weights.
 
         Attention grows with the length of a row: in a block of width d, a token costs about 24 d^2
         FLOPs, and 4 d for each token that it looks at.
         """
         longer = 1 + (past + seq) / (6 * self.hidden_size)
-        return batch * seq * longer / self.tokens_per_second
+        return max(batch * seq * longer / self.tokens_per_second, self.pass_seconds)
 
     def saw(self, tokens: int, seconds: float) -> None:
         """A pass of that many tokens through the whole span has taken so long, hooks and all.
@@ -57,6 +60,7 @@ class HostPace:
         """
         if tokens <= _MOST_TOKENS and seconds > 0:
             self.tokens_per_second = max(self.tokens_per_second, tokens / seconds)
+            self.pass_seconds = min(self.pass_seconds, seconds)
 
     def to_json(self) -> str:
         """One line, for the process that comes in this one's place."""
@@ -64,6 +68,7 @@ class HostPace:
             {
                 "tokens_per_second": self.tokens_per_second,
                 "hidden_size": self.hidden_size,
+                "pass_seconds": self.pass_seconds,
                 "flops_per_second": self.graph.flops_per_second,
                 "drawn_numbers_per_second": self.graph.drawn_numbers_per_second,
                 "dense_flops_per_second": {
@@ -84,6 +89,7 @@ class HostPace:
             said["tokens_per_second"],
             said["hidden_size"],
             Pace(dense, said["flops_per_second"], said["drawn_numbers_per_second"]),
+            said["pass_seconds"],
         )
 
 
@@ -97,6 +103,7 @@ def measure_pace(model: SpanModel, most_tokens: int | None) -> HostPace:
             _tokens_per_second(model, min(most_tokens or _MOST_TOKENS, _MOST_TOKENS)),
             model.hidden_size,
             measure_graph_pace(model.device),
+            _best_seconds(_forward(model, 1), model.device),
         )
 
 
@@ -123,19 +130,19 @@ def measure_graph_pace(device: torch.device) -> Pace:
 def _tokens_per_second(model: SpanModel, most_tokens: int) -> float:
     tokens = min(16, most_tokens)
     while True:
-        ids = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
-        hidden = torch.zeros((1, tokens, model.hidden_size), dtype=model.dtype, device=model.device)
-
-        def forward(ids: torch.Tensor = ids, hidden: torch.Tensor = hidden) -> None:
-            if model.is_first:
-                model.run(input_ids=ids, hidden=None)
-            else:
-                model.run(input_ids=None, hidden=hidden)
-
-        seconds = _best_seconds(forward, model.device)
+        seconds = _best_seconds(_forward(model, tokens), model.device)
         if seconds >= _ENOUGH_SECONDS or tokens * 4 > most_tokens:
             return tokens / seconds
         tokens *= 4
+
+
+def _forward(model: SpanModel, tokens: int) -> Callable[[], object]:
+    """A pass of so many tokens."""
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
+    hidden = torch.zeros((1, tokens, model.hidden_size), dtype=model.dtype, device=model.device)
+    if model.is_first:
+        return partial(model.run, input_ids=ids, hidden=None)
+    return partial(model.run, input_ids=None, hidden=hidden)
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

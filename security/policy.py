@@ -36,6 +36,7 @@ from glasshive.graph.graph import (
     Write,
 )
 from glasshive.graph.ops import OPS
+from glasshive.graph.outline import GENERATOR
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.errors import NotAllowed
 from glasshive.security.host_policy import HostRules
@@ -278,7 +279,7 @@ class Policy:
             return
         writes = isinstance(node, Write | Skip)
         module = node.site.module if isinstance(node, Read | Write) else node.module
-        if (writes, module) not in allowed:
+        if (writes, module) not in allowed and (writes or module != GENERATOR):
             granted = self.writable if writes else self.readable
             if not any(matches(pattern, module) for pattern in granted):
                 raise NotAllowed(self._module_refused(node_id, node, module), node=node_id)

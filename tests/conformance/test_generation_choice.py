@@ -25,9 +25,9 @@ from transformers import (
 
 import glasshive
 from glasshive.client.errors import NotSaved, PeerFailed, TraceError
-from glasshive.graph.errors import GraphError
+from glasshive.graph.errors import GlasshiveError, GraphError
 
-CUTS: tuple[tuple[int, ...], ...] = ((), (2, 4))
+CUTS: tuple[tuple[int, ...], ...] = ((), (2, 4), (1, 3, 5))
 ROWS = torch.tensor([[3, 14, 15, 92, 65], [35, 89, 79, 32, 38], [9, 9, 9, 9, 9]])
 NEW = 16
 VARIED: dict[str, Any] = {"repetition_penalty": 1.7}  # left alone, a tiny model repeats itself
@@ -201,6 +201,14 @@ def test_the_models_own_configuration_is_honoured(folder: Path, plain: Any, tmp_
 @pytest.mark.parametrize(
     ("choice", "text"),
     [
+        (
+            {"remote": True},
+            r"generate\(remote=...\) is no option here: a trace always runs",
+        ),
+        ({"max_length": 7}, r"generate\(max_length=7\) has no meaning here; say max_new_tokens="),
+        ({"max_time": 7}, r"generate\(max_time=7\) has no meaning here; leave it out"),
+        ({"do_sample": "no"}, r"do_sample='no': True or False is wanted"),
+        ({"no_repeat_ngram_size": 65}, r"no_repeat_ngram_size=65: a whole number from 0 to 64"),
         ({"num_beams": 4}, r"num_beams=4: peers choose one token after the other"),
         (
             {"temprature": 2.0},
@@ -241,6 +249,89 @@ def test_a_step_that_is_not_there_is_refused(model: Any) -> None:
     ):
         for _ in tracer.iter[4]:
             pass
+
+
+@pytest.mark.parametrize("wanted", [1.5, "1", [0, 1.5], None])
+def test_what_is_no_step_is_refused(wanted: Any, model: Any) -> None:
+    with (
+        pytest.raises(TraceError, match="a step's number, a list of them or a slice is wanted"),
+        model.generate(ROWS, max_new_tokens=4) as tracer,
+    ):
+        list(tracer.iter[wanted])
+
+
+def test_more_saves_than_come_back_are_refused_before_anything_is_sent(model: Any) -> None:
+    text = r"test_generation_choice.py:\d+: 4050 saved values, and 50 tokens, which come back too"
+    with (
+        pytest.raises(TraceError, match=text),
+        model.generate(ROWS[:1], max_new_tokens=50) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            states = model.model.layers[0].output
+            for _ in range(81):
+                (states + 0).save()
+
+
+def test_logits_that_are_no_numbers_are_told(model: Any) -> None:
+    text = r"test_generation_choice.py:\d+: GraphError at peer .*no token can be chosen: "
+    with (
+        pytest.raises(PeerFailed, match=text),
+        model.generate(ROWS, max_new_tokens=3, do_sample=True, top_k=0),
+    ):
+        model.lm_head.output[:] = float("nan")
+
+
+# What an early end leaves -------------------------------------------------------------------------
+
+
+def ending(plain: Any) -> tuple[int, int]:
+    """A stop token of the first row, and the step at which it comes."""
+    token, new = stop_tokens(plain)
+    return token, new[0].tolist().index(token)
+
+
+def test_what_needs_a_step_that_never_ran_never_comes(model: Any, plain: Any) -> None:
+    """Also where an early module is called on a late value, which happens one pass later."""
+    token, last = ending(plain)
+    layers = model.model.layers
+    with model.generate(ROWS[:1], max_new_tokens=NEW, eos_token_id=token, **VARIED) as tracer:
+        called, joined = [], layers[2].output
+        for step in tracer.iter[:]:
+            called.append(layers[0].mlp(layers[5].output[:, -1]).save())
+            joined = joined[:, -1:] + layers[2].output
+            if step == last:
+                until_last = joined.save()
+        too_late = joined.save()
+    assert tracer.new_tokens.shape[1] == last + 1
+    for one in called[: last + 1]:
+        assert torch.isfinite(one).all()
+    assert torch.isfinite(until_last).all()
+    for lost in (*called[last + 1 :], too_late):
+        with pytest.raises(NotSaved, match="never came"):
+            lost.sum()
+
+
+@pytest.mark.parametrize("batching", ["shared", "alone"])
+def test_a_value_after_the_end_of_its_invoke_is_written_nowhere(
+    batching: str, model: Any, plain: Any
+) -> None:
+    """Where invokes share passes there is such a value, and it is nobody's."""
+    token, last = ending(plain)
+    with (
+        pytest.raises(
+            GlasshiveError, match=r"test_generation_choice.py:\d+: .*this writes a value"
+        ),
+        model.generate(
+            max_new_tokens=NEW, eos_token_id=token, pad_token_id=5, batching=batching, **VARIED
+        ) as tracer,
+    ):
+        with tracer.invoke(ROWS[:1]):
+            for _ in tracer.iter[last + 1]:
+                value = model.model.layers[1].output
+        with tracer.invoke(ROWS[1:2]):
+            for _ in tracer.iter[last + 2]:
+                model.model.layers[3].output = value
+            model.lm_head.output.save()
 
 
 def test_with_instead_of_for_is_refused(model: Any) -> None:
