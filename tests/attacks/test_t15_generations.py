@@ -5,10 +5,9 @@ who lied is named. And a client's plan that would hold more than it was billed f
 
 Seen failing, each alone: with the look at tokens taken out of `HostedTrace._park_next`, the token
 on an edge; with `Experiment.objection` empty, the one to the client; with `_check_dropped` empty,
-the hidden states that are dropped; with `Job._check_complete` left out, the early end; with
-the dictionary of generations not emptied in `Executor._inputs`, the caches; with
+the ends; with generations that `Executor._inputs` does not clear, the caches; with
 `Executor.leave_out` empty, the values; with the rule for tokens taken out of `check_part`, the
-stage without blocks.
+stage without blocks, and with that for the shapes of `from_hidden`, the hidden states.
 """
 
 from __future__ import annotations
