@@ -215,7 +215,8 @@ class Experiment:
         invoke, step = late
         return (
             f"it is of step {step}, and the generation ended at step "
-            f"{len(chosen.steps(invoke)) - 1}, with a stop token"
+            f"{len(chosen.steps(invoke)) - 1}, with a stop token; what was saved of the steps "
+            "before is there"
         )
 
     def _check_writes(self, chosen: Chosen) -> None:

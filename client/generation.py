@@ -7,6 +7,7 @@ every step of the current invoke, and Python's own `if` about some of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,7 @@ from glasshive.client.token_choice import sampling_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
 from glasshive.graph.order import InvokeShape
+from glasshive.graph.outline import GENERATOR
 from glasshive.graph.plan_codec import MAX_PASSES
 
 if TYPE_CHECKING:
@@ -104,9 +106,16 @@ class Generation(Tracer):
             model.generation_config, choice, seed, model.outline.vocabulary_tokens
         )
         self._max_new_tokens = configured if max_new_tokens is None else max_new_tokens
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TraceError(
+                f"streamer={streamer!r:.40}; what has put(tokens) and end() is wanted, such as "
+                "transformers.TextStreamer(model.tokenizer)",
+                line=here(),
+            )
         self._asked_tokens: int | None = None
         self._streamer = streamer
         self._step = 0
+        self._said_step = False  # whether the body has said of which step it speaks
         self._advanced: dict[str, int] = {}
         self._results: dict[int, TracedTensor] = {}
         self._chosen: Chosen | None = None
@@ -140,6 +149,7 @@ class Generation(Tracer):
         """From now on sites are those of a later step, until the loop or the invoke ends."""
         self._require_open("tracer.next()")
         self._require_step(self._step + steps)
+        self._said_step = True
         self._step += steps
         self._advanced.clear()
         return self
@@ -150,14 +160,16 @@ class Generation(Tracer):
 
     def step_of(self, module: str) -> int:
         """The step at which sites of a module are now. Raises TraceError if there is none such."""
+        if module == GENERATOR and not self._said_step:
+            _warn_of_one_token()
         step = self._step + self._advanced.get(module, 0)
         self._require_step(step)
         return step
 
     def advance(self, module: str, steps: int) -> None:
         """Go on to a later step for one module."""
+        self._said_step = True
         self._advanced[module] = self._advanced.get(module, 0) + steps
-        self.step_of(module)
 
     def _require_step(self, step: int) -> None:
         if not 0 <= step < self.n_steps:
@@ -218,7 +230,11 @@ class Generation(Tracer):
 
     def _finish(self) -> Experiment:
         if not self.tokens:
-            return super()._finish()  # which says what is missing
+            raise TraceError(
+                "a generation without a prompt; write `with model.generate(prompt):`, or "
+                "`with tracer.invoke(prompt):` inside the block",
+                line=here(),
+            )
         return finish(
             self.sites,
             self.tokens,
@@ -245,35 +261,60 @@ class Generation(Tracer):
 
         For a generation with invokes a list, one for each. Raises TraceError before the end.
         """
-        ids = [saved(self._ids(invoke)) for invoke in range(len(self.tokens))]
+        ids = [saved(self._ids(invoke)) for invoke in self._invokes()]
         return ids if self._prompt is None else ids[0]
 
     @property
     def new_tokens(self) -> Any:
         """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes."""
-        ids = [saved(self._made(invoke)) for invoke in range(len(self.tokens))]
+        ids = [saved(self._made(invoke)) for invoke in self._invokes()]
         return ids if self._prompt is None else ids[0]
 
     @property
     def text(self) -> list[str]:
         """The new tokens as text, one for each row of every invoke, special tokens left out."""
+        rows = [row for invoke in self._invokes() for row in self._made(invoke).tolist()]
         tokenizer = self.model.tokenizer
         if tokenizer is None:
             raise TraceError("this model has no tokenizer here; take output_ids", line=here())
-        rows = [row for invoke in range(len(self.tokens)) for row in self._made(invoke).tolist()]
         texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
-    def _made(self, invoke: int) -> Tensor:
+    def __repr__(self) -> str:
+        if self._chosen is None:
+            return f"<{self.title}: it runs when its `with` block ends>"
+        made = [len(self._chosen.steps(invoke)) for invoke in self._invokes()]
+        return f"<{self.title}: {', '.join(map(str, made))} new tokens>"
+
+    def _invokes(self) -> range:
+        """All invokes, once their tokens are there. Raises TraceError before."""
         if self._chosen is None:
             raise TraceError(
-                "the tokens of a generation are there once its block has ended without an error",
+                "the tokens of a generation are there once its block has ended without an error; "
+                "where there is nothing to read or edit, write `with model.generate(prompt, "
+                "max_new_tokens=...) as tracer: pass`",
                 line=here(),
             )
-        return self._chosen.tokens(invoke)
+        return range(len(self.tokens))
+
+    def _made(self, invoke: int) -> Tensor:
+        chosen = self._chosen
+        return torch.empty(0) if chosen is None else chosen.tokens(invoke)
 
     def _ids(self, invoke: int) -> Tensor:
         return torch.cat([self.tokens[invoke].input_ids, self._made(invoke)], 1)
+
+
+def _warn_of_one_token() -> None:
+    text = (
+        "model.generator.output outside of a loop over steps is the token of step 0 alone; all "
+        "tokens are tracer.result.save(), or tracer.output_ids after the block"
+    )
+    line = here()
+    if line is None:
+        warnings.warn(text, stacklevel=2)
+    else:
+        warnings.warn_explicit(text, UserWarning, line.file, line.line)
 
 
 def _no_step(step: int, n_steps: int) -> TraceError:
@@ -294,6 +335,7 @@ class _AtStep:
 
     def __enter__(self) -> None:
         self._before = self._tracer._step
+        self._tracer._said_step = True
         self._tracer._step = self._step
         self._tracer._advanced.clear()
 

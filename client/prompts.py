@@ -93,7 +93,10 @@ def tokenize(
     if bool((masks == 1).all()):
         return Tokens(ids, None)
     if not bool(((masks == 0) | (masks == 1)).all()) or bool((masks.diff(dim=-1) < 0).any()):
-        raise _bad("an attention mask that is not left padding (zeros, then ones in each row)")
+        raise _bad(
+            "an attention mask that is not left padding (zeros, then ones in each row); set "
+            "tokenizer.padding_side = 'left', or give the texts as a list"
+        )
     if bool((masks.sum(-1) == 0).any()):
         raise _bad("an attention mask with a row of padding only")
     return Tokens(ids, masks)

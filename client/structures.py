@@ -160,6 +160,12 @@ def save(value: T) -> T:
 
     Returns `value`. What is no traced value needs no saving, and stays what it is.
     """
+    if isinstance(value, list | dict | set) and not value and active_recorder() is not None:
+        raise TraceError(
+            f"an empty {type(value).__name__} is saved: what is put into it later would not be; "
+            "save what you put in, as in hs.append(x.save()), or save it when it is full",
+            line=here(),
+        )
     if isinstance(value, TracedTensor):
         value.save()
     elif isinstance(value, list | tuple | set):

@@ -22,6 +22,10 @@ HABITS: Final[Mapping[str, str]] = {
     "scan": "shapes are always checked while the body is recorded",
     "validate": "shapes are always checked while the body is recorded",
     "trace": "the body is always recorded",
+    **dict.fromkeys(
+        ("input_ids", "attention_mask"),
+        "what a tokenizer gave is the prompt, whole: generate(inputs, max_new_tokens=...)",
+    ),
 }
 """What NNsight takes besides, and why it is not needed here."""
 # What makes no difference to which tokens are chosen, or is said elsewhere.
@@ -39,6 +43,16 @@ _BESIDE: Final = frozenset(
     }
 )
 _OURS: Final = tuple(one.name for one in fields(Sampling) if one.name != "seed")
+# What only chance asks for, as it is where that is off.
+_GREEDY: Final = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -77,6 +91,14 @@ def sampling_of(
     stops = merged.eos_token_id
     stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
     pad = merged.pad_token_id
+    if not merged.do_sample:
+        if seed is not None:
+            raise TraceError(
+                f"seed={seed!r:.40} has no effect without do_sample=True: the likeliest token is "
+                "taken; leave it out",
+                line=here(),
+            )
+        merged.update(**_GREEDY)
     sampling = Sampling(
         do_sample=merged.do_sample or False,
         temperature=_float(merged.temperature, 1.0),

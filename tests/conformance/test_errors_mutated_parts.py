@@ -92,7 +92,8 @@ def sample_parts(runner: CuttingRunner) -> list[tuple[bytes, Experiment]]:
                 model.model.layers[3].output[:, -1] += step
                 model.model.layers[2].mlp.skip(torch.zeros(2, 4 if step == 0 else 1, WIDTH))
                 model.lm_head.output.save()
-            model.generator.output[:] = 3
+            for _ in tracer.iter[0]:
+                model.generator.output[:] = 3
     return found
 
 

@@ -181,8 +181,12 @@ def test_a_token_can_be_written(model: Any, plain: Any) -> None:
 
 def test_a_token_outside_the_vocabulary_is_refused(model: Any) -> None:
     text = r"test_generation_choice.py:\d+: GraphError at peer .*not in the vocabulary of 128"
-    with pytest.raises(PeerFailed, match=text), model.generate(ROWS, max_new_tokens=3):
-        model.generator.output[:] = 128
+    with (
+        pytest.raises(PeerFailed, match=text),
+        model.generate(ROWS, max_new_tokens=3) as tracer,
+    ):
+        for _ in tracer.iter[0]:
+            model.generator.output[:] = 128
 
 
 def test_the_models_own_configuration_is_honoured(folder: Path, plain: Any, tmp_path: Path) -> None:
@@ -209,13 +213,19 @@ def test_the_models_own_configuration_is_honoured(folder: Path, plain: Any, tmp_
         ({"max_time": 7}, r"generate\(max_time=7\) has no meaning here; leave it out"),
         ({"do_sample": "no"}, r"do_sample='no': True or False is wanted"),
         ({"no_repeat_ngram_size": 65}, r"no_repeat_ngram_size=65: a whole number from 0 to 64"),
+        ({"seed": 3}, r"seed=3 has no effect without do_sample=True"),
+        ({"streamer": True}, r"streamer=True; what has put\(tokens\) and end\(\) is wanted"),
+        (
+            {"input_ids": ROWS},
+            r"generate\(input_ids=...\) is no option here: what a tok",
+        ),
         ({"num_beams": 4}, r"num_beams=4: peers choose one token after the other"),
         (
             {"temprature": 2.0},
             r"generate\(temprature=2.0\) is no option here; did you mean te",
         ),
-        ({"temperature": -1.0}, r"temperature=-1.0: a number above 0 is wanted"),
-        ({"top_p": 1.5}, r"top_p=1.5: a number above 0 and at most 1 is wanted"),
+        ({"do_sample": True, "temperature": -1.0}, r"temperature=-1.0: a number above 0 is wanted"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p=1.5: a number above 0 and at most 1 is wanted"),
         ({"eos_token_id": 999}, r"eos_token_id=999 is not in the vocabulary of 128 tokens"),
         ({"do_sample": True, "seed": -1}, r"seed=-1; a whole number from 0"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0, where the number of new tokens is wanted"),
@@ -387,6 +397,41 @@ def test_next_goes_on_by_module_or_for_all(model: Any, plain: Any) -> None:
         assert torch.equal(saved, want)
     assert torch.equal(still, reads[path][0])
     assert torch.equal(last, reads[path][3])
+
+
+def test_one_token_is_not_taken_for_all(model: Any) -> None:
+    with (
+        pytest.warns(UserWarning, match="is the token of step 0 alone; all tokens are tracer.resu"),
+        model.generate(ROWS, max_new_tokens=2),
+    ):
+        first = model.generator.output.save()
+    assert first.shape == (3,)
+
+
+def test_a_generation_without_its_block_says_so(model: Any) -> None:
+    left = model.generate(ROWS, max_new_tokens=2)
+    assert "it runs when its `with` block ends" in repr(left)
+    for use in (lambda: left.text, lambda: left.output_ids, lambda: left.new_tokens):
+        with pytest.raises(TraceError, match=r"write `with model.generate\(prompt, max_new_tokens"):
+            use()
+    with left:
+        pass
+    assert "2 new tokens" in repr(left)
+
+
+@pytest.mark.parametrize("made", [list, dict, set])
+def test_an_empty_container_is_not_saved(made: Any, model: Any) -> None:
+    with (
+        pytest.raises(TraceError, match=rf"an empty {made.__name__} is saved: .*hs.append\(x.save"),
+        model.generate(ROWS, max_new_tokens=2),
+    ):
+        glasshive.save(made())
+
+
+def test_chance_that_is_off_is_not_looked_at(model: Any, plain: Any) -> None:
+    with model.generate(ROWS, max_new_tokens=4, temperature=0.0, top_p=7.0) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, generate_hooked(plain, ROWS, 4)[0])
 
 
 def test_a_trace_has_no_steps(model: Any) -> None:
