@@ -81,6 +81,15 @@ def pair(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
     return get_pair(*request.param)
 
 
+@pytest.fixture(
+    params=[(kind, cuts) for kind in KINDS for cuts in (CUTS[0], CUTS[-1])],
+    ids=lambda param: f"{param[0]}-{len(param[1]) + 1}",
+)
+def ends(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
+    """Every kind over one span and over four."""
+    return get_pair(*request.param)
+
+
 @pytest.fixture(params=CUTS, ids=lambda cuts: f"{len(cuts) + 1}-spans")
 def llama(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
     """A tiny Llama over one to four spans."""
@@ -112,42 +121,42 @@ def test_tokens_and_every_step_of_every_block(pair: Pair) -> None:
         assert equal([one[:, -1] for one in saved[path]], [one[:, -1] for one in wanted[path]])
 
 
-def test_steering_at_every_step(pair: Pair) -> None:
+def test_steering_at_every_step(ends: Pair) -> None:
     ids = torch.tensor(PROMPT)
     direction = torch.linspace(-3, 3, 64)
 
     def steer(step: int, output: Tensor) -> None:
         output[:, -1] += direction
 
-    path = pair.block(2)
+    path = ends.block(2)
     wanted_ids, wanted = generate_hooked(
-        pair.plain, ids, NEW, edits={path: steer}, reads=[pair.block(4)]
+        ends.plain, ids, NEW, edits={path: steer}, reads=[ends.block(4)]
     )
-    plain_ids, _ = generate_hooked(pair.plain, ids, NEW)
+    plain_ids, _ = generate_hooked(ends.plain, ids, NEW)
     assert not torch.equal(wanted_ids, plain_ids), "an edit that changes nothing shows nothing"
-    with pair.model.generate(ids, max_new_tokens=NEW) as tracer:
+    with ends.model.generate(ids, max_new_tokens=NEW) as tracer:
         saved = []
         for _ in tracer.all():
-            pair.at(path).output[:, -1] += direction
-            saved.append(pair.at(pair.block(4)).output.save())
+            ends.at(path).output[:, -1] += direction
+            saved.append(ends.at(ends.block(4)).output.save())
     assert torch.equal(tracer.output_ids, wanted_ids)
-    assert equal(saved, wanted[pair.block(4)])
+    assert equal(saved, wanted[ends.block(4)])
 
 
-def test_ablation_at_one_step_is_seen_by_all_later_ones(pair: Pair) -> None:
+def test_ablation_at_one_step_is_seen_by_all_later_ones(ends: Pair) -> None:
     ids = torch.tensor(PROMPT)
-    path = pair.block(3)
+    path = ends.block(3)
 
     def ablate(step: int, output: Tensor) -> Tensor | None:
         return torch.zeros_like(output) if step == 5 else None
 
-    wanted_ids, wanted = generate_hooked(pair.plain, ids, 12, edits={path: ablate}, reads=[path])
-    with pair.model.generate(ids, max_new_tokens=12) as tracer:
+    wanted_ids, wanted = generate_hooked(ends.plain, ids, 12, edits={path: ablate}, reads=[path])
+    with ends.model.generate(ids, max_new_tokens=12) as tracer:
         saved = []
         for step in tracer.iter[:]:
             if step == 5:
-                pair.at(path).output = torch.zeros_like(pair.at(path).output)
-            saved.append(pair.at(path).output.save())
+                ends.at(path).output = torch.zeros_like(ends.at(path).output)
+            saved.append(ends.at(path).output.save())
     assert torch.equal(tracer.output_ids, wanted_ids)
     assert equal(saved, wanted[path])
 

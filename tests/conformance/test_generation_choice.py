@@ -27,7 +27,7 @@ import glasshive
 from glasshive.client.errors import NotSaved, PeerFailed, TraceError
 from glasshive.graph.errors import GlasshiveError, GraphError
 
-CUTS: tuple[tuple[int, ...], ...] = ((), (2, 4), (1, 3, 5))
+CUTS: tuple[tuple[int, ...], ...] = ((), (1, 3, 5))
 ROWS = torch.tensor([[3, 14, 15, 92, 65], [35, 89, 79, 32, 38], [9, 9, 9, 9, 9]])
 NEW = 16
 VARIED: dict[str, Any] = {"repetition_penalty": 1.7}  # left alone, a tiny model repeats itself

@@ -118,6 +118,7 @@ def test_a_sweep_of_thirty_patches_is_one_pass(model: Any, plain: tuple[Any, Any
     assert torch.equal(torch.cat([one.value for one in saved]), wanted)
 
 
+@pytest.mark.parametrize("model", [(), (10, 20)], indirect=True, ids=["1-span", "3-spans"])
 def test_a_generation_with_an_edit_at_every_step(model: Any, plain: tuple[Any, Any]) -> None:
     ids = torch.tensor([demo_oracle.token_ids(plain[1], PROMPT)])
 
