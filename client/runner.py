@@ -76,6 +76,7 @@ class ModelRunner:
                 "directory had not said yet who serves the model; allow more time with deadline="
             ) from None
         attempt = 0
+        refused: PeerFailed | None = None
         while True:
             left_seconds = max(ends_at - time.monotonic(), 0.0)
             try:
@@ -85,6 +86,7 @@ class ModelRunner:
                 error.args = (f"{f'{line}: ' if line else ''}{_told(error)}",)
                 if error.code not in _OWN_LIMITS or attempt == options.retries:
                     raise
+                refused = error
                 avoid.add(error.peer)  # another peer may allow more, or have more left
                 try:
                     route = self._route(experiment, avoid, only, fresh=True, ends_at=ends_at)
@@ -100,6 +102,8 @@ class ModelRunner:
                 try:
                     route = self._route(experiment, avoid, only, fresh=True, ends_at=ends_at)
                 except NoRoute as none:
+                    if refused is not None:  # that says more than that others are gone
+                        raise refused from error
                     self._advise(error, str(none).replace("no route", "no other route", 1))
                     raise error from none
                 except ShutOut as out:

@@ -169,6 +169,28 @@ def test_a_host_s_own_limits_are_no_reason_to_give_up(
         model.run(Experiment(), TraceOptions(retries=0))
 
 
+def test_a_refusal_says_more_than_that_the_others_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    swarm = Swarm()
+    swarm.known = [swarm._record(0, BLOCKS), swarm._record(0, BLOCKS)]
+    model: Any = runner_of(swarm)
+    tried: list[str] = []
+
+    def run(experiment: object, options: object, route: Route, *rest: object) -> str:
+        peer = route.records[0].peer_id
+        tried.append(peer)
+        if len(tried) > 1:
+            raise PeerLost("peer X (blocks 0:2) was lost: gone", peer=peer)
+        raise PeerFailed(
+            "7 are allowed", code="QuotaExceeded", node=None, peer=peer, span=Span(0, BLOCKS)
+        )
+
+    monkeypatch.setattr(model, "_run_once", run)
+    with pytest.raises(PeerFailed, match="7 are allowed"):
+        model.run(Experiment(), TraceOptions(retries=5))
+    assert len(tried) == 2
+
+
 WHERE = " ".join(Swarm.where.hosts)
 KIND = "--dtype float32 --attention sdpa"
 OWN = " ".join(Swarm.where.own)
