@@ -148,7 +148,8 @@ class Job:
                 self.state = "running"
                 by_peer: dict[str, _PeerStream] = {stream.peer_id: stream for stream in streams}
                 await self._together(self._run_hop(hop, by_peer) for hop in self.hops)
-                self._check_complete()
+                if self.plan.passes.are_generation:
+                    self._check_complete()
         except TimeoutError:
             self.state = "failed"
             slow = ", ".join(

@@ -126,9 +126,9 @@ class Admission:
         where tokens are chosen, all of them, and some copies of the chances of each.
         """
         most_bytes = 0
-        for one in passes.passes:
-            if one.group < 0:
-                return 0
+        for index, one in enumerate(passes.passes):
+            if one.group < 0 or passes.goes_on(index):
+                continue  # no cache, or not yet at its full length
             tokens = one.past + one.seq
             blocks = [
                 one.batch * (kept + each * tokens)

@@ -315,11 +315,11 @@ async def test_the_host_s_own_limits_stay_its_own(served: ServedModel) -> None:
 
 
 def test_each_limit_is_the_smaller_one() -> None:
-    """But constants, which the policy itself counts, and generations, of which there are none."""
+    """But constants, which the policy itself counts."""
     own = HostLimits()
     numbers = limits_by_name(own.numbers())
     assert limits_by_name(own.under(Policy.of_release()).numbers()) == numbers
-    for name in numbers.keys() - {"const_bytes", "generations_per_client"}:
+    for name in numbers.keys() - {"const_bytes"}:
         less = Policy.of_release().capped(replace(own.numbers(), **{name: numbers[name] - 1}))
         told = limits_by_name(own.under(less).numbers())
         assert told.pop(name) == numbers[name] - 1, name

@@ -108,6 +108,15 @@ async def test_a_whole_pass_corrects_what_was_measured(
     assert (announced > busy) is is_whole
 
 
+def test_no_pass_is_thought_faster_than_one_of_one_token(served: ServedModel) -> None:
+    assert served.pace.pass_seconds > 0
+    pace = HostPace(tokens_per_second=1000.0, hidden_size=100, graph=Pace(), pass_seconds=0.05)
+    assert pace.forward_seconds(1, 1, past=10) == 0.05
+    assert pace.forward_seconds(1, 100) > 0.1
+    pace.saw(tokens=1, seconds=0.02)
+    assert pace.pass_seconds == 0.02
+
+
 def test_attention_makes_long_rows_dearer() -> None:
     pace = HostPace(tokens_per_second=100.0, hidden_size=100, graph=Pace())
     assert pace.forward_seconds(2, 600) == pytest.approx(2 * 600 * 2 / 100)
