@@ -24,6 +24,7 @@ from glasshive.graph.one_dtype import ONE_DTYPE
 from glasshive.graph.order import Passes, spec_of_read
 from glasshive.graph.outline import Outline
 from glasshive.graph.tensors import TensorSpec
+from glasshive.graph.twin_scans import ONE_RUN
 
 
 class Calls:
@@ -89,7 +90,7 @@ class Calls:
                 raise ShapeMismatch(f"{call} is refused: it takes no {got.value}{convert}")
         try:
             inspect.signature(module.forward).bind(*tensors)
-            with torch.no_grad(), watch:
+            with ONE_RUN, torch.no_grad(), watch:
                 result = module(*tensors)
         except _MixedDtypes as error:
             raise ShapeMismatch(f"{call} is refused: {error}{convert}") from None

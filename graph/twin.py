@@ -26,7 +26,7 @@ from glasshive.graph.graph import IO
 from glasshive.graph.kernels import from_torch_dtype
 from glasshive.graph.outline import GENERATOR, Leaf, ModuleInfo, Outline, PassKind, Steps
 from glasshive.graph.steps import scan_steps
-from glasshive.graph.twin_scans import Scans, accepts
+from glasshive.graph.twin_scans import ONE_RUN, Scans, accepts
 
 
 def build_twin(config: Any, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
@@ -164,7 +164,8 @@ def _once(find: Callable[[], Steps]) -> Callable[[], Steps]:
             return error
 
     def steps() -> Steps:
-        answer = found()
+        with ONE_RUN:  # whoever asks meanwhile waits for the answer
+            answer = found()
         if isinstance(answer, UnsupportedModel):
             raise UnsupportedModel(str(answer))
         return answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ _STEP_AXES: Final[Mapping[tuple[int, int], Axis]] = {(2, 3): "batch", (8, 12): "
 LAST_LOGITS: Final = "logits_to_keep"
 """The argument by which `generate` asks for the logits of the last tokens only."""
 _CACHE_KEYWORDS: Final = ("past_key_values", "cache_params")
+
+ONE_RUN: Final = threading.RLock()
+"""Held while modules of any twin run: what is put on them for a run would see another thread's."""
 
 _Tensors: TypeAlias = dict[LeafPath, torch.Tensor]
 # A module's output, or one of the inputs of a module that holds the blocks.
@@ -114,6 +118,18 @@ class _Scan:
         is_generated = self.kind not in (PassKind.PLAIN, PassKind.PADDED)
         if is_generated and LAST_LOGITS in accepts(self.twin):
             arguments[LAST_LOGITS] = 1
+        with ONE_RUN:
+            output = self._watched(arguments)
+        if is_generated and cache is None:
+            self.cache = self._cache_in(output)
+        # Events between two blocks belong to no span: whoever happens there is no site.
+        for name, (start, end) in list(self.events.items()):
+            if self.blocks[start] is None or self.blocks[end] is None:
+                del self.events[name]
+        return self
+
+    def _watched(self, arguments: Mapping[str, Any]) -> Any:
+        """The output of the twin, whose modules are watched meanwhile."""
         handles = []
         for name, module in self.twin.named_modules():
             handles.append(
@@ -121,17 +137,10 @@ class _Scan:
             )
             handles.append(module.register_forward_hook(self._after(name), with_kwargs=False))
         try:
-            output = self._forward(arguments)
-            if is_generated and cache is None:
-                self.cache = self._cache_in(output)
+            return self._forward(arguments)
         finally:
             for handle in handles:
                 handle.remove()
-        # Events between two blocks belong to no span: whoever happens there is no site.
-        for name, (start, end) in list(self.events.items()):
-            if self.blocks[start] is None or self.blocks[end] is None:
-                del self.events[name]
-        return self
 
     def _inputs(self, batch: int, seq: int, total: int) -> dict[str, Any]:
         sizes = {"input_ids": seq}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from glasshive.graph.errors import NotASite, UnknownModule, UnsupportedModel
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.kernels import from_torch_dtype
-from glasshive.graph.outline import Outline, PassKind
+from glasshive.graph.outline import Outline, PassKind, Steps
 from glasshive.graph.tensor_trees import leaf_of, with_leaf
 from glasshive.graph.twin import build_twin, outline_of, scan
 
@@ -265,3 +267,17 @@ def test_leaves_of_outputs_can_be_read_and_replaced() -> None:
     for path in ((1, "k", 1), (5,), ("x",)):
         with pytest.raises(NotASite, match="no tensor at"):
             leaf_of(tree, path)
+
+
+def test_threads_that_ask_at_a_time_disturb_no_run() -> None:
+    """Seen failing without the lock: each found the other's modules among its own."""
+    outline = scanned(LLAMA)
+    asked = threading.Barrier(4)
+
+    def ask(_: int) -> Steps:
+        asked.wait(60)
+        return outline.steps()
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(ask, range(4))
+    assert all(one is first for one in others)
