@@ -7,10 +7,10 @@ the caller is cancelled.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable
-from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 from glasshive.security.keys import PeerId
 
@@ -26,6 +26,25 @@ __all__ = [
 ]
 
 
+_SPAWN_POLL_SECONDS: Final = 0.01
+_spawning = threading.Lock()
+
+
+async def _spawn(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+    """A process in a session of its own; one at a time, whichever loops of this process want one.
+
+    uvloop refuses to start one while another loop does, which each connection's loop may.
+    """
+    while not _spawning.acquire(blocking=False):  # noqa: ASYNC110  (threads, not tasks, wait)
+        await asyncio.sleep(_SPAWN_POLL_SECONDS)
+    try:
+        return await asyncio.subprocess.create_subprocess_exec(
+            *command, start_new_session=True, **options
+        )
+    finally:
+        _spawning.release()
+
+
 class _Detached:
     """asyncio as hivemind's module sees it: the processes that it starts get their own session."""
 
@@ -35,9 +54,7 @@ class _Detached:
         self.subprocess = SimpleNamespace(
             PIPE=asyncio.subprocess.PIPE,
             STDOUT=asyncio.subprocess.STDOUT,
-            create_subprocess_exec=partial(
-                asyncio.subprocess.create_subprocess_exec, start_new_session=True
-            ),
+            create_subprocess_exec=_spawn,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,3 +81,30 @@ async def test_the_answer_to_a_cancelled_call_is_dropped_and_the_next_read(kind:
     await control._read_from_persistent_conn(reader)
     assert calls[live].result() == b"good"
     assert calls.pop(cancelled, None).cancelled()
+
+
+def test_loops_of_several_threads_start_daemons_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As two connections of one process do. uvloop raises "Racing with another loop" else.
+
+    Fails without the lock.
+    """
+    inside: list[str] = []
+    most = 0
+
+    async def spawned(*command: str, start_new_session: bool) -> str:
+        nonlocal most
+        assert start_new_session
+        inside.append(command[0])
+        for _ in range(20):
+            most = max(most, len(inside))
+            await asyncio.sleep(0.001)
+        inside.remove(command[0])
+        return command[0]
+
+    monkeypatch.setattr(asyncio.subprocess, "create_subprocess_exec", spawned)
+    start = daemon_control._Detached().subprocess.create_subprocess_exec
+    with ThreadPoolExecutor(4) as threads:
+        started = threads.map(lambda name: asyncio.run(start(name)), "abcd")
+    assert (list(started), most) == (list("abcd"), 1)
