@@ -36,14 +36,18 @@ _UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """How a trace is run. `pass_rows`: the most rows of one forward pass."""
+    """How a trace is run. `pass_rows`: the most rows of one forward pass.
+
+    `across_hardware`: whether it may be run again on other hardware, or another torch, than before.
+    """
 
     batching: Literal["shared", "alone"] = "shared"
     pass_rows: int = DEFAULT_PASS_ROWS
     deadline_seconds: float = 300.0
-    retries: int = 2
+    retries: int = 4
     route: frozenset[PeerId] | None = None
     avoid: frozenset[PeerId] = field(default_factory=frozenset)
+    across_hardware: bool = False
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class TraceOptions:
             wrong.append(f"deadline={self.deadline_seconds!r}; seconds above 0 are wanted")
         if type(self.retries) is not int or self.retries < 0:
             wrong.append(f"retries={self.retries!r:.40}; a whole number from 0 on is wanted")
+        if self.across_hardware not in (True, False):
+            wrong.append(f"across_hardware={self.across_hardware!r:.40}; True or False is wanted")
         if wrong:
             raise TraceError("; ".join(wrong), line=here())
 

@@ -11,63 +11,66 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import (
-    BadAnswer,
-    PeerBusy,
-    PeerError,
-    PeerFailed,
-    PeerLost,
-    TraceTimeout,
-)
-from glasshive.dht.errors import (
-    DeadlineExceeded,
-    MalformedMessage,
-    PeerUnreachable,
-    StreamBusy,
-    StreamClosed,
-    TransportError,
-)
-from glasshive.dht.framing import Frame, Stream
+from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.hop import HopReport
+from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
+from glasshive.client.provenance import Replaced
+from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.messages import (
     SILENCE_SECONDS,
     TRACE_PROTOCOL,
     Accepted,
-    Alive,
-    Cancel,
     Constant,
     Done,
-    Failed,
     Input,
     Need,
     Prepare,
+    Revise,
     Run,
     Saved,
     decode,
     encode,
-    is_a,
     spec_of,
 )
+from glasshive.dht.records import PeerRecord
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.graph.graph import Save
 from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
-from glasshive.graph.plan import Part, Plan
+from glasshive.graph.plan import Plan
 from glasshive.graph.plan_codec import encode_part
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.envelope import payload_digest
 from glasshive.security.errors import SecurityError
 from glasshive.security.keys import Identity, PeerId
-from glasshive.security.requests import PlannedPeer, TraceRequest
+from glasshive.security.requests import MAX_REVISIONS, PlannedPeer, TraceRequest
 from glasshive.security.results import SavesDigest, TraceResult
 
+MEND_AFTER_SECONDS: Final = 0.5
+"""After which a peer that another has lost, and that is there, is tried again by that one."""
+MOST_MENDS: Final = 3
+"""So often a stream between two peers is opened anew, before one of them is taken for lost."""
+
+StandIn: TypeAlias = Callable[
+    [int, Collection[PeerId]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
+]
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
 
@@ -81,29 +84,14 @@ class PassInput:
 
 
 @dataclass
-class HopReport:
-    """What one peer did: its own compute time, and the bytes that it sent on or back."""
-
-    peer: PeerAddress
-    part: Part
-    state: Literal["preparing", "running", "done"] = "preparing"
-    compute_seconds: float = 0.0
-    hidden_bytes: int = 0
-    carried_bytes: int = 0
-    saved_bytes: int = 0
-    peak_bytes: int = 0
-    audited: bool = False
-
-
-@dataclass
 class Job:
     """One plan on one route. Create it, `run` it once, `cancel` it at any time."""
 
     transport: Transport
     identity: Identity  # the transport's
     plan: Plan
-    peers: Sequence[PeerAddress]  # by the parts' index
-    records: Sequence[bytes]  # what each peer signed of itself, by which others find it
+    peers: list[PeerAddress]  # by the parts' index
+    records: list[bytes]  # what each peer signed of itself, by which others find it
     model_id: str
     dtype: str
     inputs: Sequence[PassInput]
@@ -115,6 +103,13 @@ class Job:
     never_come: Callable[[Mapping[str, Tensor]], frozenset[str]] = lambda came: frozenset()
     # What is wrong with a save that has come as announced; empty if nothing is.
     objection: Callable[[str, Tensor], str] = lambda name, tensor: ""
+    # Who may run the part of this index in place of its peer, none of these; raises NoRoute.
+    # With the records of all peers as they are now.
+    stand_in: StandIn | None = None
+    # Told how long a peer took to answer what it was asked first.
+    on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
+    most_moves: int = 0
+    avoid: frozenset[PeerId] = frozenset()
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
@@ -126,6 +121,13 @@ class Job:
     def __post_init__(self) -> None:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
+        self.replaced: list[Replaced] = []
+        self._left_out = set(self.avoid)
+        self._accused: set[tuple[int, int]] = set()
+        self.moves = 0  # how often a part was given to another peer, or was to be
+        self._streams: dict[int, PeerStream] = {}  # by the part's index
+        self._mending: set[frozenset[PeerAddress]] = set()  # edges, by the peers at both ends
+        self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
         self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
         self._said: dict[PeerId, PeerError] = {}
 
@@ -141,17 +143,19 @@ class Job:
         cannot be reached, is gone or has fallen silent, BadAnswer for one that breaks the protocol,
         TraceTimeout.
         """
-        streams: list[_PeerStream] = []
         try:
             async with asyncio.timeout(self.deadline_seconds):
-                await self._together(self._prepare(hop, streams) for hop in self.hops)
+                await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
-                by_peer: dict[str, _PeerStream] = {stream.peer_id: stream for stream in streams}
-                await self._together(self._run_hop(hop, by_peer) for hop in self.hops)
+                await self._together(self._run_hop(hop) for hop in self.hops)
                 if self.plan.passes.are_generation:
                     self._check_complete()
-        except TimeoutError:
+        except (TimeoutError, PeerFailed) as error:
             self.state = "failed"
+            # A peer may be quicker to say that the deadline is over.
+            is_late = isinstance(error, TimeoutError) or error.code == "TraceEnded"
+            if not is_late or self.left_seconds > 0:
+                raise
             slow = ", ".join(
                 f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.state})"
                 for hop in self.hops
@@ -164,41 +168,49 @@ class Job:
             ) from None
         except asyncio.CancelledError:
             self.state = "cancelled"
-            await asyncio.gather(*(_cancel(stream) for stream in streams), return_exceptions=True)
+            running = [stream.cancel() for stream in self._streams.values()]
+            await asyncio.gather(*running, return_exceptions=True)
             raise
         except BaseException:
             self.state = "failed"
             raise
         finally:
-            await asyncio.gather(*(one.stream.close() for one in streams), return_exceptions=True)
+            streams = [one.stream.close() for one in self._streams.values()]
+            await asyncio.gather(*streams, return_exceptions=True)
         self.state = "done"
         return self.saves
 
     async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as self._tasks:
                 for one in several:
-                    tasks.create_task(one)
+                    self._tasks.create_task(one)
         except BaseExceptionGroup as group:
-            raise min(group.exceptions, key=_how_little_it_says) from None
+            raise min(group.exceptions, key=how_little_it_says) from None
 
-    async def _prepare(self, hop: HopReport, streams: list[_PeerStream]) -> None:
+    async def _prepare(self, hop: HopReport) -> None:
         body = encode_part(hop.part, self.plan.passes)
-        request = self._request(hop, body)
+        request = self._request(hop, hashlib.sha256(body).digest(), int(hop.stands_in))
         signed = request.sign(self.identity, self.transport.now())
-        with _blaming(hop, self.silence_seconds, "while it was asked to prepare"):
-            stream = _PeerStream(
+        told = [(peer, request.revision) for peer in self.peers]
+        with blaming(hop, self.silence_seconds, "while it was asked to prepare"):
+            stream = PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
                 hop,
                 self.hops,
                 self.silence_seconds,
                 request,
                 payload_digest(signed),
+                on_lost=partial(self._mend, hop),
+                told=told,
+                revision=request.revision,
             )
-            streams.append(stream)
+            self._streams[hop.part.index] = stream
             await stream.stream.send(encode(Prepare(signed)), body, self.silence_seconds)
             self.sent_bytes += len(body)
+            asked_at = self.clock()
             frame = await stream.receive()
+            self.on_answer(hop.peer.peer_id, self.clock() - asked_at)
             for name in decode(frame.header, Need).digests:
                 tensor = self.consts.get(name)
                 if tensor is None:
@@ -209,7 +221,7 @@ class Job:
             frame = await stream.receive()
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
-    def _request(self, hop: HopReport, part: bytes) -> TraceRequest:
+    def _request(self, hop: HopReport, part_sha256: bytes, revision: int) -> TraceRequest:
         receivers = hop.part.receivers
         return TraceRequest(
             client=self.transport.peer_id,
@@ -224,23 +236,30 @@ class Job:
             ),
             part_index=hop.part.index,
             deadline_seconds=float(self.left_seconds),
-            part_sha256=hashlib.sha256(part).digest(),
+            part_sha256=part_sha256,
+            revision=revision,
         )
 
-    async def _run_hop(self, hop: HopReport, streams: Mapping[str, _PeerStream]) -> None:
+    async def _run_hop(self, hop: HopReport) -> None:
         try:
-            with _blaming(hop, self.silence_seconds, "while it ran its part"):
-                await self._run_part(hop, streams[hop.peer.peer_id])
+            while hop.state != "done":
+                try:
+                    with blaming(hop, self.silence_seconds, "while it ran its part"):
+                        await self._run_part(hop, self._streams[hop.part.index])
+                except PeerLost as error:
+                    if error.peer != hop.peer.peer_id:
+                        raise
+                    await self._replace(hop, error)
         except PeerError as error:
             self._said[hop.peer.peer_id] = error
             self._ended[hop.peer.peer_id].set()
-            if error.peer != hop.peer.peer_id:
+            if error.peer != hop.peer.peer_id and not hop.part.outlives_peers:
                 await self._hear_out(error.peer)
             # That one may blame a third in its turn, and so on.
             said = [error]
             while (other := self._said.get(said[-1].peer)) is not None and other not in said:
                 said.append(other)
-            raise min(said, key=_how_little_it_says) from None
+            raise min(said, key=how_little_it_says) from None
         finally:
             self._ended[hop.peer.peer_id].set()
 
@@ -249,6 +268,7 @@ class Job:
 
         A peer whose part fails ends its streams to its neighbours, and they may be quicker to say
         that they have lost it than it is to say why: it may have much to send to a slow client.
+        Those who outlive it say nothing of that.
         """
         ended = self._ended.get(peer)
         if ended is not None:
@@ -256,15 +276,19 @@ class Job:
                 async with asyncio.timeout(self.silence_seconds):
                     await ended.wait()
 
-    async def _run_part(self, hop: HopReport, stream: _PeerStream) -> None:
+    async def _run_part(self, hop: HopReport, stream: PeerStream) -> None:
         for stage in hop.part.stages:
             if stage.forward and not self.plan.passes.passes[stage.pass_index].step:
                 has_ids = hop.part.span.start == 0 or hop.part.sampling is not None
                 await self._send_inputs(stream, stage.pass_index, has_ids)
-        await stream.stream.send(encode(Run()), b"", self.silence_seconds)
-        hop.state = "running"
         # No peer answers for another: a save comes from whoever runs it.
-        own = _saves_of(hop)
+        own = hop.saves
+        known_saves = len(own & self.saves.keys())
+        await stream.stream.send(encode(Run(known_saves)), b"", self.silence_seconds)
+        hop.state = "running"
+        if self.replaced:
+            for one in self.hops:
+                self._tasks.create_task(self._tell(one))
         came = SavesDigest()
         while True:
             frame = await stream.receive()
@@ -273,8 +297,11 @@ class Job:
                 if not self.plan.passes.are_generation:
                     self._check_came(hop, frozenset())
                 result = self._result(stream, message, came)
+                self._check_heard(hop, result.request.revision)
                 hop.state = "done"
                 hop.compute_seconds = result.compute_seconds
+                hop.wait_seconds = result.wait_seconds
+                hop.wire_seconds = result.wire_seconds
                 hop.hidden_bytes = sum(one.hidden_bytes for one in result.traffic)
                 hop.carried_bytes = sum(one.carried_bytes for one in result.traffic)
                 hop.audited = result.audited
@@ -296,31 +323,151 @@ class Job:
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
 
+    # Peers that are lost --------------------------------------------------------------------
+
+    async def _replace(self, hop: HopReport, lost: PeerLost) -> None:
+        """Have another peer accept the part of one that is lost.
+
+        Raises `lost` if the part doesn't outlive its peers, or nobody else can be had for it.
+        """
+        if self.stand_in is None or not hop.part.outlives_peers:
+            raise lost
+        began, gone = self.clock(), hop.peer.peer_id
+        hop.state, hop.stands_in = "preparing", True
+        while self.moves < self.most_moves and not self._is_late(hop):
+            self._streams[hop.part.index].stream.reset()
+            self._left_out.add(hop.peer.peer_id)
+            try:
+                record, fresh = await self.stand_in(hop.part.index, self._left_out)
+            except (NoRoute, SwarmError):
+                break
+            self.moves += 1
+            hop.peer = PeerAddress(record.peer_id, record.addresses)
+            self.peers[hop.part.index] = hop.peer
+            # They live for a minute.
+            both = zip(self.peers, self.records, strict=True)
+            self.records = [fresh.get(peer.peer_id, old) for peer, old in both]
+            self._ended[hop.peer.peer_id] = asyncio.Event()
+            try:
+                await self._prepare(hop)
+            except PeerError:
+                continue  # then yet another
+            if self._is_late(hop):
+                break
+            for edge in [one for one in self._mended if hop.part.index in one]:
+                del self._mended[edge]
+            seconds = self.clock() - began
+            self.replaced.append(
+                Replaced(str(hop.part.span), lost=gone, by=hop.peer.peer_id, seconds=seconds)
+            )
+            return
+        raise lost
+
+    def _is_late(self, hop: HopReport) -> bool:
+        """Whether a neighbour of a part is done, and so has given up what it had sent."""
+        return any(self._hop(index).state == "done" for index in hop.neighbours)
+
+    def _check_heard(self, hop: HopReport, revision: int) -> None:
+        """Raise PeerLost if a peer ended before it had heard who needs its values again."""
+        told = self._streams[hop.part.index].told
+        for index in hop.neighbours:
+            other, (peer, since) = self._hop(index), told[index]
+            is_coming = other.stands_in and other.state == "preparing"
+            is_news = peer != self.peers[index] or since > revision
+            if is_coming or (is_news and other.state != "done"):
+                raise PeerLost(
+                    f"{hop} had done its part and given up what it had sent, before it heard that "
+                    f"{other} needs it again",
+                    peer=hop.peer.peer_id,
+                )
+
+    async def _tell(self, hop: HopReport) -> None:
+        """Tell the peer of a part which of its neighbours have changed since it was told."""
+        for index in hop.neighbours:
+            if self._hop(index).state == "running":
+                await self._revise(hop, index, only_news=True)
+
+    async def _revise(self, hop: HopReport, part: int, *, only_news: bool = False) -> None:
+        """Have the peer of a part open its edges with another anew, at whoever runs that now."""
+        stream = self._streams[hop.part.index]
+        async with stream.turn:
+            is_news = stream.told[part][0] != self.peers[part]
+            is_current = self._streams[hop.part.index] is stream and hop.state == "running"
+            if not is_current or (only_news and not is_news):
+                return
+            if stream.revision == MAX_REVISIONS:
+                stream.give_up(f"{MAX_REVISIONS} times it was told of other peers; no more are")
+                return
+            stream.revision += 1
+            if is_news:
+                stream.told[part] = self.peers[part], stream.revision
+            request = self._request(hop, stream.request.part_sha256, stream.revision)
+            signed = request.sign(self.identity, self.transport.now())
+            stream.revisions[payload_digest(signed)] = request
+            with contextlib.suppress(SwarmError):  # its own task sees that it is gone
+                await stream.stream.send(encode(Revise(signed, part)), b"", self.silence_seconds)
+
+    def _mend(self, hop: HopReport, part: int) -> None:
+        """The peer of a part says that its stream with another is gone."""
+        ends = frozenset((hop.peer, self._hop(part).peer))
+        if ends not in self._mending:
+            self._mending.add(ends)
+            self._tasks.create_task(self._mend_soon(hop, self._hop(part), ends))
+
+    async def _mend_soon(
+        self, hop: HopReport, other: HopReport, ends: frozenset[PeerAddress]
+    ) -> None:
+        """Have both ends of an edge try again, if neither is seen to be gone by then."""
+        edge = frozenset((hop.part.index, other.part.index))
+        await asyncio.sleep(MEND_AFTER_SECONDS)
+        while "preparing" in (hop.state, other.state):  # noqa: ASYNC110 (of either, more than once)
+            await asyncio.sleep(MEND_AFTER_SECONDS)
+        self._mending.discard(ends)
+        if {hop.peer, other.peer} != ends or hop.state == "done":
+            return
+        self._mended[edge] += 1
+        if other.state == "done" or self._mended[edge] > MOST_MENDS:
+            # One of them is lost. Whoever finds nobody in the same place is to blame itself.
+            accused = hop.part.index, other.part.index
+            to_blame, good = (hop, other) if accused in self._accused else (other, hop)
+            if other.state == "done":
+                to_blame, good = hop, other
+            self._accused.add(accused)
+            why = f"it and {good} lost each other {self._mended[edge]} times"
+            self._streams[to_blame.part.index].give_up(why)
+            return
+        await self._revise(hop, other.part.index)
+        await self._revise(other, hop.part.index)
+
+    def _hop(self, part: int) -> HopReport:
+        return next(one for one in self.hops if one.part.index == part)
+
     def _check_complete(self) -> None:
         """Raise BadAnswer if a save never came of which the chosen tokens don't say why."""
         never = self.never_come(self.saves)
         # Who chooses the tokens first: if it held some back, others had nothing to save.
         for hop in sorted(self.hops, key=lambda one: one.part.sampling is None):
-            with _blaming(hop, self.silence_seconds, "while it ran its part"):
+            with blaming(hop, self.silence_seconds, "while it ran its part"):
                 self._check_came(hop, never)
 
     def _check_came(self, hop: HopReport, never: frozenset[str]) -> None:
-        if missing := sorted(_saves_of(hop) - self.saves.keys() - never):
+        if missing := sorted(hop.saves - self.saves.keys() - never):
             raise MalformedMessage(f"said that it is done, but {missing!s:.200} never came")
 
-    def _result(self, stream: _PeerStream, message: Done, came: SavesDigest) -> TraceResult:
+    def _result(self, stream: PeerStream, message: Done, came: SavesDigest) -> TraceResult:
         try:
             return TraceResult.verify(
                 message.result,
                 request=stream.request,
                 request_sha256=stream.request_sha256,
                 saves_sha256=came.digest(),
+                revisions=stream.revisions,
                 now=self.transport.now(),
             )
         except SecurityError as error:
             raise MalformedMessage(f"its result can't be taken: {error}") from error
 
-    async def _send_inputs(self, stream: _PeerStream, pass_index: int, has_ids: bool) -> None:
+    async def _send_inputs(self, stream: PeerStream, pass_index: int, has_ids: bool) -> None:
         one = self.inputs[pass_index]
         named = {
             "input_ids": one.input_ids if has_ids else None,
@@ -332,131 +479,7 @@ class Job:
                 message = Input(pass_index, name, "int64", list(tensor.shape))
                 await self._send_tensor(stream, message, tensor_to_bytes(tensor.to(torch.int64)))
 
-    async def _send_tensor(self, stream: _PeerStream, message: object, data: memoryview) -> None:
+    async def _send_tensor(self, stream: PeerStream, message: object, data: memoryview) -> None:
         # The deadline is each slice's: a slow link is slow, and a frozen peer takes nothing.
         await send_tensor(stream.stream, message, data, self.silence_seconds)
         self.sent_bytes += len(data)
-
-
-_ALIVE: Final = encode(Alive())
-_STOOD_STILL_SECONDS: Final = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _PeerStream:
-    """The trace stream to one peer. `Alive` says no more than that the peer is not silent.
-
-    `Failed` may come in place of any other frame, also of a tensor's next slice.
-    """
-
-    stream: Stream
-    hop: HopReport
-    hops: Sequence[HopReport]  # all of them
-    silence_seconds: float
-    request: TraceRequest
-    request_sha256: bytes
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self.stream.peer_id
-
-    async def receive(self, deadline_seconds: float | None = None) -> Frame:
-        """The next frame that is news.
-
-        Raises what a `Failed` means, and DeadlineExceeded if nothing at all came for long.
-        """
-        patience_seconds = deadline_seconds or self.silence_seconds
-        while True:
-            began = time.monotonic()
-            try:
-                frame = await self.stream.receive(patience_seconds)
-            except DeadlineExceeded:
-                if time.monotonic() - began > patience_seconds + _STOOD_STILL_SECONDS:
-                    continue  # it was this process that stood still; what came meanwhile is there
-                raise
-            if is_a(frame.header, Failed):
-                raise _failure(self.hop, decode(frame.header, Failed), self.hops)
-            if frame.header != _ALIVE:
-                return frame
-
-
-def _how_little_it_says(error: BaseException) -> int:
-    """A peer that says what is wrong with its part, or with another peer's, says more than one that
-    has only lost contact."""
-    return 0 if isinstance(error, PeerFailed) else 1 if isinstance(error, BadAnswer) else 2
-
-
-def _saves_of(hop: HopReport) -> set[str]:
-    """The names of what a peer saves."""
-    return {node.name for node in hop.part.graph.nodes.values() if isinstance(node, Save)}
-
-
-async def _cancel(stream: _PeerStream) -> None:
-    await stream.stream.send(encode(Cancel()), b"", 1.0)
-
-
-_OF_NEIGHBOURS: Final[dict[str, type[PeerError]]] = {
-    "NeighbourLost": PeerLost,
-    "NeighbourBusy": PeerBusy,
-    "BadNeighbour": BadAnswer,
-}
-
-
-def _failure(hop: HopReport, message: Failed, hops: Sequence[HopReport]) -> PeerError:
-    """What a peer's `Failed` means: its own trouble with the part, or another peer's absence."""
-    who = _who(hop)
-    text = _printable(message.text)
-    if (kind := _OF_NEIGHBOURS.get(message.code)) is not None:
-        # It may speak of those that the plan gives it to deal with, and of nobody else.
-        others = {i for stage in hop.part.stages for _, i in (*stage.imports, *stage.exports)}
-        named = [one for one in hops if one.part.index in others and one.peer.peer_id in text]
-        if not named:
-            return kind(f"{who} says: {text}", peer=hop.peer.peer_id)
-        return kind(f"{_who(named[0])}: {who} says: {text}", peer=named[0].peer.peer_id)
-    if message.code == "Busy":
-        return PeerBusy(f"{who} is busy: {text}", peer=hop.peer.peer_id)
-    return PeerFailed(
-        text,
-        code=_printable(message.code),
-        node=message.node if message.node >= 0 else None,
-        peer=hop.peer.peer_id,
-        span=hop.part.span,
-    )
-
-
-def _who(hop: HopReport) -> str:
-    return f"peer {hop.peer.peer_id} (blocks {hop.part.span})"
-
-
-def _printable(text: str) -> str:
-    """Text from a peer without what could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-class _blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
-    """Turns what the network says about one peer into an error that names the peer."""
-
-    def __init__(self, hop: HopReport, silence_seconds: float, doing: str) -> None:
-        self.hop = hop
-        self.silence_seconds = silence_seconds
-        self.doing = doing
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        who = _who(self.hop)
-        if isinstance(error, MalformedMessage):
-            raise BadAnswer(f"{who}: {error}", peer=self.hop.peer.peer_id) from error
-        if isinstance(error, DeadlineExceeded):
-            raise PeerLost(
-                f"{who} has been silent for {self.silence_seconds:g} s {self.doing}: it is frozen, "
-                "or the network between you and it is down",
-                peer=self.hop.peer.peer_id,
-            ) from error
-        if isinstance(error, StreamBusy):
-            raise PeerBusy(f"{who} is busy: {error}", peer=self.hop.peer.peer_id) from error
-        if isinstance(error, PeerUnreachable | StreamClosed | TransportError):
-            raise PeerLost(
-                f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id
-            ) from error

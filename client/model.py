@@ -95,9 +95,10 @@ class Model(Module):
         batching: Literal["shared", "alone"] = "shared",
         pass_rows: int | None = None,
         deadline: float = 300.0,
-        retries: int = 2,
+        retries: int = 4,
         route: Sequence[PeerId] | None = None,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
+        across_hardware: bool = False,
         progress: bool | None = None,
         **others: object,
     ) -> Tracer:
@@ -106,13 +107,15 @@ class Model(Module):
         With a `prompt` the block is about this prompt; without one, `tracer.invoke(prompt)` blocks
         inside it each are about theirs. Invokes of equal length share forward passes of at most
         `pass_rows` rows; `batching="alone"` gives every invoke its own. `deadline` is in seconds;
-        `retries` is how often a trace that lost a peer is run again on another route; `route` are
-        the peers that may see it, all but those of `avoid` if it is not given. Raises TraceError
-        for any other option.
+        `retries` is how often a trace that lost a peer is run again on another route, of the same
+        hardware and torch as the first one unless `across_hardware`; `route` are the peers that may
+        see it, all but those of `avoid` if it is not given. Raises TraceError for any other option.
         """
         if others:
             refuse_options(others)
-        options = _options(batching, pass_rows, deadline, retries, route, avoid, progress)
+        options = _options(
+            *(batching, pass_rows, deadline, retries, route, avoid, across_hardware, progress)
+        )
         return Tracer(self, prompt, options)
 
     def generate(
@@ -125,9 +128,10 @@ class Model(Module):
         batching: Literal["shared", "alone"] = "shared",
         pass_rows: int | None = None,
         deadline: float = 300.0,
-        retries: int = 2,
+        retries: int = 4,
         route: Sequence[PeerId] | None = None,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
+        across_hardware: bool = False,
         progress: bool | None = None,
         **choice: object,
     ) -> Generation:
@@ -139,11 +143,15 @@ class Model(Module):
         transformers' GenerationConfig, such as `do_sample`, `temperature`, `top_k`, `top_p`,
         `repetition_penalty`, `eos_token_id`; what is not given is as the model's own
         `generation_config` has it. Chance follows from `seed`, or from torch's default generator.
-        `streamer` gets tokens as they come, as transformers' own streamers do. The other options
-        are those of `trace`. Raises TraceError for any other option, and UnsupportedModel if the
+        `streamer` gets tokens as they come, as transformers' own streamers do. Of `retries` peers
+        that are lost each is replaced by another that serves the same blocks and goes on where it
+        was, while the others wait; where there is none, all is run again. The other options are
+        those of `trace`. Raises TraceError for any other option, and UnsupportedModel if the
         model can't generate over spans.
         """
-        options = _options(batching, pass_rows, deadline, retries, route, avoid, progress)
+        options = _options(
+            *(batching, pass_rows, deadline, retries, route, avoid, across_hardware, progress)
+        )
         return Generation(self, prompt, options, max_new_tokens, seed, streamer, choice)
 
     def tokenize(self, prompt: Prompt) -> Tokens:
@@ -174,6 +182,7 @@ def _options(
     retries: int,
     route: Sequence[PeerId] | None,
     avoid: frozenset[PeerId] | set[PeerId],
+    across_hardware: bool,
     progress: bool | None,
 ) -> TraceOptions:
     return TraceOptions(
@@ -182,6 +191,7 @@ def _options(
         retries=retries,
         route=None if route is None else peer_ids(route, "route"),
         avoid=peer_ids(avoid, "avoid"),
+        across_hardware=across_hardware,
         show_progress=progress,
         **({} if pass_rows is None else {"pass_rows": pass_rows}),
     )

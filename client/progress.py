@@ -1,4 +1,8 @@
-"""One line that says where a trace is: state, seconds, route, bytes. Gone when it is done."""
+"""One line that says where a trace is: state, seconds, route, bytes. Gone when it is done.
+
+The route has each peer's blocks, and behind them a mark: `*` for who is at work, `+` for who has
+done its part, `~` for who has taken the place of one that was lost.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from glasshive.client.route import Route
-
 if TYPE_CHECKING:
+    from glasshive.client.hop import HopReport
     from glasshive.client.job import Job
 
 _SHOW_AFTER_SECONDS = 0.5
@@ -20,10 +23,9 @@ class JobDisplay:
     With `show` None it appears on a terminal only, and only if the job takes longer than a blink.
     """
 
-    def __init__(self, show: bool | None, route: Route) -> None:
+    def __init__(self, show: bool | None) -> None:
         self._wanted = sys.stderr.isatty() if show is None else show
         self._always = bool(show)
-        self._route = " > ".join(str(span) for span in route.spans)
         self._status: Any = None
 
     def __enter__(self) -> JobDisplay:
@@ -43,12 +45,7 @@ class JobDisplay:
         elapsed = job.clock() - job.began_at
         if not self._wanted or (elapsed < _SHOW_AFTER_SECONDS and not self._always):
             return
-        done = sum(hop.state == "done" for hop in job.hops)
-        text = (
-            f"{job.state}  {elapsed:.1f} s  blocks {self._route}, {done} of {len(job.hops)} done  "
-            f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in  "
-            "unaudited"
-        )
+        text = text_of(job, elapsed)
         if self._status is None:
             from rich.console import Console
 
@@ -56,6 +53,32 @@ class JobDisplay:
             self._status.start()
         else:
             self._status.update(text)
+
+
+def text_of(job: Job, elapsed_seconds: float) -> str:
+    """The line for a job as it is now."""
+    done = sum(hop.state == "done" for hop in job.hops)
+    replaced = f", {len(job.replaced)} replaced" if job.replaced else ""
+    return (
+        f"{job.state}  {elapsed_seconds:.1f} s  blocks {' > '.join(_marked(job))}, "
+        f"{done} of {len(job.hops)} done{replaced}  "
+        f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in  unaudited"
+    )
+
+
+def _marked(job: Job) -> list[str]:
+    """Each hop with its marks. In a trace the first that is not done is at work.
+
+    In a generation the work goes around, and all that run have the mark.
+    """
+    at_work: list[HopReport] = [hop for hop in job.hops if hop.state == "running"]
+    if not job.plan.passes.are_generation:
+        at_work = at_work[:1]
+    marked = []
+    for hop in job.hops:
+        mark = "+" if hop.state == "done" else "*" if hop in at_work else ""
+        marked.append(f"{hop.part.span}{mark}{'~' if hop.stands_in else ''}")
+    return marked
 
 
 def _amount(size_bytes: int) -> str:

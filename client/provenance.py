@@ -5,30 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from glasshive.client.profile import Profile
 from glasshive.security.keys import PeerId
 
 
 class Hop(NamedTuple):
     """One peer of a route: what it is, and what it did for the trace.
 
-    `backend` is its hardware and torch, within which results are bit-equal. The bytes are what it
-    sent: hidden states and carried values to the next peers, saved values to the client.
+    `backend` is its hardware and torch, within which results are bit-equal. It waited for what
+    others sent, and for the network to take what it sent itself (`wire_seconds`). The bytes are
+    what it sent: hidden states and carried values to the next peers, saved values to the client.
     """
 
     peer: PeerId
     blocks: str
     backend: str
     compute_seconds: float
+    wait_seconds: float
+    wire_seconds: float
     hidden_bytes: int
     carried_bytes: int
     saved_bytes: int
+
+
+class Replaced(NamedTuple):
+    """A peer that was lost in the middle of a generation, and the one that went on in its place.
+
+    `seconds` passed from when the loss was seen until the other peer had accepted the part; then it
+    ran the steps again that the first one had run.
+    """
+
+    blocks: str
+    lost: PeerId
+    by: PeerId
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
     """Where a result came from. Each peer signed that it sent these values for this trace.
 
-    `audited` is False: no peer's work was checked by another.
+    `retried` is how often all of it was run again, `replaced` which peers were lost and replaced
+    while it ran. `audited` is False: no peer's work was checked by another.
     """
 
     model_id: str
@@ -41,11 +59,19 @@ class Provenance:
     received_bytes: int
     passes: int
     retried: int
+    replaced: tuple[Replaced, ...]
     audited: bool
+
+    @property
+    def profile(self) -> Profile:
+        """Where the time went, peer by peer."""
+        return Profile.of(self.hops, self.seconds)
 
     def __repr__(self) -> str:
         route = " > ".join(f"{hop.blocks} {hop.peer[-8:]}" for hop in self.hops)
         retried = f", retried {self.retried}x" if self.retried else ""
+        if lost := len(self.replaced):
+            retried += f", {lost} lost peer{'s'[: lost > 1]} replaced"
         return (
             f"<{self.seconds:.2f} s over {route}; {self.dtype}, {self.attention} attention"
             f"{retried}; {'audited' if self.audited else 'unaudited'}>"

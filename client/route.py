@@ -1,15 +1,18 @@
 """Choosing the peers of a trace: a chain of spans over the blocks that it needs.
 
 One manifest, dtype, quantisation and attention backend from end to end: they are never mixed
-silently. Among the chains of one kind the one with the fewest hops wins, then one of a single class
-of hardware and torch (within which a trace run again gives the same bits), then the least loaded.
+silently. Among the chains of one kind the one that is expected to take the shortest time wins. One
+of a single class of hardware and torch, within which a trace run again gives the same bits, is
+taken unless a mixed one is thought to be more than ten times as fast.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from glasshive.client.coverage import (
     Kind,
@@ -19,21 +22,33 @@ from glasshive.client.coverage import (
     serve_command,
     spans_to_add,
 )
+from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
 from glasshive.security.keys import PeerId
 
+MIXED_FACTOR: Final = 10.0
+"""A route over several classes of hardware counts as so many times as slow as it is."""
+
+Seconds: TypeAlias = Callable[[PeerRecord, int], float]
+"""How much longer a route takes for a peer of which so many blocks run forward; 0 or more."""
+
 _MOST_NAMED = 8
 _ANYTHING = Wanted()
+_OF_A_TOKEN: Final[Seconds] = Demand().seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Peers with ascending spans; `records[i]` hosts `spans[i]`."""
+    """Peers with ascending spans; `records[i]` hosts `spans[i]`.
+
+    `expected_seconds` is how long it was thought to take when it was chosen.
+    """
 
     records: tuple[PeerRecord, ...]
+    expected_seconds: float = field(default=0.0, compare=False)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -59,13 +74,15 @@ def choose_route(
     avoid: Collection[PeerId] = (),
     only: Collection[PeerId] | None = None,
     wanted: Wanted = _ANYTHING,
+    seconds: Seconds = _OF_A_TOKEN,
 ) -> Route:
-    """A route over the `needed` blocks.
+    """The route over the `needed` blocks whose peers take the fewest `seconds` together.
 
-    The blocks from 0 on without a gap are covered by a chain in which each span starts where the
-    one before it ended; single blocks behind them (the home of a head or a parameter) by any peer
-    behind the chain. With `only`, of these peers. Raises NoRoute, naming the missing blocks, who
-    serves the rest, and the commands that would serve what is missing of what is `wanted`.
+    Of equal ones that with fewer hops, then the less loaded. The blocks from 0 on without a gap are
+    covered by a chain in which each span starts where the one before it ended; single blocks behind
+    them (the home of a head or a parameter) by any peer behind the chain. With `only`, of these
+    peers. Raises NoRoute, naming the missing blocks, who serves the rest, and the commands that
+    would serve what is missing of what is `wanted`.
     """
     usable = [
         one
@@ -74,20 +91,76 @@ def choose_route(
         and one.peer_id not in avoid
         and (only is None or one.peer_id in only)
     ]
-    depth = next(i for i in range(n_blocks + 1) if i not in needed)
+    depth = _depth(needed, n_blocks)
     extra = sorted(block for block in needed if block > depth)
-    best: tuple[tuple[int, int, float], list[PeerRecord]] | None = None
-    for kind in _grouped(usable, lambda one: (one.dtype, one.quantisation, one.attention)):
+    best: tuple[_Cost, list[PeerRecord]] | None = None
+    for kind in _grouped(usable, _mixed_never):
         for same in (*_grouped(kind, lambda one: one.backend), kind):
-            found = _chain(same, depth, extra)
+            found = _chain(same, depth, extra, seconds)
             if found is not None:
-                (hops, load), chain = found
-                cost = hops, len({one.backend for one in chain}), load
+                (expected, hops, load), chain = found
+                if len({one.backend for one in chain}) > 1:
+                    expected *= MIXED_FACTOR
+                cost = expected, hops, load
                 if best is None or cost < best[0]:
                     best = cost, chain
     if best is None:
         raise NoRoute(_why_none(usable, sorted(needed), avoid, only, n_blocks, wanted))
-    return Route(tuple(best[1]))
+    chain = best[1]
+    return Route(tuple(chain), sum(seconds(one, _forward(one, depth)) for one in chain))
+
+
+def rivals(
+    records: Sequence[PeerRecord], needed: Collection[int], n_blocks: int
+) -> list[PeerRecord]:
+    """The peers that serve a needed block which another one of their kind serves as well."""
+    depth = _depth(needed, n_blocks)
+    wanted = {*range(depth), *needed}
+    found = []
+    for kind in _grouped(records, _mixed_never):
+        served = Counter(block for one in kind for block in range(one.start, one.end))
+        for one in kind:
+            if any(block in wanted and served[block] > 1 for block in range(one.start, one.end)):
+                found.append(one)
+    return found
+
+
+def choose_stand_in(
+    records: Iterable[PeerRecord],
+    lost: PeerRecord,
+    avoid: Collection[PeerId],
+    seconds: Seconds = _OF_A_TOKEN,
+) -> PeerRecord:
+    """The fastest peer that serves the same blocks as a lost one, and gives the same bits.
+
+    Raises NoRoute.
+    """
+    same = [one for one in records if _kind_of(one) == _kind_of(lost) and one.peer_id not in avoid]
+    if not same:
+        raise NoRoute(f"no other peer serves blocks {lost.start}:{lost.end} on {lost.backend}")
+    return min(same, key=lambda one: (seconds(one, one.end - one.start), one.load))
+
+
+def _mixed_never(one: PeerRecord) -> tuple[Hashable, ...]:
+    """What the peers of a route have in common."""
+    return one.dtype, one.quantisation, one.attention
+
+
+def _kind_of(one: PeerRecord) -> tuple[Hashable, ...]:
+    return (
+        *(one.model, one.start, one.end, one.n_blocks),
+        *(*_mixed_never(one), one.backend),
+    )
+
+
+def _depth(needed: Collection[int], n_blocks: int) -> int:
+    """How many blocks from 0 on are needed without a gap."""
+    return next(i for i in range(n_blocks + 1) if i not in needed)
+
+
+def _forward(one: PeerRecord, depth: int) -> int:
+    """How many of a peer's blocks run forward, if those before `depth` do."""
+    return max(min(one.end, depth) - one.start, 0)
 
 
 def _grouped(
@@ -99,45 +172,36 @@ def _grouped(
     return list(groups.values())
 
 
+_Cost: TypeAlias = tuple[float, int, float]  # seconds, hops, load
+
+
 def _chain(
-    records: Sequence[PeerRecord], depth: int, extra: Sequence[int]
-) -> tuple[tuple[int, float], list[PeerRecord]] | None:
-    """The best chain over `[0, depth)` and then the extra blocks, with its (hops, load)."""
-    by_start: dict[int, list[PeerRecord]] = {}
-    for one in records:
-        by_start.setdefault(one.start, []).append(one)
+    records: Sequence[PeerRecord], depth: int, extra: Sequence[int], seconds: Seconds
+) -> tuple[_Cost, list[PeerRecord]] | None:
+    """The best chain over `[0, depth)` and then the extra blocks, with what it costs.
+
+    The shortest path from block 0 on, by Dijkstra: each peer is a step to the end of its span.
+    """
+    prices = [(one, seconds(one, _forward(one, depth))) for one in records]
     counter = 0  # breaks ties, so that records are never compared
-    heap: list[tuple[int, float, int, int, list[PeerRecord]]] = [(0, 0.0, counter, 0, [])]
+    heap: list[tuple[_Cost, int, int, list[PeerRecord]]] = [((0.0, 0, 0.0), counter, 0, [])]
     done: set[int] = set()
     while heap:
-        hops, load, _, at, chain = heapq.heappop(heap)
-        if at >= depth:
-            rest = _cover_extra(records, at, extra)
-            if rest is not None:
-                return (hops + len(rest), load), [*chain, *rest]
+        cost, _, at, chain = heapq.heappop(heap)
         if at in done:
             continue
         done.add(at)
-        for one in by_start.get(at, ()):
-            counter += 1
-            heapq.heappush(heap, (hops + 1, load + one.load, counter, one.end, [*chain, one]))
+        block = at if at < depth else next((one for one in extra if one >= at), None)
+        if block is None:
+            return cost, chain
+        for one, price in prices:
+            # Hidden states come from one peer to the next; what is behind them stands alone.
+            starts_well = one.start == at if at < depth else one.start >= at
+            if starts_well and one.start <= block < one.end:
+                counter += 1
+                so_far = cost[0] + price, cost[1] + 1, cost[2] + one.load
+                heapq.heappush(heap, (so_far, counter, one.end, [*chain, one]))
     return None
-
-
-def _cover_extra(
-    records: Sequence[PeerRecord], at: int, extra: Sequence[int]
-) -> list[PeerRecord] | None:
-    chosen: list[PeerRecord] = []
-    for block in extra:
-        if block < at:
-            continue
-        here = [one for one in records if one.start >= at and one.start <= block < one.end]
-        if not here:
-            return None
-        best = min(here, key=lambda one: one.load)
-        chosen.append(best)
-        at = best.end
-    return chosen
 
 
 def _why_none(

@@ -16,6 +16,7 @@ from glasshive.client.files import (
 )
 from glasshive.client.job import Job
 from glasshive.client.model import Model
+from glasshive.client.round_trips import RoundTrips
 from glasshive.client.runner import ModelRunner
 from glasshive.dht.directory import ask_directory
 from glasshive.dht.errors import TransportClosed
@@ -83,6 +84,7 @@ class Swarm:
         self._end = end or transport.close
         self._where = where
         self._closed = False
+        self.round_trips = RoundTrips()  # of whatever model
 
     def __repr__(self) -> str:
         peers = f"{len(self._bootstraps)} bootstrap peer{'s'[: len(self._bootstraps) != 1]}"
@@ -127,9 +129,18 @@ class Swarm:
         """
         self._check_open()
         seconds = min(within_seconds, _DIRECTORY_SECONDS)
+        return self._loop.run(self.ask_records(model, seconds), seconds + 5)
+
+    async def ask_records(self, model: str | None, seconds: float) -> list[PeerRecord]:
+        """`records`, on the loop of the connection."""
         hosts = self._where.hosts
-        asking = ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
-        return self._loop.run(asking, seconds + 5)
+        return await ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
+
+    def measure(self, records: Sequence[PeerRecord], within_seconds: float) -> None:
+        """Ask these peers how far away they are; `round_trips` has it then. Raises SwarmError."""
+        self._check_open()
+        asked = self.round_trips.ask(self._transport, records, within_seconds)
+        self._loop.run(asked, within_seconds + 5)
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from glasshive.client.errors import TraceError
 from glasshive.client.experiment import Experiment, TraceOptions, finish
+from glasshive.client.profile import Profile
 from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.recorder import recording
@@ -238,8 +239,9 @@ class Tracer:
         """What the trace as it stands would take, before anything is sent.
 
         A mapping: `route` (the peers), `hops`, `passes`, `rows`, `sent_bytes`, `hop_bytes`,
-        `saved_bytes`, `peak_bytes`, `flops`, and `compute_seconds`: the peers' time for the forward
-        passes at the speeds that they announce, without the network's.
+        `saved_bytes`, `peak_bytes`, `flops`, `compute_seconds`: the peers' time for the forward
+        passes at the speeds that they announce, and `expected_seconds`: that with load, round trips
+        as far as they were measured, and the bytes over an assumed network of 100 Mbit/s.
         """
         self._require_open("tracer.estimate()")
         return self.model.estimate(self._finish(), self.options)
@@ -254,6 +256,16 @@ class Tracer:
                 line=here(),
             )
         return self._result
+
+    def profile(self) -> Profile:
+        """Where the time went, peer by peer. Raises TraceError before the end of the block."""
+        if self._result is None:
+            raise TraceError(
+                "tracer.profile() says where the time of a trace went, once its block has ended "
+                "without an error; before, tracer.estimate() says what it would take",
+                line=here(),
+            )
+        return self._result.profile
 
     def _require_open(self, call: str) -> None:
         if _current.get() is not self:

@@ -2,7 +2,8 @@
 
 The same framing, the same limits and the same checks of records as over the network; streams of a
 transport with a gate begin with certificates. The DHT is a dictionary that all may use. A network
-can be cut between two peers, and a transport can be killed as by SIGKILL.
+can be cut between two peers, and a transport can be killed as by SIGKILL. Bytes are there at once,
+unless `lanes` says otherwise.
 
     network = MemoryNetwork()
     alice = network.transport(Identity.generate())
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 from glasshive.dht.deadline import within
 from glasshive.dht.errors import (
@@ -36,16 +37,31 @@ __all__ = ["MemoryNetwork", "MemoryTransport"]
 
 PIPE_BYTES: Final = 256 * 1024
 
+Lane: TypeAlias = Callable[[Callable[[], None]], None]
+"""One direction of a stream: it calls what it is given once that has come to the other side."""
+
+
+def _at_once(arrive: Callable[[], None]) -> None:
+    arrive()
+
 
 @final
 class MemoryNetwork:
-    """Peers that can reach each other, and the DHT that they share."""
+    """Peers that can reach each other, and the DHT that they share.
+
+    `lanes` gives the lane of each new stream from a peer to another; it must keep the order.
+    """
 
     def __init__(
-        self, *, swarm: str = PUBLIC_SWARM, clock: Callable[[], float] = time.time
+        self,
+        *,
+        swarm: str = PUBLIC_SWARM,
+        clock: Callable[[], float] = time.time,
+        lanes: Callable[[PeerId, PeerId], Lane] = lambda sender, receiver: _at_once,
     ) -> None:
         self.swarm = swarm
         self.clock = clock
+        self._lanes = lanes
         self._gate = RecordGate(swarm)
         self._dht: dict[bytes, dict[PeerId, tuple[bytes, float]]] = {}
         self._transports: dict[PeerId, MemoryTransport] = {}
@@ -148,7 +164,7 @@ class MemoryTransport:
         self._frame_limits = frame_limits
         self._handlers: dict[str, StreamHandler] = {}
         self._tasks = HandlerTasks(stream_limits, gate, network.clock)
-        self._streams: set[Stream] = set()
+        self._streams: dict[Stream, None] = {}  # in the order of their opening
         self._closed = False
         self._gate = gate
         self.members_only = gate is not None
@@ -166,7 +182,9 @@ class MemoryTransport:
         handler = target._handlers.get(protocol)
         if handler is None:
             raise PeerUnreachable(f"{peer.peer_id} doesn't speak {protocol}; try another peer")
-        here, there = _Pipe(), _Pipe()
+        lanes = self._network._lanes
+        here = _Pipe(lanes(peer.peer_id, self.peer_id))
+        there = _Pipe(lanes(self.peer_id, peer.peer_id))
         mine = self._adopt(_End(here, there), peer.peer_id)
         theirs = target._adopt(_End(there, here), self.peer_id)
         target._tasks.start(theirs, handler, protocol, self.addresses[0])
@@ -220,8 +238,8 @@ class MemoryTransport:
             *(end.reader, end, peer_id, self._frame_limits, self._end_error),
             clock=self._network.clock,
         )
-        self._streams = {one for one in self._streams if not one.closed}
-        self._streams.add(stream)
+        self._streams = {one: None for one in self._streams if not one.closed}
+        self._streams[stream] = None
         return stream
 
     def _reset_streams(self, peers: frozenset[PeerId] | None) -> None:
@@ -257,8 +275,10 @@ class MemoryTransport:
 class _Pipe:
     """Bytes in one direction, bounded: one reader, one writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
         self._buffer = bytearray()
+        self._under_way_bytes = 0
         self._ended = False
         self._broken = False
         self._reading = False
@@ -297,12 +317,22 @@ class _Pipe:
         return taken
 
     def put(self, data: bytes) -> None:
-        if not self._ended and not self._broken:
-            self._buffer += data
-            self._readable.set()
+        def arrive() -> None:
+            self._under_way_bytes -= len(data)
+            if not self._ended and not self._broken:
+                self._buffer += data
+                self._readable.set()
+            self._writable.set()
+
+        self._under_way_bytes += len(data)
+        self._lane(arrive)
+
+    def _is_full(self) -> bool:
+        n_bytes = self._under_way_bytes + (0 if self._reading else len(self._buffer))
+        return n_bytes > PIPE_BYTES
 
     async def room(self) -> None:
-        while len(self._buffer) > PIPE_BYTES and not self._reading and not self._broken:
+        while self._is_full() and not self._broken:
             self._writable.clear()
             await self._writable.wait()
         if self._broken:
@@ -310,8 +340,16 @@ class _Pipe:
 
     def end(self) -> None:
         """Nothing more will be written; what is there can still be read."""
-        self._ended = True
-        self._readable.set()
+
+        def arrive() -> None:
+            self._ended = True
+            self._readable.set()
+
+        self._lane(arrive)
+
+    def break_off_later(self) -> None:
+        """`break_off`, as the reader sees it; nothing more is written."""
+        self._lane(self.break_off)
 
     def break_off(self) -> None:
         """Nothing more can be read or written."""
@@ -342,5 +380,5 @@ class _End:
         return
 
     def abort(self) -> None:
-        self._out.break_off()
+        self._out.break_off_later()
         self.reader.break_off()

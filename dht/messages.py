@@ -150,7 +150,13 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Client to peer: every input is there; begin."""
+    """Client to peer: every input is there; begin.
+
+    `known_saves`: so many of the part's first saves came from a peer that was lost; they are made
+    and not sent.
+    """
+
+    known_saves: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +198,44 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Peer to client: the stream with that other part of the plan is gone, or could not be opened.
+
+    The peer goes on, and waits for a `Revise`.
+    """
+
+    part: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Revise:
+    """Client to peer: its request, signed anew with the peers of the plan as they are now.
+
+    Edges with `part` begin anew.
+    """
+
+    request: Signed
+    part: Count
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
-    """Peer to peer, first on an edge stream: whose values come here."""
+    """Peer to peer, first on an edge stream: whose values come here.
+
+    `again`: 1 if values of this edge may have come before, by another stream; 0 if not.
+    """
 
     trace_id: TraceId
     sender: Count
     receiver: Count
+    again: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Peer to peer, the answer to an `Opening` again: so many of the edge's values have come."""
+
+    values: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,11 +364,14 @@ _CODES: Final[dict[int, type[Any]]] = {
     9: Failed,
     10: Cancel,
     11: Alive,
+    12: Lost,
+    13: Revise,
     20: Opening,
     21: Value,
     22: More,
     23: Received,
     24: Dropped,
+    25: Resume,
     30: AskFile,
     31: File,
     40: TrustVersions,

@@ -79,6 +79,8 @@ class Part:
 
     `specs` says what the graph's imports will be; whoever receives them holds the sender to it.
     `sampling` is how the part with the last block chooses the tokens of a generation.
+    `outlives_peers` is whether the part of a generation waits for another peer in place of one that
+    is lost, and until its own end keeps what it sent, to send it again.
     """
 
     index: int
@@ -87,6 +89,7 @@ class Part:
     stages: tuple[Stage, ...]
     specs: Mapping[NodeId, TensorSpec]
     sampling: Sampling | None = None
+    outlives_peers: bool = False
 
     @property
     def receivers(self) -> frozenset[int]:
@@ -133,6 +136,8 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
         raise BadGraph("how tokens are chosen is said to the part with the last block, if any are")
     if part.sampling is not None:
         part.sampling.check(outline.vocabulary_tokens)
+    if part.outlives_peers and not generates:
+        raise BadGraph("a trace without steps is run again; no part of it waits for another peer")
     placed: set[NodeId] = set()
     known: set[NodeId] = set()
     ran: set[int] = set()

@@ -1,10 +1,10 @@
 """A peer's part of a plan as bytes: msgpack arrays under a version number (see codec.py).
 
-`[version, index, [start, end], stages, passes, specs, sampling, graph]`, where a stage is `[pass,
-nodes, imports, exports, from_hidden, forward, stop event or -1]`, passes `[seq, padded, new tokens,
-[[invoke, first row, last row], ...]]` for a prompt and the steps behind it (0 new tokens: a trace),
-a spec `[value, dtype, shape]` and sampling a list of its fields, or empty. Whether the part makes
-sense is `check_part`'s business (plan.py).
+`[version, index, [start, end], stages, passes, specs, sampling, outlives peers, graph]`, where a
+stage is `[pass, nodes, imports, exports, from_hidden, forward, stop event or -1]`, passes `[seq,
+padded, new tokens, [[invoke, first row, last row], ...]]` for a prompt and the steps behind it (0
+new tokens: a trace), a spec `[value, dtype, shape]` and sampling a list of its fields, or empty.
+Whether the part makes sense is `check_part`'s business (plan.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.sampling import MAX_STOP_TOKENS, Sampling
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_PASSES: Final = 4096
 MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
@@ -60,7 +60,10 @@ def encode_part(part: Part, passes: Passes) -> bytes:
     specs = [[i, spec.dtype.value, list(spec.shape)] for i, spec in part.specs.items()]
     sampling = [] if part.sampling is None else part.sampling.to_plain()
     packed: bytes = msgpack.packb(
-        [VERSION, part.index, span, stages, rows, specs, sampling, encode_graph(part.graph)],
+        [
+            *(VERSION, part.index, span, stages, rows, specs, sampling),
+            *(part.outlives_peers, encode_graph(part.graph)),
+        ],
         use_bin_type=True,
     )
     return packed
@@ -72,9 +75,11 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         raise BadGraph(
             f"a part of {len(data)} bytes; at most {_FRAME_SLACK * limits.graph_bytes} are allowed"
         )
-    version, index, span, stages, rows, specs, sampling, graph = _fields(data)
+    version, index, span, stages, rows, specs, sampling, outlives, graph = _fields(data)
     if type(number := _made(version, 1, limits)) is not int or number != VERSION:
         raise BadGraph("a part of another version; update glasshive on the older side")
+    if not isinstance(outlives_peers := _made(outlives, 1, limits), bool):
+        raise BadGraph("a part that does not say whether it outlives its peers")
     packed = _made(graph, 1, limits)
     if not isinstance(packed, bytes):
         raise BadGraph("a part without a graph")
@@ -92,6 +97,7 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         ),
         dict(_spec(one) for one in _list(_made(specs, about_nodes, limits), limits.nodes, "specs")),
         _sampling(_made(sampling, 32 + MAX_STOP_TOKENS, limits)),
+        outlives_peers,
     )
     return part, _passes(_made(rows, 4 * MAX_ROWS + 5 * MAX_PASSES, limits))
 
@@ -102,9 +108,9 @@ def _fields(data: bytes | bytearray) -> list[bytes | bytearray]:
     whole.feed(data)
     fields = []
     try:
-        if whole.read_array_header() != 8:
-            raise BadGraph("a part: a list of 8 is wanted")
-        for _ in range(8):
+        if whole.read_array_header() != 9:
+            raise BadGraph("a part: a list of 9 is wanted")
+        for _ in range(9):
             start = whole.tell()
             whole.skip()
             fields.append(data[start : whole.tell()])

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,11 +40,10 @@ from glasshive.dht.messages import (
     Constant,
     Done,
     Failed,
-    Input,
     Need,
     Opening,
     Prepare,
-    Run,
+    Revise,
     decode,
     encode,
     spec_of,
@@ -53,7 +52,6 @@ from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.tensor_frames import receive_tensor
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.budget import Bill
-from glasshive.graph.codec import encode_graph
 from glasshive.graph.errors import BadGraph, GlasshiveError, GraphError, OverBudget
 from glasshive.graph.graph import Const
 from glasshive.graph.kernels import from_torch_dtype, tensor_from_bytes
@@ -70,7 +68,6 @@ from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import Aside
 from glasshive.peer.file_server import FileServer
-from glasshive.peer.generation import PassInputs
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace
 from glasshive.peer.memory_book import MemoryBook, lent_bytes
@@ -78,6 +75,7 @@ from glasshive.peer.planned_peers import check_peers, find_peers
 from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.torch_thread import TorchThread
+from glasshive.peer.trace_inputs import take_inputs
 from glasshive.security.envelope import payload_digest
 from glasshive.security.errors import NotAllowed
 from glasshive.security.keys import Identity
@@ -149,7 +147,7 @@ class Host:
         self._limits = self._own_limits  # under the policy
         self._accounts = accounts or Accounts()
         self._clock = clock
-        self._torch = TorchThread(self._limits.traces_per_client)
+        self._torch = TorchThread(self._limits.traces_per_client, clock)
         self._checks = Checks(self._limits.prepare_seconds)
         self._files = FileServer(
             served.folder,
@@ -159,6 +157,7 @@ class Host:
         )
         self._consts = ConstCache(self._limits.const_cache_bytes, clock)
         self._sweeping: asyncio.Task[None] | None = None
+        self._is_closing = False
         # What the constants kept leave of it.
         self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
@@ -196,6 +195,7 @@ class Host:
 
     def close(self) -> None:
         """Cancel what runs and take no more work. The transport ends the streams."""
+        self._is_closing = True
         for trace in self._traces.values():
             trace.cancel()
         if self._sweeping is not None:
@@ -204,10 +204,21 @@ class Host:
         self._checks.close()
 
     async def _sweep(self) -> None:
-        """Give the memory of what nobody uses any more back, for as long as the host is there."""
+        """Give the memory of what nobody uses any more back, for as long as the host is there.
+
+        And read off the twin what generations need, so that a peer that takes another's place in
+        one doesn't let all wait for that.
+        """
+        is_ready = False
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self._consts.drop_ended()
+            if not is_ready:
+                with contextlib.suppress(GlasshiveError):  # or it can't generate, or has no time
+                    await self._checks.run(
+                        self._transport.peer_id, lambda go_on: self._outline.steps()
+                    )
+                is_ready = True
 
     # A client's trace -----------------------------------------------------------------------
 
@@ -275,7 +286,9 @@ class Host:
                 "trace_accepted",
                 extra={"client": client.peer_id, "nodes": len(trace.part.graph)},
             )
-            await self._take_inputs(client, trace)
+            trace.inputs, trace.known_saves = await take_inputs(
+                client, trace.passes, self._outline.vocabulary_tokens, lambda: trace.left_seconds
+            )
             return await self._run(client, trace)
         finally:
             del self._traces[request.trace_id]
@@ -412,7 +425,7 @@ class Host:
         go_on()
         if part.index != request.part_index:
             raise BadGraph(f"part {part.index}, and the request is for part {request.part_index}")
-        _check_graph_bytes(part, len(body), limits)
+        limits.check_graph_bytes(part, len(body))
         if (part.span.start, part.span.end) != (model.start, model.end):
             raise BadGraph(
                 f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
@@ -471,47 +484,9 @@ class Host:
             self._consts.put(client.peer_id, name, held[name])
         return held
 
-    async def _take_inputs(self, client: ClientStream, trace: HostedTrace) -> None:
-        taken: dict[int, dict[str, Tensor]] = {}
-        while True:
-            # The client waits meanwhile for the other peers, to whom it may have much to send.
-            frame = await client.receive(trace.left_seconds)
-            message = decode(frame.header, Input, Run, Cancel)
-            if isinstance(message, Cancel):
-                raise TraceEnded("the client cancelled the trace")
-            if isinstance(message, Run):
-                break
-            spec = spec_of(message.dtype, message.shape)
-            one = next(iter(trace.passes.passes[message.pass_index : message.pass_index + 1]), None)
-            mine = taken.setdefault(message.pass_index, {})
-            if (
-                one is None
-                or one.step
-                or message.name not in ("input_ids", "attention_mask", "position_ids")
-                or message.name in mine
-                or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.seq))
-            ):
-                raise WrongInput(f"input {message.name[:20]!r} of {spec} fits no pass of this plan")
-            data = await receive_tensor(client, frame, spec, trace.left_seconds)
-            mine[message.name] = tensor_from_bytes(spec, data)
-        vocabulary = self._outline.vocabulary_tokens
-        for index, named in taken.items():
-            ids = named.get("input_ids")
-            if ids is not None and bool(((ids < 0) | (ids >= vocabulary)).any()):
-                raise WrongInput(f"a token id outside the vocabulary of {vocabulary}")
-            mask = named.get("attention_mask")
-            if mask is not None and bool(((mask != 0) & (mask != 1)).any()):
-                raise WrongInput("an attention mask that holds more than 0 and 1")
-            positions = named.get("position_ids")
-            if positions is not None and bool(
-                ((positions < 0) | (positions >= positions.shape[1])).any()
-            ):
-                raise WrongInput("a position id outside its row")
-            trace.inputs[index] = PassInputs(**named)
-
     async def _run(self, client: ClientStream, trace: HostedTrace) -> TraceResult:
         run = asyncio.create_task(trace.run())
-        watch = asyncio.create_task(client.receive(trace.left_seconds + 1))
+        watch = asyncio.create_task(self._obey(client, trace))
         for task in (run, watch):
             task.add_done_callback(forget_outcome)  # one of them is asked, and the other may fail
         try:
@@ -521,14 +496,45 @@ class Host:
             if run.done():
                 return run.result()
             if watch.done():
-                decode(watch.result().header, Cancel)
-                raise TraceEnded("the client cancelled the trace")
+                watch.result()
             raise TraceEnded("the trace's deadline passed; allow more time with deadline=")
         finally:
             trace.cancel()
             run.cancel()
             watch.cancel()
             await asyncio.wait({run, watch}, timeout=CLOSE_SECONDS)
+
+    async def _obey(self, client: ClientStream, trace: HostedTrace) -> NoReturn:
+        """Do what the client says while its trace runs, until that ends it."""
+        while True:
+            frame = await client.receive(trace.left_seconds + 1)
+            message = decode(frame.header, Cancel, Revise)
+            if isinstance(message, Cancel):
+                raise TraceEnded("the client cancelled the trace")
+            shown_at = self._transport.now()
+            request, _ = TraceRequest.verify(
+                message.request,
+                client=client.peer_id,
+                host=self._transport.peer_id,
+                swarm=self._transport.swarm,
+                now=shown_at,
+            )
+            request.check_revises(trace.request)
+            find = partial(self._revised, trace.part, request, shown_at, trace.peers)
+            peers = await self._checks.run(client.peer_id, find)
+            trace.revise(request, payload_digest(message.request), peers, message.part)
+
+    def _revised(
+        self,
+        part: Part,
+        request: TraceRequest,
+        shown_at: float,
+        known: tuple[PeerAddress, ...],
+        go_on: Callable[[], None],
+    ) -> tuple[PeerAddress, ...]:
+        for peer in request.peers:
+            self._admission.policy.check_peer(peer.peer_id)
+        return find_peers(part, request, shown_at, self._transport, go_on, known)
 
     async def _fail(self, client: ClientStream, error: GlasshiveError) -> None:
         node, said = -1, repr(error)[:MAX_FAILURE_CHARS]
@@ -537,6 +543,8 @@ class Host:
             # What a graph came upon may be said in the client's own numbers: an index, a name.
             said = type(error).__name__
         log.info("trace_failed", extra={"client": client.peer_id, "error": said, "node": node})
+        if self._is_closing:
+            return  # the stream's end says that this peer is gone, and others may take its place
         text = str(error)[:MAX_FAILURE_CHARS]
         try:
             await client.send(encode(Failed(type(error).__name__, node, text)))
@@ -556,9 +564,9 @@ class Host:
             await stream.refuse(refusal)
             return
         try:
-            await trace.receive_from(opening.sender, stream)
+            await trace.receive_from(opening, stream)
         except (MalformedMessage, TransportError) as error:
-            trace.lose(opening.sender, error)
+            await trace.lose(opening.sender, error)
             raise
 
 
@@ -583,16 +591,3 @@ async def _heard(client: ClientStream) -> AsyncIterator[None]:
 
 def _accepted(bill: Bill) -> Accepted:
     return Accepted(bill.peak_bytes, bill.flops, bill.saved_bytes)
-
-
-def _check_graph_bytes(part: Part, most_bytes: int, limits: HostLimits) -> None:
-    """Raise OverBudget for a graph of more bytes than the policy allows; its part has most_bytes.
-
-    A graph has one encoding. Most parts are small, and theirs isn't made again.
-    """
-    allowed = limits.graph.graph_bytes
-    if most_bytes > allowed and (graph_bytes := len(encode_graph(part.graph))) > allowed:
-        raise OverBudget(
-            f"a graph of {graph_bytes} bytes, but {allowed} are allowed"
-            f"{limits.by('graph_bytes')}; split the work over several traces"
-        )

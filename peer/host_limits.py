@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from glasshive.graph.budget import Budget
-from glasshive.graph.codec import GraphLimits
+from glasshive.graph.codec import GraphLimits, encode_graph
+from glasshive.graph.errors import OverBudget
+from glasshive.graph.plan import Part
 from glasshive.security.policy import Policy
 from glasshive.security.whitelist import Limits, limits_by_name
 
@@ -129,3 +131,15 @@ class HostLimits:
     def by(self, name: str) -> str:
         """Whose limit that one is by its name in a whitelist; empty for the host's own."""
         return self.budget.by(name)
+
+    def check_graph_bytes(self, part: Part, most_bytes: int) -> None:
+        """Raise OverBudget for a graph of more bytes than are allowed; its part has `most_bytes`.
+
+        A graph has one encoding. Most parts are small, and theirs isn't made again.
+        """
+        allowed = self.graph.graph_bytes
+        if most_bytes > allowed and (graph_bytes := len(encode_graph(part.graph))) > allowed:
+            raise OverBudget(
+                f"a graph of {graph_bytes} bytes, but {allowed} are allowed"
+                f"{self.by('graph_bytes')}; split the work over several traces"
+            )

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +21,14 @@ from typing import Final, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from glasshive.dht.errors import MalformedMessage, StreamBusy, SwarmError
+from glasshive.dht.errors import MalformedMessage, StreamBusy, StreamClosed, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
-    EDGE_PROTOCOL,
     Dropped,
+    Lost,
     Opening,
     Received,
+    Resume,
     Saved,
     Value,
     decode,
@@ -59,15 +62,19 @@ from glasshive.peer.errors import (
 from glasshive.peer.executor import Aside, Executor, GiveWay
 from glasshive.peer.generation import PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
+from glasshive.peer.outgoing_edge import OutgoingEdge, Sendable
 from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import PeerId
 from glasshive.security.requests import TraceRequest
-from glasshive.security.results import SavesDigest, TraceResult, Traffic
+from glasshive.security.results import SavesDigest, TraceResult
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 TELL_SECONDS: Final = 10.0  # in which the client is told of an end
+REOPENED_SECONDS: Final = 0.25
 
 RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -80,23 +87,13 @@ def _key(value: NodeId, pass_index: int) -> _Key:
     return value, pass_index if value in (HIDDEN, TOKENS) else None
 
 
+def _too_early(pass_index: int) -> str:
+    return f"hidden states of pass {pass_index} are dropped too early"
+
+
 def _made_in(value: NodeId, stage: Stage) -> int:
     """The pass in which hidden states or tokens that a stage imports were made."""
     return stage.pass_index - (value == TOKENS)
-
-
-@dataclass
-class _Sent:
-    hidden_bytes: int = 0
-    carried_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Outgoing:
-    """Something for a peer of the plan: a value, or the hidden states of a pass."""
-
-    message: Value | Dropped
-    data: memoryview
 
 
 @dataclass
@@ -122,6 +119,7 @@ class HostedTrace:
     ends_at: float  # by `clock`
     clock: Callable[[], float] = time.monotonic
     inputs: dict[int, PassInputs] = field(default_factory=dict)
+    known_saves: int = 0  # so many of the first ones are made, and not sent
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -130,18 +128,30 @@ class HostedTrace:
             for stage in self.part.stages
             for value, sender in stage.imports
         }
+        self._keys_from: dict[int, list[_Key]] = {}
+        for key, (sender, _) in self._expected.items():
+            self._keys_from.setdefault(sender, []).append(key)
         self._arrived: dict[_Key, asyncio.Future[Tensor | None]] = {  # None: it never comes
             key: self._loop.create_future() for key in self._expected
         }
         self._never_made: set[NodeId] = set()
+        self._is_done = False
+        self._wait_seconds = 0.0  # for what stages import
         self._digest = SavesDigest()  # the torch thread's alone until the last stage has run
         self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
-        receivers = self.part.receivers
-        self._outgoing: dict[int, asyncio.Queue[_Outgoing | None]] = {
-            to: asyncio.Queue() for to in sorted(receivers)
+        sent_to = Counter(to for stage in self.part.stages for _, to in stage.exports)
+        self._outgoing = {
+            to: OutgoingEdge(
+                *(self.transport, self.request, to, self.peers[to]),
+                n_values=n_values,
+                left_seconds=lambda: self.left_seconds,
+                on_lost=self._tell_lost if self.part.outlives_peers else None,
+                clock=self.clock,
+            )
+            for to, n_values in sorted(sent_to.items())
         }
-        self._traffic = {to: _Sent() for to in receivers}
         self._incoming: dict[int, Stream] = {}  # by the sender's part
+        self._came: Counter[int] = Counter()  # how many values, by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
@@ -164,6 +174,9 @@ class HostedTrace:
         self.cancel()
         for stream in self._incoming.values():
             stream.reset()
+        for edge in self._outgoing.values():
+            edge.forget()
+        self._arrived.clear()
 
     async def run(self) -> TraceResult:
         """Run every stage and send everything; returns what the client is told, to be signed.
@@ -173,18 +186,25 @@ class HostedTrace:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._send_saves())
-                for receiver, queue in self._outgoing.items():
-                    tasks.create_task(self._send_values(receiver, queue))
+                saving = tasks.create_task(self._send_saves())
+                edges = self._outgoing.values()
+                sending = [tasks.create_task(self._send_values(edge)) for edge in edges]
                 for stage in self.part.stages:
                     await self._run_stage(stage)
                 self._saves.put_nowait(None)
-                for queue in self._outgoing.values():
-                    queue.put_nowait(None)
+                for edge in edges:
+                    edge.finish()
                 # What others send of steps that never ran here: they would take an end of their
                 # streams before it for a loss.
                 for parked in self._arrived.values():
                     await self._soon(parked)
+                await saving
+                while not all(edge.delivered.is_set() for edge in edges):
+                    for edge in edges:
+                        await edge.delivered.wait()
+                self._is_done = True  # who is named now as a stand-in gets nothing from here
+                for task in sending:
+                    task.cancel()
         except BaseExceptionGroup as group:
             # One cause is enough: the others are its echo in the tasks beside it. A node that
             # failed says more than a peer that was lost meanwhile.
@@ -195,10 +215,9 @@ class HostedTrace:
             request_sha256=self.request_sha256,
             saves_sha256=self._digest.digest(),
             compute_seconds=self.account.compute_seconds,
-            traffic=tuple(
-                Traffic(to, one.hidden_bytes, one.carried_bytes)
-                for to, one in self._traffic.items()
-            ),
+            wait_seconds=self._wait_seconds,
+            wire_seconds=sum((edge.wire_seconds for edge in self._outgoing.values()), 0.0),
+            traffic=tuple(edge.traffic for edge in self._outgoing.values()),
         )
 
     def refusal(self, opening: Opening, peer_id: PeerId) -> str:
@@ -208,37 +227,52 @@ class HostedTrace:
             return "the plan gives this edge to another peer"
         if opening.receiver != here:
             return f"this is part {here} of the plan, not part {opening.receiver}"
-        awaited = self._keys_from(sender)
+        awaited = self._keys_from.get(sender)
         if not awaited:
             return f"the plan has no edge from part {sender} to part {here}"
-        if sender not in self._incoming and not any(map(self._is_awaited, awaited)):
+        if opening.again and not self.part.outlives_peers:
+            return "the plan has this edge once"
+        if not opening.again and not any(map(self._is_awaited, awaited)):
             return f"nothing more is taken from part {sender}"
         return ""
 
-    async def receive_from(self, sender: int, stream: Stream) -> None:
-        """Park what the peer `sender` pushes, and tell it when everything has arrived.
+    async def receive_from(self, opening: Opening, stream: Stream) -> None:
+        """Park what the peer of a part pushes, and tell it when everything has arrived.
 
         For a stream without a `refusal`. Raises MalformedMessage for anything on it that is not on
         the plan.
         """
-        if sender in self._incoming:
-            raise MalformedMessage(f"part {sender} pushes on two streams at a time")
+        sender = opening.sender
+        if (old := self._incoming.get(sender)) is not None:
+            if not opening.again:
+                raise MalformedMessage(f"part {sender} pushes on two streams at a time")
+            old.reset()  # its end was not seen here yet
         self._incoming[sender] = stream
         try:
-            for _ in self._keys_from(sender):
-                await self._park_next(sender, stream)
+            if opening.again:
+                came = encode(Resume(self._came[sender]))
+                await stream.send(came, b"", self.left_seconds)
+            while self._came[sender] < len(self._keys_from[sender]):
+                parked, value = await self._next_value(sender, stream)
+                if self._incoming.get(sender) is not stream:
+                    raise StreamClosed(f"part {sender} comes by another stream now")
+                if not parked.done():  # whoever waited may have been cancelled meanwhile
+                    parked.set_result(value)
+                self._came[sender] += 1
         finally:
-            del self._incoming[sender]  # its end may be the trace's, and this is still to arrive
+            # Its end may be the trace's, and this is still to arrive.
+            if self._incoming.get(sender) is stream:
+                del self._incoming[sender]
         await stream.send(encode(Received()), b"", self.left_seconds + TELL_SECONDS)
-
-    def _keys_from(self, sender: int) -> list[_Key]:
-        return [key for key, (one, _) in self._expected.items() if one == sender]
 
     def _is_awaited(self, key: _Key) -> bool:
         parked = self._arrived.get(key)
         return parked is not None and not parked.done()
 
-    async def _park_next(self, sender: int, stream: Stream) -> None:
+    async def _next_value(
+        self, sender: int, stream: Stream
+    ) -> tuple[asyncio.Future[Tensor | None], Tensor | None]:
+        """The next value on a stream, or None for one that never comes, and who waits for it."""
         frame = await stream.receive(self.left_seconds)
         message = decode(frame.header, Value, Dropped)
         value = NodeId(message.value)
@@ -254,9 +288,11 @@ class HostedTrace:
                 f"after part {self.part.index} needs it, in pass {needed_in}"
             )
         if isinstance(message, Dropped):
-            self._check_dropped(value, message.pass_index)
-            parked.set_result(None)
-            return
+            if not self.passes.are_generation:
+                raise MalformedMessage(f"value {value} is dropped, and nothing ends early")
+            if value == HIDDEN and not self.passes.passes[message.pass_index].step:
+                raise MalformedMessage(_too_early(message.pass_index))
+            return parked, None
         spec = spec_of(message.dtype, message.shape)
         wanted = self._spec(*key)
         if spec != wanted:
@@ -268,25 +304,47 @@ class HostedTrace:
         if value == TOKENS and not self.outline.are_tokens(tensor.tolist()):
             # On an accelerator an embedding of such a one would end the process.
             raise MalformedMessage(f"tokens of pass {message.pass_index} outside the vocabulary")
-        if not parked.done():  # whoever waited may have been cancelled meanwhile
-            parked.set_result(tensor)
+        return parked, tensor
 
-    def _check_dropped(self, value: NodeId, pass_index: int) -> None:
-        """Raise MalformedMessage for the end of a generation from one who can't know of it."""
-        if not self.passes.are_generation:
-            raise MalformedMessage(f"value {value} is dropped, and nothing ends early")
-        if value == HIDDEN:
-            one = self.passes.passes[pass_index]
-            here = self.part.sampling is not None and one.group not in self._executor.ended
-            if here or not one.step:
-                raise MalformedMessage(f"hidden states of pass {pass_index} are dropped too early")
+    async def lose(self, sender: int, why: SwarmError) -> None:
+        """The stream on which the peer of the part `sender` pushed has broken.
 
-    def lose(self, sender: int, why: SwarmError) -> None:
-        """Fail what still waits for the peer `sender`, whose stream has broken."""
-        for key, parked in self._arrived.items():
-            if self._expected[key][0] == sender and not parked.done():
+        What waits for it fails, or goes on to wait where the part outlives its peers.
+        """
+        if self.part.outlives_peers and not isinstance(why, MalformedMessage):
+            # A sender that opens another stream ends this one first.
+            await asyncio.sleep(REOPENED_SECONDS)
+            if sender not in self._incoming and any(map(self._is_awaited, self._keys_from[sender])):
+                await self._tell_lost(sender, why)
+            return
+        for key in self._keys_from[sender]:
+            parked = self._arrived.get(key)
+            if parked is not None and not parked.done():
                 parked.set_exception(self._lost(sender, why))
                 parked.exception()  # whoever waits is told; nobody else has to be
+
+    async def _tell_lost(self, other: int, why: SwarmError) -> None:
+        log.info("neighbour_lost", extra={"part": other, "error": repr(why)[:200]})
+        deadline_seconds = self.left_seconds + TELL_SECONDS
+        await self.client.send(encode(Lost(other)), deadline_seconds=deadline_seconds)
+
+    def revise(
+        self,
+        request: TraceRequest,
+        request_sha256: bytes,
+        peers: tuple[PeerAddress, ...],
+        part: int,
+    ) -> None:
+        """The plan's parts are with these peers now, and edges with `part` begin anew."""
+        if self._is_done:
+            return
+        self.request, self.request_sha256 = request, request_sha256
+        for other, (before, now) in enumerate(zip(self.peers, peers, strict=True)):
+            if before.peer_id != now.peer_id and (stream := self._incoming.pop(other, None)):
+                stream.reset()
+        self.peers = peers
+        if (edge := self._outgoing.get(part)) is not None:
+            edge.go_on_at(peers[part])
 
     def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
         if pass_index is None:
@@ -304,11 +362,14 @@ class HostedTrace:
         for key, value in sorted(arriving.items(), key=lambda one: one[1] >= 0):
             if value < 0 and group in self._executor.ended:
                 continue  # nobody waits for it; it is taken at the end
+            began = self.clock()
             tensor = await self._soon(self._arrived[key])
+            self._wait_seconds += self.clock() - began
             del self._arrived[key]
             if tensor is not None:
                 carried[value] = tensor
             elif value < 0:
+                self._check_end(stage, value, group)
                 self._executor.end(group)
             else:
                 self._never_made.add(value)
@@ -332,6 +393,12 @@ class HostedTrace:
         await self._soon(self.run_on_torch(work))
         if stage.forward and group in self._executor.ended:
             self._drop(stage, [(value, to) for value, to in stage.exports if value == TOKENS])
+
+    def _check_end(self, stage: Stage, value: NodeId, group: int) -> None:
+        """Raise BadNeighbour for the end of a generation from one who can't know of it."""
+        if value == HIDDEN and self.part.sampling is not None and group not in self._executor.ended:
+            sender, _ = self._expected[_key(value, stage.pass_index)]
+            raise self._lost(sender, MalformedMessage(_too_early(stage.pass_index)))
 
     def _what_runs(self, stage: Stage, *, has_ended: bool) -> Stage:
         """The stage without what needs a step that never comes, of which others are told.
@@ -380,8 +447,9 @@ class HostedTrace:
     def _drop(self, stage: Stage, exports: Iterable[tuple[NodeId, int]]) -> None:
         """Tell those who wait for what a stage would have made that it never comes."""
         for value, receiver in exports:
-            out = _Outgoing(Dropped(value, stage.pass_index), memoryview(b""))
-            self._outgoing[receiver].put_nowait(out)
+            self._outgoing[receiver].put(
+                Sendable(Dropped(value, stage.pass_index), memoryview(b""))
+            )
 
     def _is_whole(self, stage: Stage) -> bool:
         """Whether the stage runs all that this span has of the model."""
@@ -415,6 +483,9 @@ class HostedTrace:
 
     def saved(self, name: str, value: Tensor) -> None:
         """A value for the client (Outbox)."""
+        if self.known_saves:
+            self.known_saves -= 1
+            return
         spec = spec_of_tensor(value)
         message = Saved(name, spec.dtype.value, list(spec.shape))
         data = tensor_to_bytes(value)
@@ -429,8 +500,8 @@ class HostedTrace:
         order = memory_order(tensor)
         shape = list(spec.shape)
         message = Value(value, stage.pass_index, spec.dtype.value, shape, list(order))
-        out = _Outgoing(message, tensor_to_bytes(tensor.permute(order)))
-        self._loop.call_soon_threadsafe(self._outgoing[receiver].put_nowait, out)
+        out = Sendable(message, tensor_to_bytes(tensor.permute(order)))
+        self._loop.call_soon_threadsafe(self._outgoing[receiver].put, out)
 
     def _lost(self, other: int, why: SwarmError) -> HostError:
         who = f"peer {self.peers[other].peer_id} (part {other})"
@@ -449,33 +520,8 @@ class HostedTrace:
             deadline_seconds = self.left_seconds + TELL_SECONDS
             await send_tensor(self.client, message, data, deadline_seconds)
 
-    async def _send_values(self, receiver: int, queue: asyncio.Queue[_Outgoing | None]) -> None:
-        stream: Stream | None = None
+    async def _send_values(self, edge: OutgoingEdge) -> None:
         try:
-            while (item := await queue.get()) is not None:
-                if stream is None:
-                    stream = await self.transport.open_stream(
-                        self.peers[receiver], EDGE_PROTOCOL, self.left_seconds
-                    )
-                    opening = Opening(self.request.trace_id, self.part.index, receiver)
-                    await stream.send(encode(opening), b"", self.left_seconds)
-                await self._send_value(stream, item, self._traffic[receiver])
-            if stream is not None:
-                # Only now nothing can be lost on its way, unseen here and waited for there.
-                decode((await stream.receive(self.left_seconds)).header, Received)
+            await edge.run()
         except SwarmError as error:
-            raise self._lost(receiver, error) from error
-        finally:
-            if stream is not None:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await stream.close()
-
-    async def _send_value(self, stream: Stream, item: _Outgoing, traffic: _Sent) -> None:
-        if isinstance(item.message, Dropped):
-            await stream.send(encode(item.message), b"", self.left_seconds)
-            return
-        await send_tensor(stream, item.message, item.data, self.left_seconds)
-        if item.message.value == HIDDEN:
-            traffic.hidden_bytes += len(item.data)
-        else:
-            traffic.carried_bytes += len(item.data)
+            raise self._lost(edge.receiver, error) from error

@@ -34,9 +34,11 @@ def find_peers(
     now: float,
     transport: Transport,
     go_on: Callable[[], None],
+    known: Sequence[PeerAddress] = (),
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
+    Who is `known` at its place in the plan is where it was, whatever became of its record.
     Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
     model, expired or without an address that a host with this `transport` dials
     (dht/addresses.py). `go_on` is called between two of them.
@@ -45,7 +47,9 @@ def find_peers(
     found = []
     for index, peer in enumerate(request.peers):
         addresses: tuple[str, ...] = ()
-        if index in receivers:
+        if index < len(known) and known[index].peer_id == peer.peer_id:
+            addresses = known[index].addresses
+        elif index in receivers:
             addresses = _where(peer, request, now, transport)
             go_on()
         found.append(PeerAddress(peer.peer_id, addresses))

@@ -8,11 +8,13 @@ Rules:
 2. It holds the whole plan's peers and the hash of the host's part, so that every edge of the part
    (sender, receiver, value, pass) is the client's word and nobody else's.
 3. Who shows it on a stream must be who signed it, and a host takes it once.
+4. While a host runs the part, the client may name other peers for other parts (`revises`): the
+   same request under a higher revision.
 
 The body, msgpack without extension types::
 
-    [2, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
-     sha256 of the part's bytes]
+    [3, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
+     sha256 of the part's bytes, revision]
 
 Nothing here does IO: whether a request was seen before is the host's to remember.
 """
@@ -20,7 +22,7 @@ Nothing here does IO: whether a request was seen before is the host's to remembe
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from glasshive.security.envelope import Envelope, open_envelope, seal
@@ -38,9 +40,10 @@ MAX_RECORD_BYTES: Final = 1536
 MAX_TEXT: Final = 128
 MAX_DEADLINE_SECONDS: Final = 1e6
 MAX_REQUEST_BYTES: Final = 1 << 19
+MAX_REVISIONS: Final = 64
 
 _REQUEST: Final = "trace"
-_VERSION: Final = 2
+_VERSION: Final = 3
 _MAX_ELEMENTS: Final = MAX_PEERS * 3 + 16
 
 
@@ -73,6 +76,7 @@ class TraceRequest:
     part_index: int
     deadline_seconds: float
     part_sha256: bytes
+    revision: int = 0
 
     def __post_init__(self) -> None:
         if type(self.trace_id) is not bytes or len(self.trace_id) != TRACE_ID_BYTES:
@@ -100,6 +104,8 @@ class TraceRequest:
             raise BadEnvelope(f"the deadline is not 0 to {MAX_DEADLINE_SECONDS:.0f} seconds")
         if type(self.part_sha256) is not bytes or len(self.part_sha256) != 32:
             raise BadEnvelope("the hash of the part is not 32 bytes")
+        if type(self.revision) is not int or not 0 <= self.revision <= MAX_REVISIONS:
+            raise BadEnvelope(f"the revision of a trace is not 0 to {MAX_REVISIONS}")
 
     def sign(self, identity: Identity, now: float) -> bytes:
         """The request as its client shows it; raises BadEnvelope if `identity` isn't the client."""
@@ -116,6 +122,7 @@ class TraceRequest:
             self.part_index,
             self.deadline_seconds,
             self.part_sha256,
+            self.revision,
         ]
         return seal(
             identity,
@@ -159,7 +166,7 @@ class TraceRequest:
         except MalformedData as error:
             raise BadEnvelope(f"the trace's request can't be read: {error}") from None
         match fields:
-            case [int(version), model_id, dtype, list(peers), index, seconds, sha256] if (
+            case [int(version), model_id, dtype, list(peers), index, seconds, sha256, revision] if (
                 type(version) is int and version == _VERSION
             ):
                 request = cls(
@@ -173,12 +180,28 @@ class TraceRequest:
                     part_index=index,
                     deadline_seconds=seconds,
                     part_sha256=sha256,
+                    revision=revision,
                 )
                 return request, envelope
         raise BadEnvelope(
             f"not a trace's request of version {_VERSION}; "
             "one side needs another release of glasshive"
         )
+
+    def check_revises(self, before: TraceRequest) -> None:
+        """Returns if this is `before` with other peers for other parts; raises BadEnvelope."""
+        if self.revision <= before.revision:
+            raise BadEnvelope(
+                f"revision {self.revision} of a trace whose revision {before.revision} is in force"
+            )
+        ours = replace(
+            before,
+            peers=self.peers,
+            revision=self.revision,
+            deadline_seconds=self.deadline_seconds,
+        )
+        if ours != self or len(self.peers) != len(before.peers):
+            raise BadEnvelope("a revision may name other peers for other parts, and nothing else")
 
     def check_part(self, part: bytes | bytearray | memoryview) -> None:
         """Returns if these are the bytes of the part that was signed; raises BadEnvelope."""

@@ -3,14 +3,16 @@
 Rules:
 
 1. A result is an envelope of kind ``result`` from the host to the client; its request id is the
-   trace's. It names the request by the hash of what the client signed, and what was sent as saves
-   by theirs, so that it can stand for no other request and no other values.
+   trace's. It names the request, or the last revision of it that the host had taken, by the hash of
+   what the client signed, and what was sent as saves by theirs, so that it can stand for no other
+   request and no other values.
 2. It lives at most `RESULT_SECONDS`: it ends the stream of its trace.
 3. It says who answered what. Whether the numbers are right is not in it: it is unaudited.
 
 The body, msgpack without extension types::
 
-    [1, part index, sha256 of the saves, sha256 of the request's payload, compute seconds,
+    [2, part index, sha256 of the saves, sha256 of the request's payload, compute seconds,
+     wait seconds, wire seconds,
      [[receiver's part index, hidden-state bytes, carried-value bytes], ...], audited: false]
 
 The hash of the saves is over, for each in the order of sending, the msgpack of
@@ -20,7 +22,7 @@ The hash of the saves is over, for each in the order of sending, the msgpack of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
@@ -36,7 +38,7 @@ RESULT_SECONDS: Final = 60.0
 MAX_RESULT_BYTES: Final = 1 << 14
 
 _RESULT: Final = "result"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAX_COUNT: Final = 1 << 48
 _MAX_SECONDS: Final = 1e6
 
@@ -73,6 +75,8 @@ class SavesDigest:
 class TraceResult:
     """A host's word that it ran a part of `request` and sent those saves.
 
+    `wait_seconds` is how long the part waited for what it imports, `wire_seconds` how long its
+    edges were sending; both go on beside computing elsewhere, and edges beside each other.
     Making one with a field out of range raises BadEnvelope.
     """
 
@@ -80,6 +84,8 @@ class TraceResult:
     request_sha256: bytes
     saves_sha256: bytes
     compute_seconds: float
+    wait_seconds: float
+    wire_seconds: float
     traffic: tuple[Traffic, ...]
     audited: bool = False
 
@@ -87,9 +93,13 @@ class TraceResult:
         for digest in (self.request_sha256, self.saves_sha256):
             if type(digest) is not bytes or len(digest) != 32:
                 raise BadEnvelope("a hash in the result is not 32 bytes")
-        seconds = self.compute_seconds
-        if type(seconds) is not float or not 0 <= seconds <= _MAX_SECONDS:  # nan is neither
-            raise BadEnvelope(f"the compute time is not 0 to {_MAX_SECONDS:.0f} seconds")
+        for what, seconds in (
+            ("compute", self.compute_seconds),
+            ("wait", self.wait_seconds),
+            ("wire", self.wire_seconds),
+        ):
+            if type(seconds) is not float or not 0 <= seconds <= _MAX_SECONDS:  # nan is neither
+                raise BadEnvelope(f"the {what} time is not 0 to {_MAX_SECONDS:.0f} seconds")
         if len(self.traffic) > MAX_PEERS or not all(
             type(one) is int and 0 <= one <= _MAX_COUNT for each in self.traffic for one in each
         ):
@@ -110,6 +120,8 @@ class TraceResult:
             self.saves_sha256,
             self.request_sha256,
             self.compute_seconds,
+            self.wait_seconds,
+            self.wire_seconds,
             self.traffic,
             self.audited,
         ]
@@ -132,8 +144,12 @@ class TraceResult:
         request_sha256: bytes,
         saves_sha256: bytes,
         now: float,
+        revisions: Mapping[bytes, TraceRequest] | None = None,
     ) -> TraceResult:
         """The result in `data`: signed by the request's host, of that request and those saves.
+
+        Of its `revisions`, each by the hash of its payload, the last that the host had taken stands
+        in its place.
 
         Raises BadEnvelope, BadSignature, WrongSwarm, WrongReceiver or EnvelopeExpired.
         """
@@ -161,7 +177,7 @@ class TraceResult:
         except MalformedData as error:
             raise BadEnvelope(f"the result can't be read: {error}") from None
         match fields:
-            case [int(version), int(index), saves, asked, seconds, list(traffic), audited] if (
+            case [version, index, saves, asked, compute, wait, wire, list(traffic), audited] if (
                 type(version) is int and version == _VERSION
             ):
                 pass
@@ -172,15 +188,18 @@ class TraceResult:
                 )
         if type(index) is not int or index != request.part_index:
             raise BadEnvelope(f"a result of part {index!r:.20}; wanted part {request.part_index}")
+        sent = {request_sha256: request, **(revisions or {})}
         result = cls(
-            request=request,
+            request=sent.get(asked, request) if type(asked) is bytes else request,
             request_sha256=asked,
             saves_sha256=saves,
-            compute_seconds=seconds,
+            compute_seconds=compute,
+            wait_seconds=wait,
+            wire_seconds=wire,
             traffic=tuple(map(_traffic, traffic)),
             audited=audited,
         )
-        if result.request_sha256 != request_sha256:
+        if result.request_sha256 not in sent:
             raise BadEnvelope("the result is signed for another request than the one that was sent")
         if result.saves_sha256 != saves_sha256:
             raise BadEnvelope("the saves that came are not those whose hash the result signs")

@@ -99,6 +99,7 @@ class OneHost:
     client: MemoryTransport
     other: MemoryTransport
     third: MemoryTransport
+    passes: Passes = PASSES
     traces: int = 0
 
     @property
@@ -118,7 +119,7 @@ class OneHost:
             )
             for i, one in enumerate((*first, THIRD))
         ]
-        data = encode_part(part, PASSES)
+        data = encode_part(part, self.passes)
         request = request_of(
             CLIENT.peer_id,
             HOME.peer_id,
@@ -159,7 +160,7 @@ class OneHost:
             ids = torch.zeros((ROWS, SEQ), dtype=torch.int64)
             message = Input(0, "input_ids", "int64", [ROWS, SEQ])
             await send_tensor(stream, message, tensor_to_bytes(ids), 5)
-        await stream.send(encode(Run()))
+        await stream.send(encode(Run(0)))
         return stream
 
     async def _accepted(self, stream: Stream) -> Stream:
@@ -172,7 +173,7 @@ class OneHost:
     ) -> Stream:
         """A stream of the other peer, or of `sender`, that opens the edge from part 0 to part 1."""
         stream = await (sender or self.other).open_stream(self.address, EDGE_PROTOCOL, 5)
-        await stream.send(encode(opening or Opening(self.trace_id, 0, 1)))
+        await stream.send(encode(opening or Opening(self.trace_id, 0, 1, 0)))
         return stream
 
     @property

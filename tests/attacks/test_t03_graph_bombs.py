@@ -253,7 +253,7 @@ def test_too_many_bytes_of_a_part_are_refused_unread() -> None:
 
 def test_a_part_of_empty_things_takes_little_memory() -> None:
     tracemalloc.start()
-    with pytest.raises(BadGraph, match="a list of 8 is wanted"):
+    with pytest.raises(BadGraph, match="a list of 9 is wanted"):
         decode_part(b"\x92" + 2 * EMPTY, DEFAULT_LIMITS)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -266,7 +266,7 @@ def test_a_part_s_lists_are_as_long_as_its_graph() -> None:
     for stages, specs in ((b"\x91" + EMPTY, b"\x90"), (b"\x90", EMPTY)):
         with pytest.raises(BadGraph, match="no msgpack of ours: ValueError") as caught:
             decode_part(
-                b"\x98\x02\x00\x92\x00\x01" + stages + b"\x90" + specs + b"\x90"
+                b"\x99\x03\x00\x92\x00\x01" + stages + b"\x90" + specs + b"\x90\xc2"
                 + b"\xc4" + bytes([len(graph)]) + graph,
                 DEFAULT_LIMITS,
             )  # fmt: skip

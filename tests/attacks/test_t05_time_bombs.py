@@ -193,7 +193,8 @@ async def test_a_stage_that_takes_too_long_is_ended_and_the_next_trace_served(
     slow = Clock()
     async with Tenants(served, clock=slow) as tenants:
         client = tenants.client()
-        slow.step_seconds = 12.0  # at the stage's begin, block 0, and then the graph's first node
+        # Twice or more at the stage's begin, at block 0, and then at the graph's first node.
+        slow.step_seconds = 7.0
         told = await tenants.run(client, SAVED, ids=IDS)
         assert isinstance(told, Failed)
         assert (told.code, told.node) == ("OverBudget", 0)

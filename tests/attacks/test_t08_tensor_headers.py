@@ -197,7 +197,7 @@ async def test_an_input_that_is_not_what_the_plan_says_is_refused(
         message = Input(0, "input_ids", dtype, shape)
         await stream.send(encode(message), tensor_to_bytes(ids))
         with contextlib.suppress(ConnectionError):
-            await stream.send(encode(Run()))
+            await stream.send(encode(Run(0)))
         told = await tenants.saves(stream)
         assert isinstance(told, Failed)
         assert told.code == "WrongInput"

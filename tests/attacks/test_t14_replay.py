@@ -519,6 +519,8 @@ def result_of(request: TraceRequest, signed: bytes, saves: bytes = b"7" * 32) ->
         request_sha256=payload_digest(signed),
         saves_sha256=saves,
         compute_seconds=0.25,
+        wait_seconds=0.5,
+        wire_seconds=0.125,
         traffic=(Traffic(1, 100, 8),),
     )
 

@@ -114,19 +114,19 @@ async def test_only_an_edge_of_the_plan_can_be_opened(swarm: OneHost) -> None:
     client = await swarm.running(both(0))
     trace = swarm.trace_id
     for sender, opening, text in (
-        (swarm.client, Opening(trace, 0, 1), "the plan gives this edge to another peer"),
-        (swarm.third, Opening(trace, 0, 1), "the plan gives this edge to another peer"),
-        (swarm.other, Opening(trace, 2, 1), "the plan gives this edge to another peer"),
-        (swarm.other, Opening(trace, 3, 1), "the plan gives this edge to another peer"),
-        (swarm.other, Opening(trace, 0, 2), "this is part 1 of the plan, not part 2"),
-        (swarm.other, Opening(trace, 0, 0), "this is part 1 of the plan, not part 0"),
-        (swarm.other, Opening(bytes(16), 0, 1), "no such trace here"),
+        (swarm.client, Opening(trace, 0, 1, 0), "the plan gives this edge to another peer"),
+        (swarm.third, Opening(trace, 0, 1, 0), "the plan gives this edge to another peer"),
+        (swarm.other, Opening(trace, 2, 1, 0), "the plan gives this edge to another peer"),
+        (swarm.other, Opening(trace, 3, 1, 0), "the plan gives this edge to another peer"),
+        (swarm.other, Opening(trace, 0, 2, 0), "this is part 1 of the plan, not part 2"),
+        (swarm.other, Opening(trace, 0, 0, 0), "this is part 1 of the plan, not part 0"),
+        (swarm.other, Opening(bytes(16), 0, 1, 0), "no such trace here"),
     ):
         assert text in await refusal(swarm, sender, opening)
     # And nothing of it hurt the trace.
     for peer, opening, value in (
-        (swarm.other, Opening(trace, 0, 1), Value(FIRST, 0, "float32", [4], [0])),
-        (swarm.third, Opening(trace, 2, 1), Value(LAST, -1, "float32", [4], [0])),
+        (swarm.other, Opening(trace, 0, 1, 0), Value(FIRST, 0, "float32", [4], [0])),
+        (swarm.third, Opening(trace, 2, 1, 0), Value(LAST, -1, "float32", [4], [0])),
     ):
         edge = await swarm.edge(peer, opening)
         await push(edge, value)
@@ -144,7 +144,7 @@ async def test_of_all_openings_the_host_takes_the_edges_alone(swarm: OneHost) ->
         for sender, receiver, peer in itertools.product(
             range(5), range(5), (HOME, CLIENT, OTHER, THIRD)
         )
-        if not trace.refusal(Opening(swarm.trace_id, sender, receiver), peer.peer_id)
+        if not trace.refusal(Opening(swarm.trace_id, sender, receiver, 0), peer.peer_id)
     ]
     assert taken == [(0, 1, OTHER), (2, 1, THIRD)]
 
@@ -152,7 +152,7 @@ async def test_of_all_openings_the_host_takes_the_edges_alone(swarm: OneHost) ->
 @pytest.mark.asyncio
 async def test_who_has_nothing_to_send_here_skips_no_hop(swarm: OneHost) -> None:
     client = await swarm.running(waiting())  # which takes a value of part 0 alone
-    text = await refusal(swarm, swarm.third, Opening(swarm.trace_id, 2, 1))
+    text = await refusal(swarm, swarm.third, Opening(swarm.trace_id, 2, 1, 0))
     assert "the plan has no edge from part 2 to part 1" in text
     await push(await swarm.edge(), Value(0, -1, "float32", [4], [0]))
     assert decode((await news(client)).header, Saved).name == "s"
@@ -167,7 +167,7 @@ async def test_a_hop_is_not_repeated(swarm: OneHost) -> None:
     await edge.close()
     (trace,) = swarm.host._traces.values()
     await until(lambda: not trace._incoming)
-    text = await refusal(swarm, swarm.other, Opening(swarm.trace_id, 0, 1))
+    text = await refusal(swarm, swarm.other, Opening(swarm.trace_id, 0, 1, 0))
     assert "nothing more is taken from part 0" in text
 
 
@@ -177,9 +177,9 @@ async def test_an_edge_ends_with_its_trace(swarm: OneHost) -> None:
     ended = swarm.trace_id
     await client.send(encode(Cancel()))
     await until(lambda: not swarm.host._traces)
-    assert "no such trace here" in await refusal(swarm, swarm.other, Opening(ended, 0, 1))
+    assert "no such trace here" in await refusal(swarm, swarm.other, Opening(ended, 0, 1, 0))
     await swarm.running(both(0))  # another's values are not this one's
-    assert "no such trace here" in await refusal(swarm, swarm.other, Opening(ended, 0, 1))
+    assert "no such trace here" in await refusal(swarm, swarm.other, Opening(ended, 0, 1, 0))
 
 
 # Values -----------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ async def test_a_value_comes_once(swarm: OneHost) -> None:
 async def test_nothing_comes_back_within_a_pass(swarm: OneHost) -> None:
     client = await swarm.running(both(0))
     await push(await swarm.edge(), Value(FIRST, 0, "float32", [4], [0]))
-    edge = await swarm.edge(swarm.third, Opening(swarm.trace_id, 2, 1))
+    edge = await swarm.edge(swarm.third, Opening(swarm.trace_id, 2, 1, 0))
     await push(edge, Value(LAST, 0, "float32", [4], [0]))  # part 2 comes after part 1 in a pass
     failed = decode((await news(client)).header, Failed)
     assert failed.text == (
@@ -245,7 +245,7 @@ async def test_a_host_that_is_not_on_the_plan_runs_nothing(swarm: OneHost) -> No
     request, data = swarm.request(waiting())
     peers = [list(one) for one in request.peers]
     peers[1] = [THIRD.peer_id, b""]  # which HOME is to run is another's
-    body = [2, request.model_id, "float32", peers, 1, 60.0, request.part_sha256]
+    body = [3, request.model_id, "float32", peers, 1, 60.0, request.part_sha256, 0]
     signed = seal(
         CLIENT,
         kind="trace",
@@ -418,7 +418,7 @@ async def test_an_address_in_a_plan_is_no_request(swarm: OneHost) -> None:
         receiver=HOME.peer_id,
         request_id=request.trace_id,
         expires_at_seconds=time.time() + 30,
-        body=encode_plain([2, request.model_id, "float32", peers, 0, 60.0, request.part_sha256]),
+        body=encode_plain([3, request.model_id, "float32", peers, 0, 60.0, request.part_sha256, 0]),
     )
     failed = decode((await news(await swarm.send(Prepare(signed), data))).header, Failed)
     assert failed == Failed(

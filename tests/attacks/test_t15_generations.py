@@ -3,9 +3,9 @@
 Three hosts in this process, one of which is hostile in one way. Never is there a wrong result, and
 who lied is named. And a client's plan that would hold more than it was billed for.
 
-Seen failing, each alone: with the look at tokens taken out of `HostedTrace._park_next`, the token
-on an edge; with `Experiment.objection` empty, the one to the client; with `_check_dropped` empty,
-the ends; with generations that `Executor._inputs` does not clear, the caches; with
+Seen failing, each alone: with the look at tokens taken out of `HostedTrace._next_value`, the token
+on an edge; with `Experiment.objection` empty, the one to the client; with `HostedTrace._check_end`
+empty, the ends; with generations that `Executor._inputs` does not clear, the caches; with
 `Executor.leave_out` empty, the values; with the rule for tokens taken out of `check_part`, the
 stage without blocks, and with that for the shapes of `from_hidden`, the hidden states.
 """
@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 
 import glasshive
 from glasshive.client.errors import BadAnswer, PeerError
+from glasshive.dht.framing import Stream
 from glasshive.dht.messages import Dropped
 from glasshive.graph.codec import DEFAULT_LIMITS
 from glasshive.graph.errors import BadGraph
@@ -33,12 +34,12 @@ from glasshive.graph.plan import HIDDEN, TOKENS, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
 from glasshive.graph.sampling import Sampling
 from glasshive.graph.tensors import TensorSpec
-from glasshive.peer import hosted_trace
 from glasshive.peer.admission import Admission
 from glasshive.peer.executor import Executor
 from glasshive.peer.generation import PassInputs
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.hosted_trace import HostedTrace
+from glasshive.peer.outgoing_edge import OutgoingEdge, Sendable
 from glasshive.peer.served_model import ServedModel
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
@@ -51,11 +52,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return glasshive.local(folder, cuts=(2, 4))
 
 
-@pytest.fixture
-def generate(model: Any) -> Callable[[], Tensor]:
+@pytest.fixture(params=[0, 2], ids=["run once", "outliving its peers"])
+def generate(request: pytest.FixtureRequest, model: Any) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with model.generate(
-            PROMPT, max_new_tokens=NEW, eos_token_id=[], retries=0, deadline=20
+            PROMPT, max_new_tokens=NEW, eos_token_id=[], retries=request.param, deadline=20
         ) as tracer:
             for _ in tracer.iter[:]:
                 model.model.layers[3].output.save()
@@ -115,15 +116,15 @@ def test_an_end_that_no_token_says_is_no_result(
     generate: Callable[[], Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    send = HostedTrace._send_value
+    send = OutgoingEdge._send
 
-    async def lie(self: HostedTrace, stream: Any, item: Any, traffic: Any) -> None:
+    async def lie(self: OutgoingEdge, stream: Stream, item: Sendable) -> None:
         at = item.message.pass_index
-        if self.part.index == index and item.message.value == value and at >= 2:
-            item = hosted_trace._Outgoing(Dropped(value, at), memoryview(b""))
-        await send(self, stream, item, traffic)
+        if self._request.part_index == index and item.message.value == value and at >= 2:
+            item = Sendable(Dropped(value, at), memoryview(b""))
+        await send(self, stream, item)
 
-    monkeypatch.setattr(HostedTrace, "_send_value", lie)
+    monkeypatch.setattr(OutgoingEdge, "_send", lie)
     with pytest.raises(PeerError, match=text):
         generate()
 

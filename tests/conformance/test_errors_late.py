@@ -12,7 +12,8 @@ import torch
 
 import glasshive
 from glasshive.client.errors import PeerFailed
-from glasshive.client.job import Job, _PeerStream
+from glasshive.client.job import Job
+from glasshive.client.peer_stream import PeerStream
 from glasshive.dht.framing import Frame
 from glasshive.peer.host import Host
 
@@ -27,7 +28,7 @@ def test_a_failure_is_heard_however_slow_the_client_reads(
     model = glasshive.local(tiny_folder("llama"), cuts=(3,))
     attempts: list[Job] = []
     failed: list[bool] = []
-    run, fail, receive = Job.run, Host._fail, _PeerStream.receive
+    run, fail, receive = Job.run, Host._fail, PeerStream.receive
 
     async def noted_run(self: Job) -> Any:
         attempts.append(self)
@@ -37,7 +38,7 @@ def test_a_failure_is_heard_however_slow_the_client_reads(
         failed.append(True)
         await fail(self, *args)
 
-    async def late(self: _PeerStream, deadline_seconds: float | None = None) -> Frame:
+    async def late(self: PeerStream, deadline_seconds: float | None = None) -> Frame:
         async with asyncio.timeout(30):
             while self.hop.state == "running" and not failed:  # noqa: ASYNC110 (in another task)
                 await asyncio.sleep(0.01)
@@ -45,7 +46,7 @@ def test_a_failure_is_heard_however_slow_the_client_reads(
 
     monkeypatch.setattr(Job, "run", noted_run)
     monkeypatch.setattr(Host, "_fail", noted_fail)
-    monkeypatch.setattr(_PeerStream, "receive", late)
+    monkeypatch.setattr(PeerStream, "receive", late)
     with pytest.raises(PeerFailed, match="index") as caught:
         with model.trace(PROMPTS, pass_rows=256, progress=False):
             model.model.layers[blamed].output.save()

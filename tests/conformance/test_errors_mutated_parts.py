@@ -185,9 +185,9 @@ def test_a_changed_part_is_refused_or_run(tiny_folder: Callable[[str], Path]) ->
         data, experiment = choose.choice(samples)
         tree = msgpack.unpackb(data)
         if choose.random() < 0.6:
-            graph = msgpack.unpackb(tree[7])
+            graph = msgpack.unpackb(tree[8])
             mutate(graph, choose)
-            tree[7] = msgpack.packb(graph)
+            tree[8] = msgpack.packb(graph)
         else:
             mutate(tree, choose)
         try:

@@ -472,7 +472,11 @@ def test_an_invoke_in_a_trace_that_has_a_prompt(one_llama: Setting) -> None:
             "trace(remote=True) is no option here: a trace always runs on the peers",
         ),
         ({"scan": True}, "shapes are always checked while the body is recorded; leave it out"),
-        ({"rows": 3}, "there are batching, pass_rows, deadline, retries, route, avoid, progress"),
+        (
+            {"rows": 3},
+            "there are batching, pass_rows, deadline, retries, route, avoid, "
+            "across_hardware, progress",
+        ),
         ({"pass_rows": 0}, "pass_rows=0; a whole number from 1 on is wanted"),
     ],
 )

@@ -18,7 +18,9 @@ from glasshive.client.errors import (
     PeerLost,
     TraceTimeout,
 )
-from glasshive.client.job import HopReport, Job, _blaming, _failure
+from glasshive.client.hop import HopReport
+from glasshive.client.job import Job
+from glasshive.client.peer_stream import blaming, failure_of
 from glasshive.dht.errors import StreamBusy
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
@@ -61,7 +63,7 @@ HOP = HOPS[0]
 
 def test_a_lost_neighbour_is_the_one_to_avoid() -> None:
     said = Failed("NeighbourLost", -1, f"peer {TWO.peer_id} (part 1) was lost: gone")
-    error = _failure(HOP, said, HOPS)
+    error = failure_of(HOP, said, HOPS)
     assert isinstance(error, PeerLost)
     assert error.peer == TWO.peer_id
     assert str(error) == (  # the lost one first, with its blocks
@@ -71,32 +73,34 @@ def test_a_lost_neighbour_is_the_one_to_avoid() -> None:
 
 def test_nobody_speaks_of_a_peer_that_it_has_nothing_to_do_with() -> None:
     said = Failed("NeighbourLost", -1, f"peer {THREE.peer_id} (part 2) was lost: gone")
-    error = _failure(HOP, said, HOPS)
+    error = failure_of(HOP, said, HOPS)
     assert isinstance(error, PeerLost)
     assert error.peer == ONE.peer_id
 
 
 def test_a_busy_peer_is_avoided_itself() -> None:
-    error = _failure(HOP, Failed("Busy", -1, "16 traces are running here"), HOPS)
+    error = failure_of(HOP, Failed("Busy", -1, "16 traces are running here"), HOPS)
     assert isinstance(error, PeerBusy)
     assert error.peer == ONE.peer_id
 
 
 def test_a_peer_that_takes_no_stream_now_is_busy_and_not_lost() -> None:
-    with pytest.raises(PeerBusy) as caught, _blaming(HOP, 12.0, "while it was asked to prepare"):
+    with pytest.raises(PeerBusy) as caught, blaming(HOP, 12.0, "while it was asked to prepare"):
         raise StreamBusy("it refused the stream: busy: 64 streams of yours are open, close some")
     assert caught.value.peer == ONE.peer_id
     assert str(caught.value) == (
         f"peer {ONE.peer_id} (blocks 0:2) is busy: it refused the stream: busy: 64 streams of "
         "yours are open, close some"
     )
-    error = _failure(HOP, Failed("NeighbourBusy", -1, f"peer {TWO.peer_id} (part 1) is busy"), HOPS)
+    error = failure_of(
+        HOP, Failed("NeighbourBusy", -1, f"peer {TWO.peer_id} (part 1) is busy"), HOPS
+    )
     assert isinstance(error, PeerBusy)
     assert error.peer == TWO.peer_id
 
 
 def test_a_peer_s_text_cannot_steer_the_terminal() -> None:
-    error = _failure(HOP, Failed("\x1b[2J", 7, "\x1b]0;owned\x07 no"), HOPS)
+    error = failure_of(HOP, Failed("\x1b[2J", 7, "\x1b]0;owned\x07 no"), HOPS)
     assert isinstance(error, PeerFailed)
     assert error.node == 7
     assert (error.code + str(error)).isprintable()
@@ -118,7 +122,7 @@ def job_of(
         transport=client,
         identity=CLIENT,
         plan=Plan(Passes(()), parts),
-        peers=peers,
+        peers=list(peers),
         records=[b""] * len(peers),
         model_id="ab",
         dtype="float32",

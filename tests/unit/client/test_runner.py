@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,19 @@ import pytest
 
 from glasshive.client import runner
 from glasshive.client import swarm as client_swarm
-from glasshive.client.errors import NoRoute, PeerBusy, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.bans import Bans
+from glasshive.client.demand import Demand
+from glasshive.client.errors import (
+    BadAnswer,
+    NoRoute,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.client.experiment import TraceOptions
+from glasshive.client.round_trips import RoundTrips
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
 from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, ShutOut, UnknownModel
@@ -46,6 +59,8 @@ class Swarm:
     def __init__(self) -> None:
         self.transport: MemoryTransport = MemoryNetwork().transport(Identity.generate())
         self.given_seconds: list[float] = []
+        self.round_trips = RoundTrips()
+        self.measured: list[list[PeerRecord]] = []
         self.known = [self._record() for _ in range(3)]
 
     def records(self, model: str, within_seconds: float) -> list[PeerRecord]:
@@ -53,6 +68,12 @@ class Swarm:
         if not self.known:
             raise UnknownModel(f"no peer announces {model}")
         return self.known
+
+    async def ask_records(self, model: str, seconds: float) -> list[PeerRecord]:
+        return self.records(model, seconds)
+
+    def measure(self, records: list[PeerRecord], within_seconds: float) -> None:
+        self.measured.append(records)
 
     def _record(self, start: int = 0, end: int = BLOCKS) -> PeerRecord:
         return PeerRecord(
@@ -75,14 +96,21 @@ class Swarm:
         )
 
 
-def runner_of(swarm: Swarm) -> ModelRunner:
-    return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS)  # type: ignore[arg-type]
+def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
+    return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans)  # type: ignore[arg-type]
 
 
-def test_the_directory_is_asked_within_the_deadline_of_the_trace(
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment takes every block, and a pass of one token."""
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    monkeypatch.setattr(runner, "demand_of", lambda experiment: Demand())
+
+
+def test_a_route_without_the_lost_peer_waits_for_no_directory_while_the_peers_are_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    """Without `_is_fresh` it was asked before each of the three tries."""
     swarm = Swarm()
     model: Any = runner_of(swarm)
     tried: list[str] = []
@@ -95,15 +123,152 @@ def test_the_directory_is_asked_within_the_deadline_of_the_trace(
     with pytest.raises(PeerLost):
         model.run(Experiment(), TraceOptions(deadline_seconds=7.0, retries=2))
     assert len(set(tried)) == 3
-    assert len(swarm.given_seconds) == 3
+    assert len(swarm.given_seconds) == 1
     assert swarm.given_seconds[0] <= 7.0
-    assert swarm.given_seconds == sorted(swarm.given_seconds, reverse=True)
+
+
+def test_what_is_known_for_long_is_asked_for_again_within_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+
+    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+        clock[0] += 16.0
+        raise PeerLost("gone", peer=route.records[0].peer_id)
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    with pytest.raises(PeerLost):
+        model.run(Experiment(), TraceOptions(deadline_seconds=33.0, retries=2))
+    assert swarm.given_seconds == [33.0, 2.0, 1.0]  # others that are known would do
+
+
+def test_of_a_directory_that_is_gone_those_who_were_known_may_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+    monkeypatch.setattr(model, "_run_once", lambda *rest: "done")
+    assert model.run(Experiment(), TraceOptions()) == "done"
+
+    def gone(*args: object) -> list[PeerRecord]:
+        raise DirectoryUnavailable("the bootstrap peer gave no directory")
+
+    monkeypatch.setattr(swarm, "records", gone)
+    clock[0] += 16.0
+    assert model.run(Experiment(), TraceOptions()) == "done"
+    swarm.known = [swarm._record()]
+    with pytest.raises(DirectoryUnavailable):
+        runner_of(swarm).run(Experiment(), TraceOptions())  # type: ignore[arg-type]
+
+
+def outcome_of(model: Any, monkeypatch: pytest.MonkeyPatch, error: type[PeerError] | None) -> str:
+    """The peer on which a trace is run once, with this outcome."""
+    tried: list[str] = []
+
+    def run(experiment: object, options: object, route: Route, *rest: object) -> None:
+        tried.append(route.records[0].peer_id)
+        if error is not None:
+            raise error("gone", peer=route.records[0].peer_id)
+
+    monkeypatch.setattr(model, "_run_once", run)
+    with contextlib.suppress(PeerError):
+        model.run(Experiment(), TraceOptions(retries=0))
+    return tried[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"), [(PeerLost, 30.0), (BadAnswer, 30.0), (PeerBusy, 1.0)]
+)
+def test_trouble_leaves_a_peer_out_for_a_while(
+    error: type[PeerError], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    swarm = Swarm()
+    swarm.known = [swarm._record(), replace(swarm._record(), load=0.5)]
+    better, other = (one.peer_id for one in swarm.known)
+    model = runner_of(swarm, Bans(lambda: clock[0]))
+    assert outcome_of(model, monkeypatch, error) == better
+    assert outcome_of(model, monkeypatch, None) == other
+    clock[0] = seconds - 0.01
+    assert outcome_of(model, monkeypatch, None) == other
+    clock[0] = seconds
+    assert outcome_of(model, monkeypatch, error) == better
+    clock[0] += 2 * seconds - 0.01
+    assert outcome_of(model, monkeypatch, None) == other
+    clock[0] += 0.01
+    assert outcome_of(model, monkeypatch, None) == better
+
+
+@pytest.mark.asyncio
+async def test_a_stand_in_that_is_known_of_late_needs_no_directory() -> None:
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+    model._records(fresh=True)
+    hosts = [swarm.known[0]]
+    swarm.given_seconds.clear()
+    for wanted in swarm.known[1:]:
+        left_out = {swarm.known[0].peer_id, hosts[0].peer_id}
+        found, signed = await model._stand_in(hosts, TraceOptions(), Demand(), 0, left_out)
+        assert found is hosts[0] is wanted
+        assert set(signed) == {one.peer_id for one in swarm.known}
+    assert swarm.given_seconds == []
+    everybody = {one.peer_id for one in swarm.known}
+    with pytest.raises(NoRoute):
+        await model._stand_in(hosts, TraceOptions(), Demand(), 0, everybody)
+    assert swarm.given_seconds == [2.0]
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_was_left_out_stands_in_where_nobody_else_can() -> None:
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+    lost, back, _ = swarm.known = swarm.known
+    model._bans.trouble(back.peer_id, 30.0)
+    swarm.known.pop()
+    found, _ = await model._stand_in([lost], TraceOptions(), Demand(), 0, {lost.peer_id})
+    assert found is back
+
+
+def test_only_peers_that_compete_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+    swarm.known = [swarm._record(0, 2), swarm._record(2, BLOCKS)]
+    outcome_of(runner_of(swarm), monkeypatch, None)
+    assert swarm.measured == []
+    swarm.known.append(swarm._record(2, BLOCKS))
+    outcome_of(runner_of(swarm), monkeypatch, None)
+    assert swarm.measured == [swarm.known[1:]]
+
+
+def test_the_nearer_of_two_peers_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+    for seconds, one in zip((0.3, 0.02, 0.1), swarm.known, strict=True):
+        swarm.round_trips.saw(one.peer_id, seconds)
+    assert outcome_of(runner_of(swarm), monkeypatch, None) == swarm.known[1].peer_id
+
+
+def test_a_model_says_which_route_a_trace_would_take() -> None:
+    swarm = Swarm()
+    first, last = swarm._record(0, 2), replace(swarm._record(2, BLOCKS), load=0.25)
+    swarm.known = [last, replace(last, peer_id=Identity.generate().peer_id, load=1.0), first]
+    swarm.round_trips.saw(first.peer_id, 0.0123)
+    model = runner_of(swarm)
+    assert model.describe().splitlines()[4:] == [
+        "route of a trace now",
+        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  load 0%",
+        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  load 25%",
+    ]
+    swarm.known.pop()
+    assert runner_of(swarm).describe().endswith("\nno route over all blocks now")
 
 
 def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
     model: Any = runner_of(swarm)
 
@@ -122,7 +287,6 @@ def test_a_deadline_that_passes_while_the_directory_is_asked_is_the_trace_s_own(
 
 
 def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
     swarm.known = swarm.known[:1]
     model: Any = runner_of(swarm)
@@ -134,7 +298,6 @@ def test_a_busy_peer_is_asked_again_by_the_next_trace(monkeypatch: pytest.Monkey
     for _ in range(2):
         with pytest.raises(PeerBusy):
             model.run(Experiment(), TraceOptions(retries=0))
-        assert model._lost == {}
 
 
 @pytest.mark.parametrize("code", ["OverBudget", "QuotaExceeded", "ShapeMismatch"])
@@ -143,8 +306,8 @@ def test_a_host_s_own_limits_are_no_reason_to_give_up(
     code: str, hosts_that_refuse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that lends next to nothing had disabled a swarm in which others lend enough."""
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
-    model: Any = runner_of(Swarm())
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
     tried: list[str] = []
 
     def run(experiment: object, options: object, route: Route, *rest: object) -> str:
@@ -163,14 +326,13 @@ def test_a_host_s_own_limits_are_no_reason_to_give_up(
             model.run(Experiment(), TraceOptions(retries=2))
     assert len(tried) == (min(hosts_that_refuse + 1, 3) if limited else 1)
     assert len(set(tried)) == len(tried)
-    assert model._lost == {}
+    assert not any(one.peer_id in model._bans for one in swarm.known)
     tried.clear()
     with pytest.raises(PeerFailed):
         model.run(Experiment(), TraceOptions(retries=0))
 
 
 def test_a_refusal_says_more_than_that_the_others_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     swarm = Swarm()
     swarm.known = [swarm._record(0, BLOCKS), swarm._record(0, BLOCKS)]
     model: Any = runner_of(swarm)
@@ -191,6 +353,34 @@ def test_a_refusal_says_more_than_that_the_others_are_gone(monkeypatch: pytest.M
     assert len(tried) == 2
 
 
+def test_a_lost_peer_that_came_back_is_asked_where_nobody_else_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    swarm = Swarm()
+    swarm.known.pop()
+    model: Any = runner_of(swarm)
+    tried: list[str] = []
+
+    def lose(experiment: object, options: object, route: Route, *rest: object) -> str:
+        peer = route.records[0].peer_id
+        tried.append(peer)
+        if len(tried) == 3:
+            return "done"
+        if len(tried) == 2:  # the first one has started again meanwhile
+            swarm.known = [
+                replace(one, expires_at_seconds=one.expires_at_seconds + 1)
+                if one.peer_id == tried[0]
+                else one
+                for one in swarm.known
+            ]
+        raise PeerLost("gone", peer=peer)
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    assert model.run(Experiment(), TraceOptions(retries=4)) == "done"
+    assert tried[2] == tried[0] != tried[1]
+
+
 WHERE = " ".join(Swarm.where.hosts)
 KIND = "--dtype float32 --attention sdpa"
 OWN = " ".join(Swarm.where.own)
@@ -201,7 +391,6 @@ def lost_text(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch, options: TraceOptions, *, then: Any = None
 ) -> str:
     """The text of the PeerLost of a trace whose every peer is lost; `then` is done after each."""
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     model: Any = runner_of(swarm)
 
     def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
@@ -232,6 +421,7 @@ def test_a_lost_peer_that_nobody_replaces_says_what_to_serve(
 def test_a_last_host_that_withdrew_says_what_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failed with "no peer announces abab...; serve it with `glasshive serve abab...`"."""
     swarm = Swarm()
+    del swarm.known[1:]
     whole = f"start the missing part with `glasshive serve tiny --blocks 0:4 {KIND} {WHERE}`"
     text = lost_text(swarm, monkeypatch, TraceOptions(), then=swarm.known.clear)
     assert text.endswith(
@@ -274,7 +464,6 @@ def test_a_lost_peer_of_who_was_thrown_out(monkeypatch: pytest.MonkeyPatch) -> N
     def out(*args: object) -> list[PeerRecord]:
         raise ShutOut("the swarm 'lab' doesn't let this key in: its key was revoked")
 
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     model: Any = runner_of(swarm)
 
     def lose(experiment: object, options: object, route: Route, *rest: object) -> None:

@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "invoke": glasshive.Tracer.invoke,
     "barrier": glasshive.Tracer.barrier,
     "estimate": glasshive.Tracer.estimate,
+    "profile": glasshive.Tracer.profile,
     "stop": glasshive.Tracer.stop,
     "LocalSwarm": LocalSwarm.__init__,
 }
@@ -140,7 +141,9 @@ def test_errors_that_it_names_have_pages(name: str) -> None:
     others = {
         "Hop",
         "Model",
+        "Profile",
         "Provenance",
+        "Replaced",
         "Swarm",
         "GraphError",
         "TransportError",

@@ -180,7 +180,7 @@ class Client:
         decode((await stream.receive(5)).header, Accepted)
         ids = torch.tensor([TOKENS])
         await send_tensor(stream, Input(0, "input_ids", "int64", [1, 3]), tensor_to_bytes(ids), 5)
-        await stream.send(encode(Run()))
+        await stream.send(encode(Run(0)))
         return stream
 
     async def traced(self, *more: Node) -> Done | Failed:

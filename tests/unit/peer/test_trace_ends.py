@@ -322,7 +322,7 @@ async def test_a_sender_is_done_when_its_values_have_arrived(swarm: OneHost) -> 
         done.result, kind="result", swarm="public", receiver=CLIENT.peer_id, clock=time.time
     )
     assert signed.sender == HOME.peer_id
-    assert msgpack.unpackb(signed.body)[5] == [[0, 0, 16]]
+    assert msgpack.unpackb(signed.body)[7] == [[0, 0, 16]]
     await client.close()
 
 

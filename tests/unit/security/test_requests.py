@@ -48,6 +48,7 @@ FIELDS: dict[str, Any] = {
     "part_index": 1,
     "deadline_seconds": 300.0,
     "part_sha256": hashlib.sha256(PART).digest(),
+    "revision": 0,
 }
 REQUEST = TraceRequest(**FIELDS)
 SIGNED = REQUEST.sign(CLIENT, NOW)
@@ -56,6 +57,8 @@ RESULT = TraceResult(
     request_sha256=payload_digest(SIGNED),
     saves_sha256=b"s" * 32,
     compute_seconds=0.25,
+    wait_seconds=0.5,
+    wire_seconds=0.125,
     traffic=(Traffic(0, 100, 8), Traffic(3, 0, 1 << 40)),
 )
 
@@ -145,6 +148,9 @@ def test_only_the_client_signs_its_request_and_only_the_host_its_result() -> Non
         ("deadline_seconds", -1.0, "the deadline is not 0 to 1000000 seconds"),
         ("deadline_seconds", 30, "the deadline is not 0 to 1000000 seconds"),
         ("part_sha256", b"p" * 31, "the hash of the part is not 32 bytes"),
+        ("revision", -1, "the revision of a trace is not 0 to 64"),
+        ("revision", 65, "the revision of a trace is not 0 to 64"),
+        ("revision", True, "the revision of a trace is not 0 to 64"),
     ],
 )  # fmt: skip
 def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
@@ -153,8 +159,9 @@ def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
     with pytest.raises(BadEnvelope, match=text):
         TraceRequest(**changed)
     peers = [[one.peer_id, one.record] for one in changed["peers"]]
-    body = [2, changed["model_id"], changed["dtype"], peers]
-    body += [changed[name] for name in ("part_index", "deadline_seconds", "part_sha256")]
+    body = [3, changed["model_id"], changed["dtype"], peers]
+    names = ("part_index", "deadline_seconds", "part_sha256", "revision")
+    body += [changed[name] for name in names]
     if field == "trace_id" and type(value) is str:
         return  # an envelope holds no such id
     with pytest.raises(BadEnvelope, match=text):
@@ -182,8 +189,8 @@ def sealed(kind: str, body: object, request_id: bytes = b"t" * 16) -> bytes:
         b"\xc1",
         [],
         [1] * 6,
-        [3, "m", "d", [], 0, 1.0, bytes(32)],
-        [True, "m", "d", [], 0, 1.0, bytes(32)],
+        [4, "m", "d", [], 0, 1.0, bytes(32), 0],
+        [True, "m", "d", [], 0, 1.0, bytes(32), 0],
     ],
 )
 @pytest.mark.parametrize("kind", ["trace", "result"])
@@ -192,13 +199,39 @@ def test_another_body_is_refused(kind: str, body: object) -> None:
         (read if kind == "trace" else read_result)(sealed(kind, body))
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"revision": 3}, "revision 3 of a trace whose revision 3 is in force"),
+        ({"revision": 2}, "revision 2 of a trace whose revision 3 is in force"),
+        ({"model_id": "cd" * 32}, "and nothing else"),
+        ({"dtype": "float16"}, "and nothing else"),
+        ({"trace_id": b"u" * 16}, "and nothing else"),
+        ({"part_sha256": bytes(32)}, "and nothing else"),
+        ({"peers": (*FIELDS["peers"], PlannedPeer(OTHER.peer_id))}, "and nothing else"),
+        (
+            {"peers": FIELDS["peers"][::-1], "part_index": 0},
+            "the plan gives part 1 to|nothing else",
+        ),
+    ],
+)
+def test_a_revision_names_other_peers_and_nothing_else(changes: dict[str, Any], text: str) -> None:
+    before = TraceRequest(**FIELDS | {"revision": 3})
+    others = (PlannedPeer(CLIENT.peer_id, b"r"), PlannedPeer(HOST.peer_id))
+    after = TraceRequest(**FIELDS | {"revision": 4, "peers": others, "deadline_seconds": 7.0})
+    assert read(after.sign(CLIENT, NOW)) == after
+    after.check_revises(before)
+    with pytest.raises(BadEnvelope, match=text):
+        TraceRequest(**FIELDS | {"revision": 4} | changes).check_revises(before)
+
+
 def test_a_request_of_the_release_before_is_told_which_version_is_wanted() -> None:
     """Its peers were ids; whatever they are, the number comes first."""
     for peers in ([CLIENT.peer_id, HOST.peer_id], [[CLIENT.peer_id, b""], [HOST.peer_id, b""]]):
         with pytest.raises(BadEnvelope) as caught:
             read(sealed("trace", [1, "ab" * 32, "float32", peers, 1, 30.0, bytes(32)]))
         assert str(caught.value) == (
-            "not a trace's request of version 2; one side needs another release of glasshive"
+            "not a trace's request of version 3; one side needs another release of glasshive"
         )
 
 
@@ -234,19 +267,32 @@ def test_a_result_says_what_was_signed() -> None:
         (3, 7, "a hash in the result is not 32 bytes"),
         (4, math.nan, "the compute time is not 0 to 1000000 seconds"),
         (4, 1, "the compute time is not 0 to 1000000 seconds"),
-        (5, [[1, 2]], "traffic that is not an array of part, hidden and carried bytes"),
-        (5, [[1, 2, -1]], "the traffic is not that to at most 256 parts, in bytes"),
-        (5, [[0, 0, 0]] * 257, "the traffic is not that to at most 256 parts, in bytes"),
-        (6, True, "a result that says it is audited"),
-        (6, 0, "a result that says it is audited"),
+        (5, math.nan, "the wait time is not 0 to 1000000 seconds"),
+        (5, -0.5, "the wait time is not 0 to 1000000 seconds"),
+        (6, math.inf, "the wire time is not 0 to 1000000 seconds"),
+        (6, 0, "the wire time is not 0 to 1000000 seconds"),
+        (7, [[1, 2]], "traffic that is not an array of part, hidden and carried bytes"),
+        (7, [[1, 2, -1]], "the traffic is not that to at most 256 parts, in bytes"),
+        (7, [[0, 0, 0]] * 257, "the traffic is not that to at most 256 parts, in bytes"),
+        (8, True, "a result that says it is audited"),
+        (8, 0, "a result that says it is audited"),
     ],
 )
 def test_no_field_of_a_result_is_out_of_range(place: int, value: Any, text: str) -> None:
-    body: list[Any] = [1, 1, b"s" * 32, payload_digest(SIGNED), 0.25, [[0, 100, 8]], False]
+    times = [0.25, 0.5, 0.125]
+    body: list[Any] = [2, 1, b"s" * 32, payload_digest(SIGNED), *times, [[0, 100, 8]], False]
     read_result(sealed("result", body))
     body[place] = value
     with pytest.raises(BadEnvelope, match=text):
         read_result(sealed("result", body))
+
+
+def test_a_result_without_the_times_of_waiting_is_refused() -> None:
+    """Version 1 had none."""
+    body = [1, 1, b"s" * 32, payload_digest(SIGNED), 0.25, [[0, 100, 8]], False]
+    for version in (1, 2):
+        with pytest.raises(BadEnvelope, match="not a result of version 2; one side needs another"):
+            read_result(sealed("result", [version, *body[1:]]))
 
 
 def test_the_hash_of_saves_tells_names_shapes_order_and_bytes_apart() -> None:

@@ -1,0 +1,48 @@
+"""One peer's part of a job, as its client sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from glasshive.dht.transport import PeerAddress
+from glasshive.graph.graph import Save
+from glasshive.graph.plan import Part
+
+__all__ = ["HopReport"]
+
+
+@dataclass
+class HopReport:
+    """What one peer did: where its time went, and the bytes that it sent on or back.
+
+    Where another peer has taken the place of one that was lost, it is the last one.
+    """
+
+    peer: PeerAddress
+    part: Part
+    state: Literal["preparing", "running", "done"] = "preparing"
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    wire_seconds: float = 0.0
+    hidden_bytes: int = 0
+    carried_bytes: int = 0
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+    audited: bool = False
+    stands_in: bool = False
+
+    def __str__(self) -> str:
+        return f"peer {self.peer.peer_id} (blocks {self.part.span})"
+
+    @property
+    def saves(self) -> frozenset[str]:
+        """The names of what its peer saves."""
+        nodes = self.part.graph.nodes.values()
+        return frozenset(node.name for node in nodes if isinstance(node, Save))
+
+    @property
+    def neighbours(self) -> Collection[int]:
+        """The other parts with which it has an edge."""
+        return {i for stage in self.part.stages for _, i in (*stage.imports, *stage.exports)}

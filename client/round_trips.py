@@ -1,0 +1,129 @@
+"""How long a message to a peer and the answer to it take, as this client has measured.
+
+What happens anyway says so: the answer to a `Prepare` comes no sooner than a round trip. It comes
+later by what the peer has to check, so where several peers compete those that were not asked of
+late are asked two small questions each, all at once, and the second answer is timed. That also
+opens the connection, which the network daemon then keeps for a while. What peers measure between
+each other isn't known here. A peer that answers before it is asked seems nearer than it is, as one
+seems faster that says so: this chooses among honest peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple, TypeVar, final
+
+from glasshive.dht.errors import SwarmError
+from glasshive.dht.messages import FILES_PROTOCOL, AskFile, File, decode, encode
+from glasshive.dht.records import PeerRecord
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.keys import PeerId
+
+__all__ = ["PATIENCE_SECONDS", "RoundTrips"]
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS: Final = 1.0
+"""For all answers together. Who gave none by then is taken to be that far away, for a while."""
+MOST_ASKED: Final = 16
+KNOWN_SECONDS: Final = 300.0
+MISSED_SECONDS: Final = 30.0
+MOST_PEERS: Final = 512
+
+_ASKED_FOR: Final = "config.json"  # the smallest file that every peer has
+
+
+class _Measured(NamedTuple):
+    seconds: float
+    until: float
+
+
+@final
+class RoundTrips:
+    """The shortest exchange with each peer, of the last minutes. `clock` gives seconds.
+
+    Written on the loop alone; read anywhere.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._measured: dict[PeerId, _Measured] = {}
+        self._asked_until: dict[PeerId, float] = {}
+
+    def of(self, peer: PeerId) -> float | None:
+        """Seconds to a peer and back, at most; None if that was not measured of late."""
+        found = self._measured.get(peer)
+        return None if found is None or self._clock() >= found.until else found.seconds
+
+    def saw(self, peer: PeerId, seconds: float) -> None:
+        """An exchange with a peer took so long."""
+        self._keep(peer, seconds, KNOWN_SECONDS)
+
+    def to_ask(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
+        """Those of the peers that were not asked of late: the fastest ones, and not too many."""
+        now = self._clock()
+        due = [one for one in records if now >= self._asked_until.get(one.peer_id, 0.0)]
+        due.sort(key=lambda one: -one.throughput_tokens_per_second)
+        return due[:MOST_ASKED]
+
+    async def ask(
+        self,
+        transport: Transport,
+        records: Iterable[PeerRecord],
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        """Measure how far away these peers are, all at once, within `patience_seconds`."""
+        tasks = {one.peer_id: asyncio.create_task(self._answer(transport, one)) for one in records}
+        if not tasks:
+            return
+        try:
+            await asyncio.wait(tasks.values(), timeout=patience_seconds)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            answers = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for peer, seconds in zip(tasks, answers, strict=True):
+            if isinstance(seconds, float):
+                self.saw(peer, seconds)
+                _put(self._asked_until, peer, self._clock() + KNOWN_SECONDS)
+            else:
+                self._keep(peer, patience_seconds, MISSED_SECONDS)
+                _put(self._asked_until, peer, self._clock() + MISSED_SECONDS)
+
+    async def _answer(self, transport: Transport, record: PeerRecord) -> float | None:
+        """Seconds from a question to the answer; None without one.
+
+        The first answer waits for the connection, too, and says nothing of the way.
+        """
+        peer = PeerAddress(record.peer_id, record.addresses)
+        ask = encode(AskFile(record.model, _ASKED_FOR))
+        seconds = 0.0
+        try:
+            stream = await transport.open_stream(peer, FILES_PROTOCOL, PATIENCE_SECONDS)
+            try:
+                for _ in range(2):
+                    began = self._clock()
+                    await stream.send(ask, b"", PATIENCE_SECONDS)
+                    answer = await stream.receive(PATIENCE_SECONDS)
+                    seconds = self._clock() - began
+                    decode(answer.header, File)
+            finally:
+                stream.reset()  # nothing of it is of use any more
+        except SwarmError:
+            return None
+        return seconds
+
+    def _keep(self, peer: PeerId, seconds: float, for_seconds: float) -> None:
+        known = self.of(peer)
+        if known is None or seconds <= known:
+            _put(self._measured, peer, _Measured(seconds, self._clock() + for_seconds))
+
+
+def _put(table: dict[PeerId, T], peer: PeerId, value: T) -> None:
+    """Write an entry; of too many the oldest one goes."""
+    table.pop(peer, None)
+    table[peer] = value
+    while len(table) > MOST_PEERS:
+        del table[next(iter(table))]

@@ -1,0 +1,197 @@
+"""What one part of a plan sends to another: in the order in which it was made, on one stream.
+
+The edge of a generation that outlives its peers keeps all of it. When its stream breaks, or the
+receiving part is given to another peer, it is opened anew; the receiver says how many values it
+has, and the edge goes on behind them. What a part makes, and in which order, follows from the part
+and from what it is given, so a number is enough, also where this peer stands in for one that was
+lost (docs/adr/0016).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import final
+
+from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.framing import Stream
+from glasshive.dht.messages import (
+    EDGE_PROTOCOL,
+    Dropped,
+    Opening,
+    Received,
+    Resume,
+    Value,
+    decode,
+    encode,
+)
+from glasshive.dht.tensor_frames import send_tensor
+from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.graph.plan import HIDDEN
+from glasshive.security.requests import TraceRequest
+from glasshive.security.results import Traffic
+
+__all__ = ["OutgoingEdge", "Sendable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sendable:
+    """A value for another part with its bytes, or the word that it never comes."""
+
+    message: Value | Dropped
+    data: memoryview
+
+
+@final
+class OutgoingEdge:
+    """The edge of a part to that of index `receiver`. Belongs to the loop.
+
+    With `on_lost` it outlives the peers that receive: that is called with what broke a stream, and
+    the edge then waits for `go_on_at`. Without, what breaks a stream ends it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        request: TraceRequest,
+        receiver: int,
+        address: PeerAddress,
+        *,
+        n_values: int,
+        left_seconds: Callable[[], float],
+        on_lost: Callable[[int, SwarmError], Awaitable[None]] | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._request = request
+        self.receiver = receiver
+        self._address = address
+        self._n_values = n_values
+        self._left_seconds = left_seconds
+        self._on_lost = on_lost
+        self._clock = clock
+        self.wire_seconds = 0.0  # in which a value was being sent, also one that was not sent whole
+        self._values: list[Sendable | None] = []  # None: sent, and not kept
+        self._is_finished = False
+        self.delivered = asyncio.Event()
+        """Set while the receiver has said that all has come, and nobody else needs it again."""
+        self._news = asyncio.Event()
+        self._moved = asyncio.Event()
+        # The peer that this one stands in for may have sent some.
+        self._again = request.revision > 0
+        self._hidden_bytes = 0
+        self._carried_bytes = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has been sent, more than once where it was."""
+        return Traffic(self.receiver, self._hidden_bytes, self._carried_bytes)
+
+    def put(self, value: Sendable) -> None:
+        """Send this, after what was put before."""
+        self._values.append(value)
+        self._news.set()
+
+    def finish(self) -> None:
+        """Nothing more is put."""
+        self._is_finished = True
+        self._news.set()
+
+    def go_on_at(self, address: PeerAddress) -> None:
+        """Open a new stream, to the peer that has the receiving part now."""
+        self._address = address
+        self.delivered.clear()
+        self._moved.set()
+
+    def forget(self) -> None:
+        """Give up what is kept; nothing is sent any more."""
+        self._values.clear()
+
+    async def run(self) -> None:
+        """Send everything, and again where it has to; `delivered` says when there is no more to do.
+
+        Returns only from an edge that doesn't outlive its receiver.
+
+        Raises SwarmError for a stream that broke, if the edge doesn't outlive that, and for a
+        receiver that breaks the protocol.
+        """
+        while True:
+            self._moved.clear()
+            sending = asyncio.create_task(self._send_all())
+            moved = asyncio.create_task(self._moved.wait())
+            try:
+                await asyncio.wait({sending, moved}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    sending.result()
+                    if not self._moved.is_set():
+                        self.delivered.set()
+                    if self._on_lost is None:
+                        return
+                    await moved
+            except SwarmError as error:
+                if self._on_lost is None or isinstance(error, MalformedMessage):
+                    raise
+                await self._on_lost(self.receiver, error)
+                await moved
+            finally:
+                for task in (sending, moved):
+                    task.cancel()
+                await asyncio.gather(sending, moved, return_exceptions=True)
+            self._again = True
+
+    async def _send_all(self) -> None:
+        if not self._again and await self._value(0) is None:
+            return  # a part that ends before it has sent anything
+        stream = await self._transport.open_stream(
+            self._address, EDGE_PROTOCOL, self._left_seconds()
+        )
+        try:
+            at = await self._open(stream)
+            while (value := await self._value(at)) is not None:
+                await self._send(stream, value)
+                if self._on_lost is None:
+                    self._values[at] = None
+                at += 1
+            if at > len(self._values):
+                raise MalformedMessage(f"has {at} values of which {len(self._values)} were made")
+            # Only now nothing can be lost on its way, unseen here and waited for there.
+            decode((await stream.receive(self._left_seconds())).header, Received)
+        except BaseException:
+            stream.reset()
+            raise
+        await stream.close()
+
+    async def _open(self, stream: Stream) -> int:
+        """Say whose values come; how many of them have come before."""
+        ours = self._request
+        opening = Opening(ours.trace_id, ours.part_index, self.receiver, int(self._again))
+        await stream.send(encode(opening), b"", self._left_seconds())
+        if not self._again:
+            return 0
+        came = decode((await stream.receive(self._left_seconds())).header, Resume).values
+        if came > self._n_values:
+            raise MalformedMessage(f"has {came} values of an edge of {self._n_values}")
+        return came
+
+    async def _value(self, at: int) -> Sendable | None:
+        """The value at that place, when it has been put; None if none will be."""
+        while at >= len(self._values) and not self._is_finished:
+            self._news.clear()
+            await self._news.wait()
+        return self._values[at] if at < len(self._values) else None
+
+    async def _send(self, stream: Stream, value: Sendable) -> None:
+        if isinstance(value.message, Dropped):
+            await stream.send(encode(value.message), b"", self._left_seconds())
+            return
+        began = self._clock()
+        try:
+            await send_tensor(stream, value.message, value.data, self._left_seconds())
+        finally:
+            self.wire_seconds += self._clock() - began
+        if value.message.value == HIDDEN:
+            self._hidden_bytes += len(value.data)
+        else:
+            self._carried_bytes += len(value.data)

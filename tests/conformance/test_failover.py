@@ -1,0 +1,319 @@
+"""A generation outlives its peers: what others go on with is bit-equal to what was never disturbed.
+
+Hosts in this process; tests/swarm/test_generation.py has the same with processes that are killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from generation_oracle import generate_hooked
+from replicas import Replicas, load
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from glasshive.client.errors import PeerLost
+from glasshive.peer.served_model import ServedModel
+
+NEW = 16
+PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38]])
+CUTS = (2, 4)
+
+
+@pytest.fixture(scope="module")
+def get_served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """A plain model and the spans of it, by kind; each is made once."""
+    made: dict[str, tuple[Any, list[ServedModel]]] = {}
+
+    def get(kind: str) -> tuple[Any, list[ServedModel]]:
+        if kind not in made:
+            attention = "eager" if "mamba" in kind else "sdpa"
+            torch.manual_seed(0)
+            config = CONFIG_MAPPING[kind](**{**architectures.TINY[kind], "eos_token_id": None})
+            whole = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            folder: Path = tmp_path_factory.mktemp(kind)
+            whole.eval().requires_grad_(False).save_pretrained(folder)
+            plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+            made[kind] = plain.eval().requires_grad_(False), load(folder, attention, CUTS)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def make(
+    get_served: Callable[[str], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[str], tuple[Any, Replicas]]]:
+    """A plain model, and two hosts for each span of it."""
+    running: list[Replicas] = []
+
+    def start(kind: str) -> tuple[Any, Replicas]:
+        plain, served = get_served(kind)
+        running.append(Replicas(served, tmp_path_factory.mktemp("cache"), monkeypatch))
+        return plain, running[-1]
+
+    yield start
+    for one in running:
+        one.__exit__()
+
+
+@pytest.fixture
+def llama(make: Callable[[str], tuple[Any, Replicas]]) -> tuple[Any, Replicas]:
+    return make("llama")
+
+
+def blocks_of(model: Any) -> Any:
+    here = model
+    for name in model.outline.blocks_path.split("."):
+        here = getattr(here, name)
+    return here
+
+
+def steered(model: Any, **options: Any) -> tuple[Any, list[Any], list[Any]]:
+    """A generation with an edit on the first span and reads on both others, at each step."""
+    blocks, states, logits = blocks_of(model), [], []
+    options = {"eos_token_id": [], "deadline": 60, **options}
+    with model.generate(PROMPT, max_new_tokens=NEW, **options) as tracer:
+        for _ in tracer.iter[:]:
+            blocks[1].output[:, -1] += 1.5
+            states.append(blocks[3].output.save())
+            logits.append(model.lm_head.output[:, -1].save())
+    return tracer, states, logits
+
+
+def oracle(
+    plain: Any, blocks_path: str, **choice: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same by transformers' `generate` and hooks."""
+
+    def steer(step: int, output: Tensor) -> None:
+        output[:, -1] += 1.5
+
+    block = f"{blocks_path}.3"
+    ids, found = generate_hooked(
+        plain,
+        PROMPT,
+        NEW,
+        reads=[block, "lm_head"],
+        edits={f"{blocks_path}.1": steer},
+        eos_token_id=None,
+        **choice,
+    )
+    return ids, found[block], [one[:, -1] for one in found["lm_head"]]
+
+
+def check(plain: Any, hive: Replicas, found: tuple[Any, list[Any], list[Any]]) -> None:
+    tracer, states, logits = found
+    ids, wanted_states, wanted_logits = oracle(plain, hive.model.outline.blocks_path)
+    assert torch.equal(tracer.output_ids, ids)
+    assert len(states) == len(logits) == NEW
+    assert all(map(torch.equal, states, wanted_states))
+    assert all(map(torch.equal, logits, wanted_logits))
+
+
+@pytest.mark.parametrize(
+    ("lost", "at"),
+    [
+        *itertools.product([(0,), (1,), (2,)], [0, NEW // 2, NEW - 2]),
+        *itertools.product([(0, 1), (1, 2), (0, 2), (0, 1, 2)], [NEW // 2]),
+    ],
+    ids=str,
+)
+def test_others_go_on_where_the_lost_ones_were(
+    lost: tuple[int, ...], at: int, llama: tuple[Any, Replicas]
+) -> None:
+    plain, hive = llama
+    undisturbed, *_ = steered(hive.model)
+    hive.after(1, at, hive.kill(*lost))
+    found = steered(hive.model)
+    check(plain, hive, found)
+    result = found[0].result
+    assert result.retried == 0
+    assert sorted(one.blocks for one in result.replaced) == [f"{2 * i}:{2 * i + 2}" for i in lost]
+    for one in result.replaced:
+        assert one.by in [hop.peer for hop in result.hops]
+        assert one.lost not in [hop.peer for hop in result.hops]
+    # What had come was not sent again.
+    assert result.received_bytes == undisturbed.result.received_bytes
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("gemma3_text", 0), ("mixtral", 1), ("mamba2", 2)])
+def test_every_kind_of_cache_is_made_again(
+    kind: str, lost: int, make: Callable[[str], tuple[Any, Replicas]]
+) -> None:
+    plain, hive = make(kind)
+    hive.after(1, NEW // 2, hive.kill(lost))
+    found = steered(hive.model)
+    check(plain, hive, found)
+    assert len(found[0].result.replaced) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_that_follow_each_other(seed: int, llama: tuple[Any, Replicas]) -> None:
+    """Among them that of who had just taken another's place, as long as there is one more."""
+    plain, hive = llama
+    for served in hive.served * 2:
+        hive.add(served)
+    rng = random.Random(seed)
+    for at in sorted(rng.sample(range(NEW - 2), 3)):
+        hive.after(rng.randrange(3), at, hive.kill(rng.randrange(3)))
+    found = steered(hive.model)
+    check(plain, hive, found)
+    assert 1 <= len(found[0].result.replaced) + found[0].result.retried <= 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "part"), [(0, 1, 0), (0, 1, 2), (1, 2, 1), (0, 2, 0), (0, 2, 2)]
+)
+def test_streams_that_break_are_opened_again(
+    one: int, other: int, part: int, llama: tuple[Any, Replicas]
+) -> None:
+    """Both peers live: nobody is replaced, and nothing is run or sent twice."""
+    plain, hive = llama
+    hive.after(part, NEW // 2, hive.cut(one, other))
+    found = steered(hive.model)
+    check(plain, hive, found)
+    assert found[0].result.replaced == ()
+    assert found[0].result.retried == 0
+    assert max(hive.again) >= NEW // 2 - 1
+
+
+def test_two_that_cannot_reach_each_other_are_parted(llama: tuple[Any, Replicas]) -> None:
+    """A stream that breaks again and again has one of its ends replaced."""
+    plain, hive = llama
+
+    def cut() -> None:
+        hive.network.cut(*(hive.jobs[-1].peers[part].peer_id for part in (0, 1)))
+
+    hive.after(1, NEW // 2, cut)
+    found = steered(hive.model)
+    check(plain, hive, found)
+    assert len(found[0].result.replaced) == 1
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_chance_is_the_same_at_another_peer(lost: int, llama: tuple[Any, Replicas]) -> None:
+    _, hive = llama
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 40, "seed": 7}
+    wanted = steered(hive.model, **options)
+    hive.after(1, NEW // 2, hive.kill(lost))
+    found = steered(hive.model, **options)
+    assert torch.equal(found[0].output_ids, wanted[0].output_ids)
+    assert all(map(torch.equal, found[2], wanted[2]))
+    assert len(found[0].result.replaced) == 1
+
+
+@pytest.mark.parametrize(("lost", "at"), [(1, 2), (0, 4), (0, 5), (1, 5), (2, 5)])
+def test_an_end_is_an_end_at_another_peer(lost: int, at: int, llama: tuple[Any, Replicas]) -> None:
+    """A stop token ends it early; who stands in meets that in what it is sent again."""
+    plain, hive = llama
+    choice = {"repetition_penalty": 2.0}  # left alone, a tiny model says the same again and again
+    ids, wanted, _ = oracle(plain, hive.model.outline.blocks_path, **choice)
+    tokens = ids[0, PROMPT.shape[1] :].tolist()
+    assert tokens[5] not in tokens[:5]
+    hive.after(1, at, hive.kill(lost))
+    blocks, states = blocks_of(hive.model), []
+    with hive.model.generate(
+        PROMPT, max_new_tokens=NEW, eos_token_id=[tokens[5]], deadline=60, **choice
+    ) as tracer:
+        for _ in tracer.iter[:]:
+            blocks[1].output[:, -1] += 1.5
+            states.append(blocks[3].output.save())
+    assert torch.equal(tracer.output_ids, ids[:, : PROMPT.shape[1] + 6])
+    assert all(map(torch.equal, states[:6], wanted))
+    # Whoever had done its part by then is replaced as well: it keeps nothing any more.
+    assert tracer.result.replaced or tracer.result.retried
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_values_of_other_steps_and_invokes(lost: int, llama: tuple[Any, Replicas]) -> None:
+    """Unequal lengths, and values carried from a late block to earlier ones of later steps."""
+    _, hive = llama
+    blocks = blocks_of(hive.model)
+
+    def run() -> tuple[Any, list[Any]]:
+        saved = []
+        with hive.model.generate(eos_token_id=[]) as tracer:
+            with tracer.invoke(PROMPT, max_new_tokens=6):
+                for step in tracer.iter[:]:
+                    late = blocks[5].output[:, -1]
+                    if step == 2:
+                        kept = late
+                    saved.append(late.save())
+            with tracer.invoke([[5, 6, 7], [8, 9, 10]], max_new_tokens=9):
+                for step in tracer.iter[:]:
+                    if step >= 4:
+                        blocks[0].output[:, -1] += kept
+                    saved.append(blocks[4].output.save())
+        return tracer, saved
+
+    wanted = run()
+    hive.after(1, 9, hive.kill(lost))
+    found = run()
+    assert len(found[0].result.replaced) == 1
+    assert len(found[1]) == len(wanted[1]) == 15
+    assert all(map(torch.equal, found[1], wanted[1]))
+
+
+def test_padded_prompts(llama: tuple[Any, Replicas]) -> None:
+    _, hive = llama
+    prompt = [[3, 14, 15, 9], [2, 7]]
+
+    def run() -> tuple[Any, list[Any]]:
+        with hive.model.generate(prompt, max_new_tokens=NEW, eos_token_id=[]) as tracer:
+            saved = [blocks_of(hive.model)[4].output.save() for _ in tracer.iter[:]]
+        return tracer, saved
+
+    wanted = run()
+    hive.after(1, NEW // 2, hive.kill(0, 1))
+    found = run()
+    assert len(found[0].result.replaced) == 2
+    assert torch.equal(found[0].output_ids, wanted[0].output_ids)
+    assert all(map(torch.equal, found[1], wanted[1]))
+
+
+def test_without_retries_a_lost_peer_ends_it(llama: tuple[Any, Replicas]) -> None:
+    _, hive = llama
+    hive.after(1, NEW // 2, hive.kill(1))
+    with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*1 route was tried, as retries=0 says"):
+        steered(hive.model, retries=0)
+    assert not any(one.part.outlives_peers for one in hive.jobs[-1].hops)
+    assert len(hive.jobs) == 1
+
+
+def test_where_nobody_serves_the_same_blocks_all_is_run_again(llama: tuple[Any, Replicas]) -> None:
+    _, hive = llama
+    steered(hive.model)  # so that a route is known
+    used = [peer.peer_id for peer in hive.jobs[-1].peers]
+    for host in hive.hosts:
+        if host.record.start == 2 and host.record.peer_id != used[1]:
+            hive.network.kill(host.record.peer_id)
+    hive.after(1, NEW // 2, hive.kill(1))
+    with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*no other route: nobody serves blocks 2:4"):
+        steered(hive.model)
+
+
+def test_other_hardware_only_if_it_is_allowed(llama: tuple[Any, Replicas]) -> None:
+    plain, hive = llama
+    other = hive.add(hive.served[1], backend="abacus torch-9.9")
+    steered(hive.model)
+    used = [peer.peer_id for peer in hive.jobs[-1].peers]
+    for host in hive.hosts:
+        if host.record.start == 2 and host.record.peer_id not in (used[1], other.peer_id):
+            hive.network.kill(host.record.peer_id)
+    hive.after(1, NEW // 2, hive.kill(1))
+    text = r"no other route on cpu torch-[\d.]+, as before.*one on abacus torch-9\.9: allow it with"
+    with pytest.raises(PeerLost, match=text):
+        steered(hive.model)
+    found = steered(hive.model, across_hardware=True)
+    check(plain, hive, found)  # as it is the same hardware under another name
+    assert [hop.backend for hop in found[0].result.hops][1] == "abacus torch-9.9"

@@ -1,0 +1,145 @@
+"""How far away peers are: what is remembered, who is asked, and that nobody waits for the silent.
+
+Ways are as long as a test says: a host that answers reads a clock that the test moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from peer_records import record_of
+
+from glasshive.client import round_trips
+from glasshive.client.round_trips import (
+    KNOWN_SECONDS,
+    MISSED_SECONDS,
+    MOST_ASKED,
+    MOST_PEERS,
+    RoundTrips,
+)
+from glasshive.dht.framing import Stream
+from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.messages import FILES_PROTOCOL, File, encode
+from glasshive.dht.records import ModelId, PeerRecord
+from glasshive.security.keys import Identity, PeerId
+
+MODEL = ModelId("ab" * 32)
+ANN, BEN = PeerId("ann"), PeerId("ben")
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(identity: Identity, **others: Any) -> PeerRecord:
+    return record_of(identity, MODEL, expires_at_seconds=60.0, **others)
+
+
+def test_the_shortest_of_late_counts() -> None:
+    clock = Clock()
+    ways = RoundTrips(clock)
+    assert ways.of(ANN) is None
+    ways.saw(ANN, 0.2)
+    ways.saw(ANN, 0.05)
+    ways.saw(ANN, 0.3)
+    assert ways.of(ANN) == 0.05
+    assert ways.of(BEN) is None
+    clock.now = KNOWN_SECONDS - 1
+    ways.saw(ANN, 0.3)
+    assert ways.of(ANN) == 0.05
+    clock.now = KNOWN_SECONDS
+    assert ways.of(ANN) is None
+    ways.saw(ANN, 0.3)
+    assert ways.of(ANN) == 0.3
+
+
+def test_of_too_many_peers_the_oldest_is_forgotten() -> None:
+    ways = RoundTrips(Clock())
+    for i in range(MOST_PEERS + 1):
+        ways.saw(PeerId(str(i)), 0.1)
+    assert ways.of(PeerId("0")) is None
+    assert ways.of(PeerId("1")) == 0.1
+
+
+def test_the_fastest_are_asked_and_not_too_many() -> None:
+    many = [
+        record(Identity.generate(), throughput_tokens_per_second=float(i))
+        for i in range(MOST_ASKED + 4)
+    ]
+    asked = RoundTrips(Clock()).to_ask(many)
+    assert asked == list(reversed(many[4:]))
+
+
+Answer = Callable[[Stream], Any]
+
+
+async def ask(ways: RoundTrips, answers: list[Answer], patience_seconds: float) -> list[PeerRecord]:
+    """Ask a peer for each way of answering; None listens to nothing."""
+    network = MemoryNetwork()
+    records = []
+    for answer in answers:
+        identity = Identity.generate()
+        transport = network.transport(identity)
+        await transport.serve(FILES_PROTOCOL, answer)
+        records.append(record(identity))
+    client = network.transport(Identity.generate(), dht=False)
+    await ways.ask(client, ways.to_ask(records), patience_seconds)
+    assert ways.to_ask(records) == []
+    return records
+
+
+@pytest.mark.asyncio
+async def test_the_second_answer_is_timed_and_silence_is_a_long_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one has the connection's time in it. Nobody else ends the wait for the silent."""
+    monkeypatch.setattr(round_trips, "PATIENCE_SECONDS", 1e6)
+    clock = Clock()
+    ways = RoundTrips(clock)
+    was_quick = asyncio.Event()
+
+    async def answers(stream: Stream) -> None:
+        for seconds in (5.0, 0.25):
+            await stream.receive(10)
+            clock.now += seconds
+            await stream.send(encode(File(0)), b"", 10)
+        was_quick.set()
+        await asyncio.Event().wait()
+
+    async def is_silent(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    async def refuses(stream: Stream) -> None:
+        await stream.receive(10)
+        await stream.refuse("no")
+
+    async def talks_nonsense(stream: Stream) -> None:
+        await stream.receive(10)
+        await stream.send([99], b"", 10)
+
+    near, *others = await ask(ways, [answers, is_silent, refuses, talks_nonsense], 0.5)
+    assert was_quick.is_set()
+    assert ways.of(near.peer_id) == 0.25
+    assert [ways.of(one.peer_id) for one in others] == [0.5, 0.5, 0.5]
+    clock.now += MISSED_SECONDS
+    assert ways.of(near.peer_id) == 0.25
+    assert [ways.of(one.peer_id) for one in others] == [None, None, None]
+    assert set(ways.to_ask([near, *others])) == set(others)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_cant_be_reached_is_far_away() -> None:
+    ways = RoundTrips(Clock())
+    gone = record(Identity.generate())
+    await ways.ask(MemoryNetwork().transport(Identity.generate()), [gone], 0.5)
+    assert ways.of(gone.peer_id) == 0.5
+    assert ways.to_ask([gone]) == []
