@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(shell find src graph security dht peer client -name '*.py' -not -path '*/__pycache__/*')
 LOCKED := $(BIN)/pip install -q --no-compile --require-hashes --no-deps --no-build-isolation
 
-.PHONY: demo test lock soak lint types contracts quick unit attacks conformance swarm bench clean
+.PHONY: demo test lock soak lint types contracts quick unit attacks conformance sim swarm bench clean
 
 # Only files whose hash stands in requirements.lock are installed. setuptools goes first: some
 # packages come as source, and an isolated build fetches what builds it without a check. Then a CPU
@@ -69,7 +69,7 @@ contracts: $(VENV)/.installed
 # Processes of one thread each: a test is faster beside another than on two threads; and one more
 # than cores, as some tests wait. All but the tests with processes of their own, in one go: starting
 # pytest and what it imports takes long.
-QUICK := unit attacks conformance
+QUICK := unit attacks conformance sim
 quick: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 3 --dist worksteal
 

@@ -92,6 +92,8 @@ def done_of(
         request_sha256=payload_digest(prepare.request),
         saves_sha256=digest.digest(),
         compute_seconds=1.0,
+        wait_seconds=0.5,
+        wire_seconds=0.25,
         traffic=tuple(traffic),
     )
     return Done(result.sign(host, now))

@@ -153,7 +153,7 @@ class Tenants:
         """Give an accepted trace its input, and have it run."""
         message = Input(0, "input_ids", "int64", list(ids.shape))
         await send_tensor(stream, message, tensor_to_bytes(ids), 10)
-        await stream.send(encode(Run()))
+        await stream.send(encode(Run(0)))
 
     async def saves(self, stream: Stream) -> dict[str, torch.Tensor] | Failed:
         """What a running trace saved, or how it failed. The stream has ended then."""
