@@ -12,6 +12,7 @@ import torch
 from soak import count
 from tiny_llama import save_llama
 from transformers import LlamaForCausalLM
+from waits import wait_for
 
 import glasshive
 from glasshive.testing import LocalSwarm
@@ -48,6 +49,14 @@ def whole(hive: LocalSwarm) -> None:
             host.start()
     for host in hive.hosts:
         host.wait_ready()
+    addresses = {host.address for host in hive.hosts}
+    with glasshive.connect(hive.config) as swarm:  # the directory may still have old ones
+
+        def is_known() -> bool:
+            records = swarm.records(hive.model_name)
+            return addresses <= {address for one in records for address in one.addresses}
+
+        wait_for(is_known, "every host is found where it is now")
 
 
 @pytest.fixture
