@@ -8,8 +8,8 @@ Rules:
 2. It holds the whole plan's peers and the hash of the host's part, so that every edge of the part
    (sender, receiver, value, pass) is the client's word and nobody else's.
 3. Who shows it on a stream must be who signed it, and a host takes it once.
-4. While a host runs the part, the client may name other peers for other parts (`revises`): the
-   same request under a higher revision.
+4. While a host runs the part, the client may name other peers for other parts (`check_revises`):
+   the same request under a higher revision.
 
 The body, msgpack without extension types::
 
