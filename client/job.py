@@ -68,6 +68,9 @@ MEND_AFTER_SECONDS: Final = 0.5
 MOST_MENDS: Final = 3
 """So often a stream between two peers is opened anew, before one of them is taken for lost."""
 
+TIMERS_SECONDS: Final = 0.05
+"""So much earlier than its time a timer may end, by another clock than its own."""
+
 StandIn: TypeAlias = Callable[
     [int, Collection[PeerId]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
 ]
@@ -144,7 +147,7 @@ class Job:
         TraceTimeout.
         """
         try:
-            async with asyncio.timeout(self.deadline_seconds):
+            async with asyncio.timeout(self.deadline_seconds) as timer:
                 await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
                 await self._together(self._run_hop(hop) for hop in self.hops)
@@ -153,8 +156,8 @@ class Job:
         except (TimeoutError, PeerFailed) as error:
             self.state = "failed"
             # A peer may be quicker to say that the deadline is over.
-            is_late = isinstance(error, TimeoutError) or error.code == "TraceEnded"
-            if not is_late or self.left_seconds > 0:
+            is_ended = isinstance(error, PeerFailed) and error.code == "TraceEnded"
+            if not timer.expired() and not (is_ended and self.left_seconds < TIMERS_SECONDS):
                 raise
             slow = ", ".join(
                 f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.state})"

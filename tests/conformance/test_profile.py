@@ -106,14 +106,14 @@ def test_a_way_that_takes_no_bytes_is_wire_time_of_who_sends(
     send = outgoing_edge.send_tensor
 
     async def slowly(*args: Any) -> None:
-        await asyncio.sleep(SLOW_SECONDS)  # the network's, not this test's
+        await asyncio.sleep(SLOW_SECONDS)  # the network's, not this test's; may end a little early
         await send(*args)
 
     monkeypatch.setattr(outgoing_edge, "send_tensor", slowly)
     result = trace(model).result
     first, middle, last = result.profile.hops
-    assert first.wire_seconds >= 2 * SLOW_SECONDS  # hidden states, and a value for the last
-    assert middle.wire_seconds >= SLOW_SECONDS
+    assert first.wire_seconds >= 1.9 * SLOW_SECONDS  # hidden states, and a value for the last
+    assert middle.wire_seconds >= 0.9 * SLOW_SECONDS
     assert last.wire_seconds == 0.0
     assert middle.wait_seconds > SLOW_SECONDS / 2
     hops = result.hops

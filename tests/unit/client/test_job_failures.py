@@ -117,6 +117,7 @@ def job_of(
     silence_seconds: float,
     deadline_seconds: float,
     expected: Mapping[str, TensorSpec] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Job:
     return Job(
         transport=client,
@@ -132,6 +133,7 @@ def job_of(
         trace_id=bytes(16),
         deadline_seconds=deadline_seconds,
         silence_seconds=silence_seconds,
+        clock=clock,
     )
 
 
@@ -147,6 +149,7 @@ async def ran(
     silence_seconds: float,
     deadline_seconds: float,
     expected: Mapping[str, TensorSpec] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Job:
     """A job of one part, whose saves are those expected, on a peer that behaves so."""
     network = MemoryNetwork()
@@ -159,6 +162,7 @@ async def ran(
         silence_seconds=silence_seconds,
         deadline_seconds=deadline_seconds,
         expected=expected,
+        clock=clock,
     )
     try:
         await job.run()
@@ -464,6 +468,8 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 
     with pytest.raises(TraceTimeout, match=r"still at work: 12D3KooW\w+ \(blocks 0:2, running\)"):
         await ran(endless, silence_seconds=5, deadline_seconds=2)
+    with pytest.raises(TraceTimeout, match="still at work"):  # by a timer that is quicker
+        await ran(endless, silence_seconds=5, deadline_seconds=0.2, clock=lambda: 0.0)
 
 
 @pytest.mark.asyncio
