@@ -257,7 +257,8 @@ def test_a_frozen_host_without_a_replacement_is_named(
     victim = hive.hosts[2]
     victim.freeze()
     try:
-        # Or its daemon's end of a connection is given up before.
+        # Every 30 s libp2p asks the other end of a connection whether it is there, and ends the
+        # connection if no answer comes in 10 s: now and then that is earlier.
         text = rf"{victim.peer_id} .*(has been silent for 12 s|was lost while it)"
         with pytest.raises(PeerLost, match=text):
             run(model, deadline=60)
