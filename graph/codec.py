@@ -1,6 +1,7 @@
 """A graph as bytes: msgpack arrays under a version number, and nothing else of msgpack.
 
     graph  = [1, [import id, ...], [node, ...]]           ids ascend; nodes name earlier ids only
+           | [1, [import id, ...], folded]                 as repeats.py folds nodes that repeat
     node   = [id, kind, field, ...]                       the fields of the dataclass in graph.py
     site   = module, io, leaf, step                       four fields of a read or write
     arg    = int | float | bool | null | word             a word is one of an op's choices
@@ -9,7 +10,7 @@
 - Nothing is allocated for a message that is too long; every count, size and depth has a cap.
 - Nodes are made one after the other, so that a message costs no more than its first wrong node.
 - No maps, no extension types, and no hook but the one that refuses a map.
-- What decodes also encodes to the same bytes, so one graph has one digest.
+- What decodes from an unfolded list also encodes to the same bytes, so one graph has one digest.
 - Decoding raises BadGraph, UnknownOp or NotYet, whatever the bytes are.
 """
 
@@ -45,6 +46,7 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.ops import INT_MAX, INT_MIN, OpSpec, check_args, find_op
+from glasshive.graph.repeats import fold, unfold
 from glasshive.graph.tensors import MAX_RANK, check_spec
 
 VERSION: Final = 1
@@ -95,13 +97,14 @@ def graph_digest(graph: Graph) -> bytes:
 # Encoding --------------------------------------------------------------------------------------
 
 
-def encode_graph(graph: Graph) -> bytes:
-    """The graph's only encoding. Raises BadGraph for values that no message can hold.
+def encode_graph(graph: Graph, *, folded: bool = False) -> bytes:
+    """The graph's only encoding, or that with its repeats folded.
 
-    What is merely wrong, as a ref to a later node, is found by whoever decodes it.
+    Raises BadGraph for values that no message can hold. What is merely wrong, as a ref to a later
+    node, is found by whoever decodes it.
     """
     nodes = [[node_id, *_fields(node)] for node_id, node in graph.nodes.items()]
-    return _pack([VERSION, sorted(graph.imports), nodes])
+    return _pack([VERSION, sorted(graph.imports), fold(nodes) if folded else nodes])
 
 
 def encode_args_key(node: Node) -> bytes:
@@ -294,8 +297,9 @@ class _Decoder:
         if count > limits.nodes:
             raise BadGraph(f"a graph has {count} nodes, but {limits.nodes} are allowed")
         last = -1
-        for _ in range(count):
-            last = self._node(values.take(), last)
+        written = (values.take() for _ in range(count))
+        for fields in unfold(written, limits.nodes, limits.graph_bytes):
+            last = self._node(fields, last)
         values.end()
         return Graph(MappingProxyType(self._nodes), self._imports)
 

@@ -4,11 +4,13 @@
 stage is `[pass, nodes, imports, exports, from_hidden, forward, stop event or -1]`, passes `[seq,
 padded, new tokens, [[invoke, first row, last row], ...]]` for a prompt and the steps behind it (0
 new tokens: a trace), a spec `[value, dtype, shape]` and sampling a list of its fields, or empty.
+The stages, specs and nodes of a generation are folded (repeats.py): equal steps are sent once.
 Whether the part makes sense is `check_part`'s business (plan.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgpack
@@ -19,22 +21,25 @@ from glasshive.graph.graph import NodeId
 from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.plan import Part, Span, Stage
+from glasshive.graph.repeats import fold, unfold
 from glasshive.graph.sampling import MAX_STOP_TOKENS, Sampling
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_PASSES: Final = 4096
 MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
 MAX_NAME_CHARS: Final = 16  # only names of dtypes are text here
 _FRAME_SLACK: Final = 4  # a part lists each node at most about four times besides the graph
 _NODE_ELEMENTS: Final = 16  # what these lists hold of a node, in all
+_ELEMENT_BYTES: Final = 9  # at most, of a number
 _DEPTH: Final = 4  # the stages, a stage, its imports, a pair
 
 
 def encode_part(part: Part, passes: Passes) -> bytes:
     """The bytes of one peer's part, with the passes of the whole trace."""
-    stages = [
+    folded = passes.are_generation
+    stages: list[Any] = [
         [
             stage.pass_index,
             list(stage.nodes),
@@ -57,12 +62,14 @@ def encode_part(part: Part, passes: Passes) -> bytes:
         if not one.step
     ]
     span = [part.span.start, part.span.end]
-    specs = [[i, spec.dtype.value, list(spec.shape)] for i, spec in part.specs.items()]
+    specs: list[Any] = [[i, spec.dtype.value, list(spec.shape)] for i, spec in part.specs.items()]
+    if folded:
+        stages, specs = fold(stages), fold(specs)
     sampling = [] if part.sampling is None else part.sampling.to_plain()
     packed: bytes = msgpack.packb(
         [
             *(VERSION, part.index, span, stages, rows, specs, sampling),
-            *(part.outlives_peers, encode_graph(part.graph)),
+            *(part.outlives_peers, encode_graph(part.graph, folded=folded)),
         ],
         use_bin_type=True,
     )
@@ -87,15 +94,17 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
     # The graph comes first: how many nodes it has says how much the lists about them may hold.
     decoded = decode_graph(packed, limits)
     about_nodes = _NODE_ELEMENTS * (len(decoded) + len(decoded.imports)) + 8 * MAX_PASSES
+
+    def listed(field: bytes | bytearray, most: int, what: str) -> Iterator[Any]:
+        folded = _list(_made(field, about_nodes, limits), most, what)
+        return unfold(folded, most, _ELEMENT_BYTES * about_nodes)
+
     part = Part(
         _integer(_made(index, 1, limits), 0, MAX_ROWS),
         Span(_integer(start, 0, MAX_ROWS), _integer(end, 1, MAX_ROWS)),
         decoded,
-        tuple(
-            _stage(one, limits)
-            for one in _list(_made(stages, about_nodes, limits), MAX_PASSES, "stages")
-        ),
-        dict(_spec(one) for one in _list(_made(specs, about_nodes, limits), limits.nodes, "specs")),
+        tuple(_stage(one, limits) for one in listed(stages, MAX_PASSES, "stages")),
+        dict(map(_spec, listed(specs, limits.nodes, "specs"))),
         _sampling(_made(sampling, 32 + MAX_STOP_TOKENS, limits)),
         outlives_peers,
     )

@@ -266,11 +266,36 @@ def test_a_part_s_lists_are_as_long_as_its_graph() -> None:
     for stages, specs in ((b"\x91" + EMPTY, b"\x90"), (b"\x90", EMPTY)):
         with pytest.raises(BadGraph, match="no msgpack of ours: ValueError") as caught:
             decode_part(
-                b"\x99\x03\x00\x92\x00\x01" + stages + b"\x90" + specs + b"\x90\xc2"
+                b"\x99\x04\x00\x92\x00\x01" + stages + b"\x90" + specs + b"\x90\xc2"
                 + b"\xc4" + bytes([len(graph)]) + graph,
                 DEFAULT_LIMITS,
             )  # fmt: skip
         assert "more than 32784 elements" in str(caught.value.__cause__)
+
+
+def folded(*entries: object) -> bytes:
+    """A graph of these entries, in which a node may be a repeat."""
+    return msgpack.packb([1, [], entries])
+
+
+def test_repeats_beyond_the_limits_take_no_memory() -> None:
+    """A few bytes can't stand for more nodes, or larger ones, than a graph may have in full."""
+    reads = [[i, 1, "model.norm", "output", [], i, 0] for i in range(2)]
+    wide = [[i, 4, "stack", [[1, *[[0, 0]] * 4000], 0]] for i in (1, 2)]
+    for entries, text in (
+        ([*reads, [1, 20_000]], "1 items 20000 times is more than is allowed"),
+        ([*reads, [1, 10**12]], "is more than is allowed"),
+        ([reads[0], *wide, [1, 1000]], "1 items 1000 times is more than is allowed"),
+        ([*reads, [1, 3], [2, 9_000], [2, 9_000]], "2 items 9000 times is more"),
+    ):
+        data = folded(*entries)
+        assert len(data) < 40_000
+        tracemalloc.start()
+        with pytest.raises(BadGraph, match=text):
+            decode_graph(data)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak_bytes < 40 << 20
 
 
 def test_openings_of_long_arrays_take_no_memory() -> None:

@@ -9,12 +9,13 @@ import msgpack
 import pytest
 from hostile import attack, fuzzed, like
 from hypothesis import given
+from hypothesis import strategies as st
 
 from glasshive.graph.codec import GraphLimits
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph, GraphError
-from glasshive.graph.graph import Graph, NodeId, Op, Read, Ref, Save, Site, Write
-from glasshive.graph.order import Pass, Passes
+from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Write
+from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
@@ -43,12 +44,37 @@ def sample() -> Part:
     return Part(1, Span(1, 2), Graph(nodes, frozenset({NodeId(1)})), (stage,), specs)
 
 
-def test_a_part_survives(outline: Outline) -> None:
-    part = sample()
-    again, passes = decode_part(encode_part(part, PASSES), LIMITS)
+def steps(new_tokens: int) -> tuple[Part, Passes]:
+    """The middle part of a generation: a sum at each step, which the last part gets, and a save."""
+    passes = Passes(tuple(steps_of(Pass((0,), 5, False, ((0, 1),)), new_tokens, 0)))
+    nodes: dict[NodeId, Node] = {}
+    stages = []
+    for step in range(new_tokens):
+        own = tuple(NodeId(3 * step + i) for i in range(3))
+        nodes[own[0]] = Read(Site("blocks.1.mlp", "output", (), step), 0)
+        nodes[own[1]] = Op("add", (Ref(own[0]), 1.5, 1))
+        nodes[own[2]] = Save(Ref(own[1]), f"s{step}")
+        exports = ((HIDDEN, 2), (own[1], 2))
+        stages.append(Stage(step, own, ((HIDDEN, 0),), exports, forward=True))
+    return Part(1, Span(1, 2), Graph(nodes), tuple(stages), {}), passes
+
+
+@pytest.mark.parametrize(("part", "passes"), [(sample(), PASSES), steps(1), steps(40)])
+def test_a_part_survives(outline: Outline, part: Part, passes: Passes) -> None:
+    again, passes_again = decode_part(encode_part(part, passes), LIMITS)
     assert again == part
-    assert passes == PASSES
+    assert passes_again == passes
     check_part(again, passes, outline)
+
+
+def test_equal_steps_are_sent_once() -> None:
+    sizes = {n: len(encode_part(*steps(n))) for n in (4, 40, 400)}
+    assert sizes[400] - sizes[40] < 20 > sizes[40] - sizes[4]
+    part, passes = steps(40)
+    nodes = {**part.graph.nodes, NodeId(61): Op("mul", (Ref(NodeId(60)), 1.5))}
+    other = replace(part, graph=Graph(nodes))  # at one step, something else
+    assert len(encode_part(other, passes)) < 3 * sizes[40]
+    assert decode_part(encode_part(other, passes), LIMITS)[0] == other
 
 
 @pytest.mark.parametrize(
@@ -104,7 +130,7 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         decode_part(data, LIMITS)
 
 
-PART = encode_part(sample(), PASSES)
+PARTS = [encode_part(sample(), PASSES), encode_part(*steps(9))]
 
 
 def test_damaged_parts_are_refused_or_checked(outline: Outline) -> None:
@@ -112,11 +138,11 @@ def test_damaged_parts_are_refused_or_checked(outline: Outline) -> None:
         part, passes = decode_part(data, LIMITS)
         check_part(part, passes, outline)
 
-    attack(read, [PART], GraphError)
+    attack(read, PARTS, GraphError)
 
 
 @fuzzed
-@given(like(PART))
+@given(st.one_of(*map(like, PARTS)))
 def test_any_bytes_are_a_part_or_refused(outline: Outline, data: bytes) -> None:
     with contextlib.suppress(GraphError):
         part, passes = decode_part(data, LIMITS)
