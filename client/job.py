@@ -173,13 +173,15 @@ class Job:
             self.state = "cancelled"
             running = [stream.cancel() for stream in self._streams.values()]
             await asyncio.gather(*running, return_exceptions=True)
+            streams = [one.stream.close() for one in self._streams.values()]
+            await asyncio.gather(*streams, return_exceptions=True)
             raise
         except BaseException:
             self.state = "failed"
             raise
         finally:
-            streams = [one.stream.close() for one in self._streams.values()]
-            await asyncio.gather(*streams, return_exceptions=True)
+            for one in self._streams.values():
+                one.stream.reset()  # at once: the deadline may be over
         self.state = "done"
         return self.saves
 

@@ -13,7 +13,7 @@ import torch
 from glasshive.client.errors import TraceError
 from glasshive.client.source_lines import here
 from glasshive.graph.errors import BadGraph
-from glasshive.graph.sampling import Sampling
+from glasshive.graph.sampling import WITHOUT_CHANCE, Sampling
 
 HABITS: Final[Mapping[str, str]] = {
     "remote": "a trace always runs on the peers of the model's swarm (in this process for "
@@ -43,16 +43,6 @@ _BESIDE: Final = frozenset(
     }
 )
 _OURS: Final = tuple(one.name for one in fields(Sampling) if one.name != "seed")
-# What only chance asks for, as it is where that is off.
-_GREEDY: Final = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -91,23 +81,22 @@ def sampling_of(
     stops = merged.eos_token_id
     stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
     pad = merged.pad_token_id
-    if not merged.do_sample:
-        if seed is not None:
-            raise TraceError(
-                f"seed={seed!r:.40} has no effect without do_sample=True: the likeliest token is "
-                "taken; leave it out",
-                line=here(),
-            )
-        merged.update(**_GREEDY)
+    if not merged.do_sample and seed is not None:
+        raise TraceError(
+            f"seed={seed!r:.40} has no effect without do_sample=True: the likeliest token is "
+            "taken; leave it out",
+            line=here(),
+        )
+    given = merged.to_dict() if merged.do_sample else WITHOUT_CHANCE
     sampling = Sampling(
         do_sample=merged.do_sample or False,
-        temperature=_float(merged.temperature, 1.0),
-        top_k=merged.top_k or 0,
-        top_p=_float(merged.top_p, 1.0),
-        min_p=_float(merged.min_p, 0.0),
-        typical_p=_float(merged.typical_p, 1.0),
-        epsilon_cutoff=_float(merged.epsilon_cutoff, 0.0),
-        eta_cutoff=_float(merged.eta_cutoff, 0.0),
+        temperature=_float(given["temperature"], 1.0),
+        top_k=given["top_k"] or 0,
+        top_p=_float(given["top_p"], 1.0),
+        min_p=_float(given["min_p"], 0.0),
+        typical_p=_float(given["typical_p"], 1.0),
+        epsilon_cutoff=_float(given["epsilon_cutoff"], 0.0),
+        eta_cutoff=_float(given["eta_cutoff"], 0.0),
         repetition_penalty=_float(merged.repetition_penalty, 1.0),
         no_repeat_ngram_size=merged.no_repeat_ngram_size or 0,
         min_new_tokens=merged.min_new_tokens or 0,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from glasshive.client.errors import TraceError
 from glasshive.client.experiment import Experiment, TraceOptions, finish
@@ -99,7 +99,7 @@ class Tracer:
 
     # The body -------------------------------------------------------------------------------
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         if self._was_entered:
             raise TraceError(
                 "this tracer has had its block; write `with model.trace(...)` again", line=here()

@@ -14,6 +14,16 @@ from glasshive.graph.errors import BadGraph
 
 MAX_STOP_TOKENS: Final = 64
 MAX_NGRAM: Final = 64
+WITHOUT_CHANCE: Final[Mapping[str, Any]] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""What only chance asks for, as it is where the most likely token is taken."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from transformers import GenerationConfig
 
 from glasshive.graph.errors import GraphError
 from glasshive.graph.order import Pass
-from glasshive.graph.sampling import Sampling
+from glasshive.graph.sampling import WITHOUT_CHANCE, Sampling
 from glasshive.peer.span_model import SpanModel
 
-_NOT_THEIRS: Final = ("seed", "eos_token_id")
+_NOT_THEIRS: Final = {"seed", "eos_token_id"}
 # Numbers by which transformers' processors are left out.
-_NONE_IF_ZERO: Final = ("min_p", "min_new_tokens")
+_NONE_IF_ZERO: Final = {"min_p", "min_new_tokens"}
 
 
 class Sampler:
@@ -106,8 +106,9 @@ def _processors(
     model: SpanModel, sampling: Sampling, prompt_tokens: int, mask: Tensor | None
 ) -> Any:
     """transformers' own list for this model."""
-    fields = {name: value for name, value in asdict(sampling).items() if name not in _NOT_THEIRS}
-    for name in _NONE_IF_ZERO:
+    left_out = _NOT_THEIRS if sampling.do_sample else {*_NOT_THEIRS, *WITHOUT_CHANCE}
+    fields = {name: value for name, value in asdict(sampling).items() if name not in left_out}
+    for name in fields.keys() & _NONE_IF_ZERO:
         fields[name] = fields[name] or None
     stops = list(sampling.eos_token_id) or None
     config = GenerationConfig(**fields, eos_token_id=stops)  # type: ignore[no-untyped-call]

@@ -71,7 +71,9 @@ def one_thread() -> Iterator[None]:
 def _trace_of(prompt: Tensor) -> Callable[..., tuple[list[Tensor], Provenance]]:
     """Reads in each third of the blocks, an edit, and a value of the first third for the last."""
 
-    def ask(model: Any, **options: Any) -> tuple[list[Tensor], Provenance]:
+    def ask(
+        model: Any, recorded: Callable[[], None], **options: Any
+    ) -> tuple[list[Tensor], Provenance]:
         layers = model.model.layers
         with model.trace(prompt, **options) as tracer:
             early = layers[1].output.save()
@@ -79,6 +81,7 @@ def _trace_of(prompt: Tensor) -> Callable[..., tuple[list[Tensor], Provenance]]:
             middle = layers[3].output.save()
             layers[4].output[:] += early
             logits = model.lm_head.output.save()
+            recorded()
         return [early, middle, logits], tracer.result
 
     return ask
@@ -108,7 +111,9 @@ def _generation_of(prompt: Tensor) -> Callable[..., tuple[list[Tensor], Provenan
     What the last block said at a step is added to the first one's output at the next.
     """
 
-    def ask(model: Any, **options: Any) -> tuple[list[Tensor], Provenance]:
+    def ask(
+        model: Any, recorded: Callable[[], None], **options: Any
+    ) -> tuple[list[Tensor], Provenance]:
         layers = model.model.layers
         options = {"max_new_tokens": NEW, "eos_token_id": []} | options
         with model.generate(prompt, repetition_penalty=PENALTY, **options) as tracer:
@@ -119,6 +124,7 @@ def _generation_of(prompt: Tensor) -> Callable[..., tuple[list[Tensor], Provenan
                 layers[2].output[:, -1] += 1.5
                 saved.append(layers[4].output.save())
                 before = layers[5].output[:, -1]
+            recorded()
         return [tracer.output_ids, *saved], tracer.result
 
     return ask
@@ -169,7 +175,10 @@ def _hooks(plain: Any, hooks: dict[str, Callable[[Any, Any, Tensor], None]]) -> 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of asking once. `disturbed`: peers were lost on the way."""
+    """What came of asking once. `disturbed`: peers were lost on the way.
+
+    `seconds` are those of the run, for which the deadline is: from when it was recorded.
+    """
 
     question: str
     at: float  # on the monotonic clock
@@ -234,8 +243,13 @@ class SteadyClient(threading.Thread):
             deadline = options["deadline"] = self._randomness.choice(self._deadlines)
         is_right, disturbed, error = False, 0, None
         began = time.monotonic()
+
+        def recorded() -> None:
+            nonlocal began
+            began = time.monotonic()
+
         try:
-            got, result = question.ask(model, **options)
+            got, result = question.ask(model, recorded, **options)
         except BaseException as caught:
             error = caught
             seconds = time.monotonic() - began
