@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from glasshive.client.source_lines import here
 from glasshive.client.token_choice import sampling_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
+from glasshive.graph.errors import ShapeMismatch
 from glasshive.graph.order import InvokeShape
 from glasshive.graph.outline import GENERATOR
 from glasshive.graph.plan_codec import MAX_PASSES
@@ -115,12 +117,26 @@ class Generation(Tracer):
         self._asked_tokens: int | None = None
         self._streamer = streamer
         self._step = 0
+        self._asked_step = 0  # of the site that was named last
         self._said_step = False  # whether the body has said of which step it speaks
         self._advanced: dict[str, int] = {}
         self._results: dict[int, TracedTensor] = {}
         self._chosen: Chosen | None = None
 
     # The body -------------------------------------------------------------------------------
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, ShapeMismatch) and self._asked_step:
+            error.add_note(
+                f"this is step {self._asked_step}, which has one token, the last; the prompt's are "
+                "those of step 0"
+            )
+        return super().__exit__(kind, error, trace)
 
     def invoke(self, prompt: Prompt | None = None, *, max_new_tokens: int | None = None) -> Any:
         """One more prompt, or batch of prompts, with its own number of new tokens if it says one.
@@ -164,6 +180,7 @@ class Generation(Tracer):
             _warn_of_one_token()
         step = self._step + self._advanced.get(module, 0)
         self._require_step(step)
+        self._asked_step = step
         return step
 
     def advance(self, module: str, steps: int) -> None:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import glasshive
-from glasshive.client.errors import NotSaved, PeerFailed, TraceError
-from glasshive.graph.errors import GlasshiveError, GraphError
+from glasshive.client.errors import Misfit, NotSaved, PeerFailed, TraceError
+from glasshive.graph.errors import GlasshiveError, GraphError, ShapeMismatch
 
 CUTS: tuple[tuple[int, ...], ...] = ((), (1, 3, 5))
 ROWS = torch.tensor([[3, 14, 15, 92, 65], [35, 89, 79, 32, 38], [9, 9, 9, 9, 9]])
@@ -467,3 +467,20 @@ def test_tokens_go_to_a_streamer_as_generate_gives_them(model: Any, plain: Any) 
     assert len(got.put_in) == len(wanted.put_in)
     assert all(map(torch.equal, got.put_in, wanted.put_in))
     assert got.ended == wanted.ended == 1
+
+
+def test_what_does_not_fit_says_of_which_step(model: Any) -> None:
+    layer = model.model.layers[2]
+    said = "this is step 1, which has one token, the last; the prompt's are those of step 0"
+    with pytest.raises(Misfit) as indexed, model.generate(ROWS, max_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            layer.output[:, 2] = 0
+    with pytest.raises(ShapeMismatch) as assigned, model.generate(ROWS, max_new_tokens=3) as tracer:
+        layer.output[:, -1] = 0
+        tracer.next()
+        layer.output[:, -1] = torch.zeros(5)
+    for caught in (indexed, assigned):
+        assert caught.value.__notes__ == [said]
+    with pytest.raises(Misfit) as first, model.generate(ROWS, max_new_tokens=3):
+        layer.output[:, 7] = 0
+    assert not hasattr(first.value, "__notes__")
