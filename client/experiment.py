@@ -17,6 +17,7 @@ from glasshive.client.prompts import Tokens
 from glasshive.client.saved import fill
 from glasshive.client.sites import Sites
 from glasshive.client.source_lines import Mark, SourceLine, here, resolve
+from glasshive.client.structures import drop, save_parts
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.budget import Bill, Budget, admit
 from glasshive.graph.calls import Calls, surroundings
@@ -163,6 +164,7 @@ class Experiment:
     writes: Mapping[NodeId, tuple[Write | Skip, Mapping[int, Moment]]]
     sampling: Sampling | None = None
     chosen: Chosen | None = None  # of a generation
+    containers: Sequence[object] = ()  # that the user saved, with all that they hold
 
     @property
     def digest(self) -> bytes:
@@ -177,18 +179,23 @@ class Experiment:
         """Give every saved value its tensor, once all has come that comes.
 
         What needs a step that a generation did not come to, because it ended before, has none, and
-        says so when it is used. Raises StepNeverRan if such a value was written somewhere, and
-        ClientError if a tensor is not what was traced.
+        says so when it is used; saved lists and dictionaries are without it. Raises StepNeverRan if
+        such a value was written somewhere, and ClientError if a tensor is not what was traced.
         """
         if self.chosen is not None:
             self.chosen.hear(came)
             self._check_writes(self.chosen)
+        gone: set[int] = set()
         for name, tensor in self.saves.items():
             missing = self._why_missing(name, self.chosen)
             if missing is None:
                 fill(tensor, came[name])
             else:
                 tensor._alias.cell.recorder.never_came[name] = missing
+                gone.add(id(tensor))
+        if gone:
+            for one in self.containers:
+                drop(one, gone)
 
     def never_come(self, came: Mapping[str, Tensor]) -> frozenset[str]:
         """The saves that don't come beside these, because the tokens among them say an end.
@@ -282,6 +289,7 @@ def finish(
     if sites.broken is not None:
         raise sites.broken
     recorder = sites.recorder
+    save_parts(recorder.containers)
     wanted = {
         name: one
         for name, one in recorder.saves.items()
@@ -356,6 +364,7 @@ def finish(
         },
         sampling,
         chosen,
+        recorder.containers,
     )
 
 

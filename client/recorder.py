@@ -51,6 +51,7 @@ class Recorder:
         self.value_info: dict[NodeId, Any] = {}
         self.is_open = False
         self.saves: dict[str, TracedTensor] = {}
+        self.containers: list[Any] = []  # that were saved: also what they hold in the end
         self.never_came: dict[str, str] = {}  # why a save has no value, by name
         self._marks: dict[NodeId, Mark] = {}
         self._merge = merge

@@ -6,8 +6,10 @@ assigned to the site. Setting an item here would reach no model, so it is refuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from glasshive.client.errors import TraceError
 from glasshive.client.recorder import active_recorder
@@ -158,20 +160,48 @@ def _refuse_item(name: str, key: object) -> NoReturn:
 def save(value: T) -> T:
     """Bring back every traced value in `value`: itself, or in lists, tuples and dictionaries.
 
-    Returns `value`. What is no traced value needs no saving, and stays what it is.
+    Returns `value`. What is no traced value needs no saving, and stays what it is. In a trace, what
+    a list, set or dictionary holds when the block ends is saved; values of steps that never came,
+    because a generation ended before, are not in it any more.
     """
-    if isinstance(value, list | dict | set) and not value and active_recorder() is not None:
-        raise TraceError(
-            f"an empty {type(value).__name__} is saved: what is put into it later would not be; "
-            "save what you put in, as in hs.append(x.save()), or save it when it is full",
-            line=here(),
-        )
+    recorder = active_recorder()
+    if recorder is not None and isinstance(value, list | dict | set):
+        recorder.containers.append(value)
+    save_parts(value)
+    return value
+
+
+def save_parts(value: object) -> None:
+    """Save every traced value that is in `value` now, or that it is."""
     if isinstance(value, TracedTensor):
         value.save()
-    elif isinstance(value, list | tuple | set):
-        for part in tuple.__iter__(value) if isinstance(value, tuple) else value:
-            save(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            save(part)
-    return value
+    elif isinstance(value, list | set | dict | tuple):
+        for part in _parts(value):
+            save_parts(part)
+
+
+def drop(value: object, gone: Collection[int]) -> bool | None:
+    """Take tensors of these ids out of lists, sets and dictionaries, with what has no other tensor.
+
+    Returns whether `value` is gone so; None if there is no tensor in it.
+    """
+    if isinstance(value, torch.Tensor):
+        return id(value) in gone
+    if not isinstance(value, list | set | dict | tuple):
+        return None
+    parts = [(part, drop(part, gone)) for part in _parts(value)]
+    if isinstance(value, dict):
+        for key in [key for key, (_, is_gone) in zip(value, parts, strict=True) if is_gone]:
+            del value[key]
+    elif isinstance(value, list):
+        value[:] = [part for part, is_gone in parts if not is_gone]
+    elif isinstance(value, set):
+        value -= {part for part, is_gone in parts if is_gone}
+    said = [is_gone for _, is_gone in parts if is_gone is not None]
+    return all(said) if said else None
+
+
+def _parts(value: list[Any] | set[Any] | dict[Any, Any] | tuple[Any, ...]) -> list[Any]:
+    if isinstance(value, tuple):
+        return list(tuple.__iter__(value))  # Parts asks for those that are no tensor
+    return list(value.values() if isinstance(value, dict) else value)
