@@ -30,7 +30,7 @@ from glasshive.dht.errors import TransportLost
 from glasshive.peer.served_model import ServedModel
 
 NEW = 12
-PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 CUTS = (2, 4)
 
 
