@@ -66,6 +66,8 @@ from glasshive.security.results import SavesDigest, TraceResult
 
 MEND_AFTER_SECONDS: Final = 0.5
 """After which a peer that another has lost, and that is there, is tried again by that one."""
+OWN_DAEMON_SECONDS: Final = 0.2
+"""Within which the loss of our own network daemon is seen, after that of what went through it."""
 MOST_MENDS: Final = 3
 """So often a stream between two peers is opened anew, before one of them is taken for lost."""
 
@@ -194,7 +196,21 @@ class Job:
                 for one in several:
                     self._tasks.create_task(one)
         except BaseExceptionGroup as group:
-            raise min(group.exceptions, key=how_little_it_says) from None
+            error = min(group.exceptions, key=how_little_it_says)
+            await self._check_own_daemon(error)
+            raise error from None
+
+    async def _check_own_daemon(self, error: BaseException) -> None:
+        """Raise TransportLost if a peer seems lost because our own network daemon is.
+
+        Its streams end a few milliseconds before it is seen to have.
+        """
+        if isinstance(error, PeerLost):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OWN_DAEMON_SECONDS):
+                    await self.transport.lost.wait()
+            if self.transport.lost.is_set():
+                raise TransportLost("the network daemon of this process is lost") from error
 
     async def _prepare(self, hop: HopReport) -> None:
         body = encode_part(hop.part, self.plan.passes)
@@ -341,9 +357,10 @@ class Job:
 
         Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it.
         """
-        self._leave_out(hop, lost)
         if self.stand_in is None or not hop.part.outlives_peers:
             raise lost
+        await self._check_own_daemon(lost)
+        self._leave_out(hop, lost)
         began, gone = self.clock(), hop.peer.peer_id
         hop.state, hop.stands_in = "preparing", True
         while self.moves < self.most_moves and not self._is_late(hop):
