@@ -347,6 +347,8 @@ class Job:
             if objection := self.objection(message.name, tensor):
                 raise MalformedMessage(objection)
             self.saves[message.name] = tensor
+            if self.plan.passes.are_generation:
+                self._left_out.gained()
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
 

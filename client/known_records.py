@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import math
 import threading
 import time
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["KnownRecords"]
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 ASK_SECONDS: Final = 2.0
 """For who serves a model, where those who are known would do."""
@@ -90,14 +92,21 @@ class KnownRecords:
             return list(self.now)
 
     async def ask(self) -> None:
-        """Ask the directory again, on the loop, and keep what is known if it doesn't answer."""
-        with contextlib.suppress(SwarmError):
+        """Ask the directory again, on the loop, and keep what is known if it doesn't answer.
+
+        Raises ShutOut, which no later answer takes back.
+        """
+        try:
             self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS))
+        except ShutOut:
+            raise
+        except SwarmError as error:
+            log.debug("directory_silent", extra={"error": str(error)})
 
     async def until(self, choose: Callable[[], T], left_seconds: Callable[[], float]) -> T:
         """What `choose` gives of what is known, asked for again and again while it raises NoRoute.
 
-        On the loop. Raises that NoRoute when no time is left.
+        On the loop. Raises that NoRoute when no time is left, and ShutOut.
         """
         while True:
             await self.ask()

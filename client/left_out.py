@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, final
 
@@ -21,6 +22,9 @@ __all__ = ["RETURN_SECONDS", "LeftOut"]
 RETURN_SECONDS: Final = 25.0
 """So long a trace waits for a lost peer to come back, or for another of its kind. Peers announce
 themselves every 20 s, so that by then all who are there have been seen."""
+MOST_LOSSES: Final = 3
+"""So often in a row a peer is lost before it is left out for good, if nothing was gained between:
+what it is given may be what ends it."""
 
 
 class _Loss(NamedTuple):
@@ -46,6 +50,7 @@ class LeftOut:
         self._clock = clock
         self._losses = {peer: _Loss(math.inf, -math.inf) for peer in for_good}
         self._heeded: list[PeerError] = []
+        self._in_a_row: Counter[PeerId] = Counter()
 
     def heed(self, error: PeerError, *, for_good: bool = False) -> None:
         """Leave out who is to blame, once for each error.
@@ -58,11 +63,17 @@ class LeftOut:
         self._heeded.append(error)
         if isinstance(error, PeerLost) and error.is_there:
             return
-        may_return = isinstance(error, PeerLost | PeerBusy) and not for_good
+        self._in_a_row[error.peer] += isinstance(error, PeerLost)
+        is_worn_out = self._in_a_row[error.peer] >= MOST_LOSSES
+        may_return = isinstance(error, PeerLost | PeerBusy) and not for_good and not is_worn_out
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
             self._losses[error.peer] = _Loss(at, self._clock())
+
+    def gained(self) -> None:
+        """What was given to peers that came back has got further than before."""
+        self._in_a_row.clear()
 
     def among(self, records: Iterable[PeerRecord]) -> set[PeerId]:
         """Who is left out, but those of these that announced themselves since they were lost."""

@@ -66,9 +66,22 @@ def test_a_lost_peer_is_back_when_it_has_announced_itself_since(out: LeftOut, cl
         assert out.among([announced(NOW + before)]) == {ONE, OTHER}
     assert out.among([announced(NOW + 0.001)]) == {OTHER}
     clock.now += 5
+    out.gained()
     out.heed(PeerLost("gone again", peer=ONE))
     assert out.among([announced(NOW + 4.9)]) == {ONE, OTHER}
     assert out.among([announced(NOW + 5.1)]) == {OTHER}
+
+
+def test_who_is_lost_again_at_the_same_point_does_not_come_back(out: LeftOut) -> None:
+    """A trace that ends its host's process does so a few times, and no more."""
+    for _ in range(5):
+        out.heed(PeerLost("gone", peer=ONE))
+        out.gained()
+    for _ in range(left_out.MOST_LOSSES - 1):
+        out.heed(PeerLost("gone", peer=ONE))
+    assert out.among([announced(NOW + 1)]) == {OTHER}
+    out.heed(PeerLost("gone", peer=ONE))
+    assert out.among([announced(NOW + 1)]) == {ONE, OTHER}
 
 
 def test_each_error_counts_once(out: LeftOut, clock: Clock) -> None:
