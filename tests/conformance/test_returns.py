@@ -5,7 +5,7 @@ same with network daemons and processes that are killed.
 
 Seen failing, each alone: with no wait in `ModelRunner._stand_in`; with a record of before the loss
 that counts in `LeftOut.among`; with neighbours that are told by address in `Job._revise`; with
-revision 1 for whoever stands in; with a peer that keeps its old address in `find_peers`.
+revision 1 for whoever stands in.
 """
 
 from __future__ import annotations
@@ -119,6 +119,29 @@ def test_a_peer_that_is_back_goes_on_where_it_was(
     assert sorted(one.blocks for one in result.replaced) == [f"{2 * i}:{2 * i + 2}" for i in lost]
     assert all(one.lost == one.by for one in result.replaced)
     assert f", {len(lost)} lost peer{'s'[: len(lost) > 1]} came back;" in repr(result)
+
+
+@pytest.mark.parametrize(("lost", "at"), [(0, 4), (1, 4), (1, 5), (2, 5)])
+def test_who_ended_before_it_heard_of_a_loss_runs_its_part_again(
+    lost: int, at: int, hive: Replicas, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a generation; such a peer is there, and has nothing to announce.
+
+    Seen failing with peers that count as lost there (without `PeerLost.is_there`).
+    """
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 5.0)
+    choice = {"repetition_penalty": 2.0}  # left alone, a tiny model says the same again and again
+    plain: Any = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    ids, _ = generate_hooked(plain.eval(), PROMPT, NEW, reads=[], eos_token_id=None, **choice)
+    tokens = ids[0, PROMPT.shape[1] :].tolist()
+    assert tokens[5] not in tokens[:5]
+    hive.after(1, at, hive.lose_daemon(lost))
+    with hive.model.generate(
+        PROMPT, max_new_tokens=NEW, eos_token_id=[tokens[5]], deadline=60, **choice
+    ) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, ids[:, : PROMPT.shape[1] + 6])
+    assert tracer.result.replaced or tracer.result.retried
 
 
 def test_the_same_peer_comes_back_more_than_once(
