@@ -112,7 +112,14 @@ class PeerError(ClientError):
 
 
 class PeerLost(PeerError):
-    """A peer that cannot be reached, or was lost while it ran its part."""
+    """A peer that cannot be reached, or was lost while it ran its part.
+
+    One that `is_there` had only ended too early: it may run the part again.
+    """
+
+    def __init__(self, message: str, *, peer: PeerId, is_there: bool = False) -> None:
+        super().__init__(message, peer=peer)
+        self.is_there = is_there
 
 
 class PeerBusy(PeerError):

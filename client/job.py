@@ -30,9 +30,10 @@ from torch import Tensor
 
 from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
 from glasshive.client.hop import HopReport
+from glasshive.client.left_out import LeftOut
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
-from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.errors import MalformedMessage, SwarmError, TransportLost
 from glasshive.dht.messages import (
     SILENCE_SECONDS,
     TRACE_PROTOCOL,
@@ -65,6 +66,8 @@ from glasshive.security.results import SavesDigest, TraceResult
 
 MEND_AFTER_SECONDS: Final = 0.5
 """After which a peer that another has lost, and that is there, is tried again by that one."""
+OWN_DAEMON_SECONDS: Final = 0.2
+"""Within which the loss of our own network daemon is seen, after that of what went through it."""
 MOST_MENDS: Final = 3
 """So often a stream between two peers is opened anew, before one of them is taken for lost."""
 
@@ -72,7 +75,7 @@ TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
 
 StandIn: TypeAlias = Callable[
-    [int, Collection[PeerId]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
+    [int, Collection[int]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
 ]
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
@@ -106,13 +109,14 @@ class Job:
     never_come: Callable[[Mapping[str, Tensor]], frozenset[str]] = lambda came: frozenset()
     # What is wrong with a save that has come as announced; empty if nothing is.
     objection: Callable[[str, Tensor], str] = lambda name, tensor: ""
-    # Who may run the part of this index in place of its peer, none of these; raises NoRoute.
-    # With the records of all peers as they are now.
+    # Who may run the part of this index in place of its peer, or that peer itself where it has come
+    # back; raises NoRoute. With the records of all peers as they are now, which those of the
+    # parts that it sends to (the second argument) have to be.
     stand_in: StandIn | None = None
     # Told how long a peer took to answer what it was asked first.
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
     most_moves: int = 0
-    avoid: frozenset[PeerId] = frozenset()
+    left_out: LeftOut | None = None  # of all tries; None: of this one
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
@@ -125,11 +129,14 @@ class Job:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
         self.replaced: list[Replaced] = []
-        self._left_out = set(self.avoid)
+        self._left_out = self.left_out or LeftOut(now=self.transport.now, clock=self.clock)
         self._accused: set[tuple[int, int]] = set()
-        self.moves = 0  # how often a part was given to another peer, or was to be
+        self.moves = 0  # how often a part was given to another peer or given anew, or was to be
+        self._given = [1] * len(self.peers)  # by part: how often it was given to a peer
+        self._revisions: Counter[PeerId] = Counter()  # the highest one that each peer was shown
         self._streams: dict[int, PeerStream] = {}  # by the part's index
-        self._mending: set[frozenset[PeerAddress]] = set()  # edges, by the peers at both ends
+        # Edges, by the parts of both ends and how often these had been given.
+        self._mending: set[frozenset[tuple[int, int]]] = set()
         self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
         self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
         self._said: dict[PeerId, PeerError] = {}
@@ -147,7 +154,7 @@ class Job:
         TraceTimeout.
         """
         try:
-            async with asyncio.timeout(self.deadline_seconds) as timer:
+            async with asyncio.timeout(self.left_seconds) as timer:
                 await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
                 await self._together(self._run_hop(hop) for hop in self.hops)
@@ -191,13 +198,30 @@ class Job:
                 for one in several:
                     self._tasks.create_task(one)
         except BaseExceptionGroup as group:
-            raise min(group.exceptions, key=how_little_it_says) from None
+            error = min(group.exceptions, key=how_little_it_says)
+            await self._check_own_daemon(error)
+            raise error from None
+
+    async def _check_own_daemon(self, error: BaseException) -> None:
+        """Raise TransportLost if a peer seems lost because our own network daemon is.
+
+        Its streams end a few milliseconds before it is seen to have.
+        """
+        if isinstance(error, PeerLost):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OWN_DAEMON_SECONDS):
+                    await self.transport.lost.wait()
+            if self.transport.lost.is_set():
+                raise TransportLost("the network daemon of this process is lost") from error
 
     async def _prepare(self, hop: HopReport) -> None:
         body = encode_part(hop.part, self.plan.passes)
-        request = self._request(hop, hashlib.sha256(body).digest(), int(hop.stands_in))
+        before = self._revisions.get(hop.peer.peer_id)
+        revision = int(hop.stands_in) if before is None else before + 1
+        request = self._request(hop, hashlib.sha256(body).digest(), revision)
         signed = request.sign(self.identity, self.transport.now())
-        told = [(peer, request.revision) for peer in self.peers]
+        self._revisions[hop.peer.peer_id] = revision
+        told = [(given, revision) for given in self._given]
         with blaming(hop, self.silence_seconds, "while it was asked to prepare"):
             stream = PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
@@ -325,28 +349,34 @@ class Job:
             if objection := self.objection(message.name, tensor):
                 raise MalformedMessage(objection)
             self.saves[message.name] = tensor
+            if self.plan.passes.are_generation:
+                self._left_out.gained()
             hop.saved_bytes += len(data)
             self.received_bytes += len(data)
 
     # Peers that are lost --------------------------------------------------------------------
 
     async def _replace(self, hop: HopReport, lost: PeerLost) -> None:
-        """Have another peer accept the part of one that is lost.
+        """Have another peer accept the part of one that is lost, or that one when it is back.
 
-        Raises `lost` if the part doesn't outlive its peers, or nobody else can be had for it.
+        Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it.
         """
         if self.stand_in is None or not hop.part.outlives_peers:
             raise lost
+        await self._check_own_daemon(lost)
+        self._leave_out(hop, lost)
         began, gone = self.clock(), hop.peer.peer_id
         hop.state, hop.stands_in = "preparing", True
         while self.moves < self.most_moves and not self._is_late(hop):
             self._streams[hop.part.index].stream.reset()
-            self._left_out.add(hop.peer.peer_id)
             try:
-                record, fresh = await self.stand_in(hop.part.index, self._left_out)
+                record, fresh = await self.stand_in(hop.part.index, hop.part.receivers)
+            except TransportLost:
+                raise
             except (NoRoute, SwarmError):
                 break
             self.moves += 1
+            self._given[hop.part.index] += 1
             hop.peer = PeerAddress(record.peer_id, record.addresses)
             self.peers[hop.part.index] = hop.peer
             # They live for a minute.
@@ -355,7 +385,8 @@ class Job:
             self._ended[hop.peer.peer_id] = asyncio.Event()
             try:
                 await self._prepare(hop)
-            except PeerError:
+            except PeerError as error:
+                self._leave_out(hop, error)
                 continue  # then yet another
             if self._is_late(hop):
                 break
@@ -368,6 +399,13 @@ class Job:
             return
         raise lost
 
+    def _leave_out(self, hop: HopReport, error: PeerError) -> None:
+        """Whoever is to blame may come back; not who was given up, or has had its revisions."""
+        stream = self._streams.get(hop.part.index)
+        given_up = stream is not None and stream.peer_id == error.peer and bool(stream.given_up)
+        worn_out = self._revisions[error.peer] >= MAX_REVISIONS
+        self._left_out.heed(error, for_good=given_up or worn_out)
+
     def _is_late(self, hop: HopReport) -> bool:
         """Whether a neighbour of a part is done, and so has given up what it had sent."""
         return any(self._hop(index).state == "done" for index in hop.neighbours)
@@ -376,14 +414,15 @@ class Job:
         """Raise PeerLost if a peer ended before it had heard who needs its values again."""
         told = self._streams[hop.part.index].told
         for index in hop.neighbours:
-            other, (peer, since) = self._hop(index), told[index]
+            other, (given, since) = self._hop(index), told[index]
             is_coming = other.stands_in and other.state == "preparing"
-            is_news = peer != self.peers[index] or since > revision
+            is_news = given != self._given[index] or since > revision
             if is_coming or (is_news and other.state != "done"):
                 raise PeerLost(
                     f"{hop} had done its part and given up what it had sent, before it heard that "
                     f"{other} needs it again",
                     peer=hop.peer.peer_id,
+                    is_there=True,
                 )
 
     async def _tell(self, hop: HopReport) -> None:
@@ -396,7 +435,7 @@ class Job:
         """Have the peer of a part open its edges with another anew, at whoever runs that now."""
         stream = self._streams[hop.part.index]
         async with stream.turn:
-            is_news = stream.told[part][0] != self.peers[part]
+            is_news = stream.told[part][0] != self._given[part]
             is_current = self._streams[hop.part.index] is stream and hop.state == "running"
             if not is_current or (only_news and not is_news):
                 return
@@ -404,8 +443,9 @@ class Job:
                 stream.give_up(f"{MAX_REVISIONS} times it was told of other peers; no more are")
                 return
             stream.revision += 1
+            self._revisions[stream.peer_id] = stream.revision
             if is_news:
-                stream.told[part] = self.peers[part], stream.revision
+                stream.told[part] = self._given[part], stream.revision
             request = self._request(hop, stream.request.part_sha256, stream.revision)
             signed = request.sign(self.identity, self.transport.now())
             stream.revisions[payload_digest(signed)] = request
@@ -414,13 +454,17 @@ class Job:
 
     def _mend(self, hop: HopReport, part: int) -> None:
         """The peer of a part says that its stream with another is gone."""
-        ends = frozenset((hop.peer, self._hop(part).peer))
+        other = self._hop(part)
+        ends = self._ends(hop, other)
         if ends not in self._mending:
             self._mending.add(ends)
-            self._tasks.create_task(self._mend_soon(hop, self._hop(part), ends))
+            self._tasks.create_task(self._mend_soon(hop, other, ends))
+
+    def _ends(self, *hops: HopReport) -> frozenset[tuple[int, int]]:
+        return frozenset((one.part.index, self._given[one.part.index]) for one in hops)
 
     async def _mend_soon(
-        self, hop: HopReport, other: HopReport, ends: frozenset[PeerAddress]
+        self, hop: HopReport, other: HopReport, ends: frozenset[tuple[int, int]]
     ) -> None:
         """Have both ends of an edge try again, if neither is seen to be gone by then."""
         edge = frozenset((hop.part.index, other.part.index))
@@ -428,7 +472,7 @@ class Job:
         while "preparing" in (hop.state, other.state):  # noqa: ASYNC110 (of either, more than once)
             await asyncio.sleep(MEND_AFTER_SECONDS)
         self._mending.discard(ends)
-        if {hop.peer, other.peer} != ends or hop.state == "done":
+        if self._ends(hop, other) != ends or hop.state == "done":
             return
         self._mended[edge] += 1
         if other.state == "done" or self._mended[edge] > MOST_MENDS:

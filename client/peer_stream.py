@@ -13,14 +13,13 @@ from glasshive.client.hop import HopReport
 from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
-    PeerUnreachable,
     StreamBusy,
     StreamClosed,
     TransportError,
+    TransportLost,
 )
 from glasshive.dht.framing import Frame, Stream
 from glasshive.dht.messages import Alive, Cancel, Failed, Lost, decode, encode, is_a
-from glasshive.dht.transport import PeerAddress
 from glasshive.security.keys import PeerId
 from glasshive.security.requests import TraceRequest
 
@@ -45,8 +44,9 @@ class PeerStream:
     request: TraceRequest
     request_sha256: bytes
     on_lost: Callable[[int], None]
-    told: list[tuple[PeerAddress, int]]
-    """The peer of each part, as this one was told in that revision of the request."""
+    told: list[tuple[int, int]]
+    """How often each part had been given to another peer, or to the same one anew, when this one
+    was told of it, and in which revision of the request that was."""
     revision: int
     revisions: dict[bytes, TraceRequest] = field(default_factory=dict)
     """The request as it was signed anew, by the hash of each."""
@@ -98,8 +98,9 @@ class PeerStream:
 
 def how_little_it_says(error: BaseException) -> int:
     """A peer that says what is wrong with its part, or with another peer's, says more than one that
-    has only lost contact."""
-    return 0 if isinstance(error, PeerFailed) else 1 if isinstance(error, BadAnswer) else 2
+    has only lost contact. The loss of our own daemon is why all contact is lost."""
+    says_why = isinstance(error, PeerFailed | TransportLost)
+    return 0 if says_why else 1 if isinstance(error, BadAnswer) else 2
 
 
 _OF_NEIGHBOURS: Final[dict[str, type[PeerError]]] = {
@@ -137,7 +138,10 @@ def _printable(text: str) -> str:
 
 
 class blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
-    """Turns what the network says about one peer into an error that names the peer."""
+    """Turns what the network says about one peer into an error that names the peer.
+
+    The loss of our own daemon is no peer's fault, and stays what it is.
+    """
 
     def __init__(self, hop: HopReport, silence_seconds: float, doing: str) -> None:
         self.hop = hop
@@ -159,7 +163,7 @@ class blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
             ) from error
         if isinstance(error, StreamBusy):
             raise PeerBusy(f"{who} is busy: {error}", peer=self.hop.peer.peer_id) from error
-        if isinstance(error, PeerUnreachable | StreamClosed | TransportError):
+        if isinstance(error, TransportError) and not isinstance(error, TransportLost):
             raise PeerLost(
                 f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id
             ) from error

@@ -29,10 +29,11 @@ class Hop(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """A peer that was lost in the middle of a generation, and the one that went on in its place.
+    """A peer that was lost in the middle of a generation, and the one that went on in its place:
+    another, or the same one, which had come back.
 
-    `seconds` passed from when the loss was seen until the other peer had accepted the part; then it
-    ran the steps again that the first one had run.
+    `seconds` passed from when the loss was seen until that peer had accepted the part; then it ran
+    the steps again that had been run.
     """
 
     blocks: str
@@ -70,8 +71,10 @@ class Provenance:
     def __repr__(self) -> str:
         route = " > ".join(f"{hop.blocks} {hop.peer[-8:]}" for hop in self.hops)
         retried = f", retried {self.retried}x" if self.retried else ""
-        if lost := len(self.replaced):
-            retried += f", {lost} lost peer{'s'[: lost > 1]} replaced"
+        back = sum(one.lost == one.by for one in self.replaced)
+        for count, what in ((len(self.replaced) - back, "replaced"), (back, "came back")):
+            if count:
+                retried += f", {count} lost peer{'s'[: count > 1]} {what}"
         return (
             f"<{self.seconds:.2f} s over {route}; {self.dtype}, {self.attention} attention"
             f"{retried}; {'audited' if self.audited else 'unaudited'}>"

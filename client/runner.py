@@ -6,24 +6,32 @@ import contextlib
 import math
 import secrets
 import shlex
-import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
 from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.demand import Demand, demand_of
-from glasshive.client.errors import NoRoute, PeerBusy, PeerError, PeerFailed, TraceTimeout
+from glasshive.client.errors import (
+    NoRoute,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
+from glasshive.client.known_records import KnownRecords
+from glasshive.client.left_out import LeftOut
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.round_trips import PATIENCE_SECONDS
 from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in, rivals
-from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
+from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import HIDDEN, TOKENS, Plan
@@ -34,18 +42,15 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 
-_ASK_SECONDS: Final = 2.0  # for who serves a model, where those who are known would do
-_FRESH_SECONDS: Final = 15.0  # for so long what is known of the peers is not asked for again
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
 
 
 @dataclass
 class _Tries:
-    """Of one trace: whom it avoids by now, and how often it was run elsewhere, or a part of it."""
+    """Of one trace: whom it leaves out by now, and how often all or a part of it was run again."""
 
-    avoid: set[PeerId]
-    lost: dict[PeerId, float] = field(default_factory=dict)  # with the expiry of their records then
+    left_out: LeftOut
     count: int = 0
     reruns: int = 0
     backends: frozenset[str] | None = None  # on which it may run; None: on any
@@ -70,10 +75,7 @@ class ModelRunner:
         self._dtype = dtype
         self._attention = attention
         self._n_blocks = n_blocks
-        self._lock = threading.Lock()
-        # Of the last look-up: all routes that there are, so that a next one need not wait.
-        self._known: list[PeerRecord] = []
-        self._asked_at = -math.inf  # on the monotonic clock
+        self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
 
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
@@ -81,10 +83,11 @@ class ModelRunner:
 
         A trace is a pure function of its request, so after a lost peer, or one whose own limits
         are too narrow for it, all of it is run again on a route without that peer, `retries` times
-        at most and within the one deadline.
+        at most and within the one deadline. Where there is no other, it waits for that one to come
+        back. And it is run again when this process' own network daemon was lost.
         """
         ends_at = time.monotonic() + options.deadline_seconds
-        tries = _Tries(set(options.avoid))
+        tries = self._tries(options)
         try:
             route = self._route(experiment, options, tries, ends_at)
         except DeadlineExceeded:
@@ -107,18 +110,22 @@ class ModelRunner:
                 if error.code not in _OWN_LIMITS or tries.count == options.retries:
                     raise
                 refused = error
-                tries.avoid.add(error.peer)  # another peer may allow more, or have more left
+                tries.left_out.heed(error)  # another peer may allow more, or have more left
                 try:
                     route = self._route(experiment, options, tries, ends_at)
                 except (NoRoute, SwarmError):
                     raise error from None
+            except TransportLost as error:  # nobody else's fault: the route stays
+                if tries.count == options.retries or time.monotonic() > ends_at:
+                    raise TransportLost(
+                        "the network daemon (p2pd) of this process ended while the trace ran; run "
+                        "the trace again: a new one is started for it"
+                    ) from error
             except PeerError as error:
-                tries.avoid.add(error.peer)
-                tries.lost |= {
-                    p.peer_id: p.expires_at_seconds for p in self._known if p.peer_id == error.peer
-                }
+                tries.left_out.heed(error)
                 is_busy = isinstance(error, PeerBusy)
-                self._bans.trouble(error.peer, BUSY_SECONDS if is_busy else LOST_SECONDS)
+                if error.peer in tries.left_out.among(()):
+                    self._bans.trouble(error.peer, BUSY_SECONDS if is_busy else LOST_SECONDS)
                 if tries.count == options.retries:
                     self._advise(
                         error,
@@ -126,7 +133,10 @@ class ModelRunner:
                     )
                     raise
                 try:
-                    route = self._route(experiment, options, tries, ends_at)
+                    route = self._another_route(
+                        *(experiment, options, tries, ends_at, route),
+                        lost=error if refused is None and isinstance(error, PeerLost) else None,
+                    )
                 except NoRoute as none:
                     if refused is not None:  # that says more than that others are gone
                         raise refused from error
@@ -146,7 +156,7 @@ class ModelRunner:
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
         """What it would take on the route that it would get now."""
-        route = self._route(experiment, options, _Tries(set(options.avoid)))
+        route = self._route(experiment, options, self._tries(options))
         plan = self._plan(experiment, route, outlives_peers=False)
         return {
             "route": [f"{one.start}:{one.end} {one.peer_id}" for one in route.records],
@@ -164,7 +174,7 @@ class ModelRunner:
 
     def describe(self) -> str:
         """Who serves which blocks, and the route that a trace of all of them would take now."""
-        records = sorted(self._records(fresh=False), key=lambda one: (one.start, one.end))
+        records = sorted(self._records.get(fresh=False), key=lambda one: (one.start, one.end))
         lines = [
             f"  blocks {one.start}:{one.end} of {one.n_blocks}  {one.dtype}  {one.attention}  "
             f"{one.peer_id}"
@@ -176,7 +186,7 @@ class ModelRunner:
         for also_banned in (False, True):
             with contextlib.suppress(NoRoute):
                 route = self._choose(
-                    *(records, range(self._n_blocks), Demand(), _Tries(set()), None),
+                    *(records, range(self._n_blocks), Demand(), self._tries(TraceOptions()), None),
                     also_banned=also_banned,
                 )
                 hops = "\n".join(map(self._hop_line, route.records))
@@ -236,10 +246,10 @@ class ModelRunner:
             objection=experiment.objection,
             trace_id=secrets.token_bytes(16),
             deadline_seconds=deadline_seconds,
-            stand_in=partial(self._stand_in, hosts, options, demand_of(experiment)),
+            stand_in=partial(self._stand_in, hosts, options, demand_of(experiment), tries.left_out),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
-            avoid=frozenset(tries.avoid),
+            left_out=tries.left_out,
         )
         with JobDisplay(options.show_progress) as display:
 
@@ -288,32 +298,39 @@ class ModelRunner:
         hosts: list[PeerRecord],
         options: TraceOptions,
         demand: Demand,
+        left_out: LeftOut,
         part: int,
-        left_out: Collection[PeerId],
+        receivers: Collection[int],
     ) -> tuple[PeerRecord, Mapping[PeerId, bytes]]:
         """Who may run a part in place of its host, which was lost; that is changed in `hosts`.
 
         And the signed records of all who serve the model. On the loop. Raises NoRoute. Who is known
         of late need not be asked for while all wait; of a swarm whose directory is gone, those who
-        were known may still be there.
+        were known may still be there. Where there is nobody else, that host itself may come back.
         """
-        lost = hosts[part]
-        self._bans.trouble(lost.peer_id, LOST_SECONDS)
-        choose = partial(choose_stand_in, lost=lost, avoid=left_out, seconds=self._seconds(demand))
-        if self._is_fresh():
-            with contextlib.suppress(NoRoute):
-                hosts[part] = choose(self._usable(self._known, options))
-                return hosts[part], self._signed()
-        with contextlib.suppress(SwarmError):
-            self._learn(await self._swarm.ask_records(self._model_id, _ASK_SECONDS))
-        try:
-            hosts[part] = choose(self._usable(self._known, options))
-        except NoRoute:  # but maybe one that has started again since it was left out
-            hosts[part] = choose(self._usable(self._known, options, also_banned=True))
-        return hosts[part], self._signed()
+        lost, records = hosts[part], self._records
+        if lost.peer_id in left_out.among(()):
+            self._bans.trouble(lost.peer_id, LOST_SECONDS)
 
-    def _signed(self) -> dict[PeerId, bytes]:
-        return {one.peer_id: one.signed for one in self._known}
+        def choose(*, also_banned: bool = False) -> PeerRecord:
+            for receiver in (hosts[one] for one in receivers):
+                if receiver.peer_id not in records.signed and not records.is_valid(receiver):
+                    raise NoRoute(f"nobody says where {receiver.peer_id} is now")
+            known = self._usable(records.now, options, also_banned=also_banned)
+            seconds, avoid = self._seconds(demand), left_out.among(known)
+            return choose_stand_in(known, lost, avoid, seconds)
+
+        def choose_any() -> PeerRecord:
+            with contextlib.suppress(NoRoute):
+                return choose()
+            return choose(also_banned=True)  # maybe one that has started again
+
+        if records.are_fresh:
+            with contextlib.suppress(NoRoute):
+                hosts[part] = choose()
+                return hosts[part], records.signed
+        hosts[part] = await records.until(choose_any, lambda: left_out.left_seconds(lost.peer_id))
+        return hosts[part], records.signed
 
     def _usable(
         self, known: Sequence[PeerRecord], options: TraceOptions, *, also_banned: bool = False
@@ -353,6 +370,55 @@ class ModelRunner:
                 error.args = (f"{line}: {error}",)
             raise
 
+    def _tries(self, options: TraceOptions) -> _Tries:
+        now = self._swarm.transport.now
+        return _Tries(LeftOut(options.avoid, now=now, clock=time.monotonic))
+
+    def _another_route(
+        self,
+        experiment: Experiment,
+        options: TraceOptions,
+        tries: _Tries,
+        ends_at: float,
+        before: Route,
+        *,
+        lost: PeerLost | None,
+    ) -> Route:
+        """`_route` after one that failed, for which it waits if a peer was lost that may return."""
+        try:
+            return self._route(experiment, options, tries, ends_at)
+        except ShutOut:
+            raise
+        except (NoRoute, SwarmError) as error:
+            if lost is None:
+                raise
+            none = error
+        left_out = tries.left_out
+
+        def left_seconds() -> float:
+            return min(left_out.left_seconds(lost.peer), ends_at - time.monotonic())
+
+        def choose() -> Route:
+            # A directory that was lost as well may not know of the others yet.
+            known = {one.peer_id: one for one in (*before.records, *self._records.now)}
+            return self._choose(
+                [one for one in known.values() if self._records.is_valid(one)],
+                *(needed_blocks(experiment.graph, experiment.outline), demand_of(experiment)),
+                *(tries, options.route),
+                also_banned=True,
+            )
+
+        if (seconds := left_seconds()) > 0:
+            try:
+                return self._swarm.run(self._records.until(choose, left_seconds), seconds + 10)
+            except NoRoute as error:
+                none = error if isinstance(none, NoRoute) else none
+        gone_seconds = left_out.gone_seconds(lost.peer)
+        if 1 <= gone_seconds < math.inf:
+            waited = f"waited {gone_seconds:.0f} s for {lost.peer} to come back; "
+            none.args = (f"{waited}{none}",)
+        raise none
+
     def _route(
         self,
         experiment: Experiment,
@@ -367,7 +433,7 @@ class ModelRunner:
         """
         needed = needed_blocks(experiment.graph, experiment.outline)
         demand = demand_of(experiment)
-        known = self._records(fresh=False, ends_at=ends_at)
+        known = self._records.get(fresh=False, ends_at=ends_at)
         left_out = self._left_out(known, tries)
         candidates = [
             one
@@ -381,7 +447,7 @@ class ModelRunner:
         )
         with contextlib.suppress(NoRoute):  # what is known may be old
             return choose(known)
-        known = self._records(fresh=True, ends_at=ends_at)
+        known = self._records.get(fresh=True, ends_at=ends_at)
         with contextlib.suppress(NoRoute):
             return choose(known)
         return choose(known, also_banned=True)
@@ -389,18 +455,9 @@ class ModelRunner:
     def _left_out(
         self, known: Sequence[PeerRecord], tries: _Tries, *, also_banned: bool = False
     ) -> set[PeerId]:
-        """Those of these peers that are revoked, avoided by the trace, or left out for a while.
-
-        With `also_banned` not those that were lost, and have announced themselves since.
-        """
-        avoid = set(tries.avoid)
-        if also_banned:
-            for one in known:
-                if one.expires_at_seconds > tries.lost.get(one.peer_id, math.inf):
-                    avoid.discard(one.peer_id)
-        else:
-            avoid |= {one.peer_id for one in known if one.peer_id in self._bans}
-        return self._swarm.revoked(known) | avoid
+        """Those of these peers that are revoked, left out by the trace, or by all for a while."""
+        banned = () if also_banned else [one.peer_id for one in known if one.peer_id in self._bans]
+        return self._swarm.revoked(known) | tries.left_out.among(known) | {*banned}
 
     def _choose(
         self,
@@ -441,50 +498,6 @@ class ModelRunner:
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
                 self._swarm.measure(to_ask, patience_seconds)
-
-    def _is_fresh(self) -> bool:
-        """Whether what is known of the peers was asked for of late, and is all still valid."""
-        return (
-            bool(self._known)
-            and time.monotonic() < self._asked_at + _FRESH_SECONDS
-            and self._are_valid()
-        )
-
-    def _are_valid(self) -> bool:
-        now = self._swarm.transport.now()
-        return all(one.expires_at_seconds >= now for one in self._known)
-
-    def _learn(self, records: Iterable[PeerRecord]) -> None:
-        """Keep what the directory has just said. In the loop's thread as well, without a lock."""
-        kind = (self._dtype, self._attention)
-        self._known = [one for one in records if (one.dtype, one.attention) == kind]
-        self._asked_at = time.monotonic()
-
-    def _records(self, *, fresh: bool, ends_at: float = math.inf) -> list[PeerRecord]:
-        """The peers of this model and dtype: as known of late, or else asked for again.
-
-        Those whose records are still valid do where the directory can't be asked, unless `fresh`.
-        """
-        with self._lock:
-            if not fresh and self._is_fresh():
-                return list(self._known)
-            would_do = bool(self._known) and self._are_valid() and not fresh
-            left_seconds = max(ends_at - time.monotonic(), 0.0)
-            try:
-                self._learn(
-                    self._swarm.records(
-                        self._model_id,
-                        min(left_seconds, _ASK_SECONDS) if would_do else left_seconds,
-                    )
-                )
-            except UnknownModel:  # its last peer withdrew: the route says what is missing
-                self._learn([])
-            except ShutOut:
-                raise
-            except SwarmError:
-                if not would_do:
-                    raise
-            return list(self._known)
 
 
 def _compute_seconds(plan: Plan, route: Route) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
@@ -18,9 +19,11 @@ from glasshive.client.job import Job
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.runner import ModelRunner
+from glasshive.dht.deadline import within
 from glasshive.dht.directory import ask_directory
 from glasshive.dht.errors import TransportClosed
 from glasshive.dht.loop_thread import LoopThread
+from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
@@ -28,6 +31,8 @@ from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, outline_of
 from glasshive.security.keys import Identity, PeerId
 from glasshive.security.policy import Policy
+
+T = TypeVar("T")
 
 _DIRECTORY_SECONDS: Final = 20.0
 _FILES_SECONDS: Final = 120.0
@@ -84,6 +89,7 @@ class Swarm:
         self._end = end or transport.close
         self._where = where
         self._closed = False
+        self._rebuilding: asyncio.Task[None] | None = None
         self.round_trips = RoundTrips()  # of whatever model
 
     def __repr__(self) -> str:
@@ -102,8 +108,14 @@ class Swarm:
         if self._closed:
             return
         self._closed = True
-        self._loop.run(self._end(), _CLOSE_SECONDS)
+        self._loop.run(self._close(), _CLOSE_SECONDS)
         self._loop.close()
+
+    async def _close(self) -> None:
+        if self._rebuilding is not None:
+            self._rebuilding.cancel()
+            await asyncio.wait({self._rebuilding})
+        await self._end()
 
     @property
     def policy(self) -> Policy | None:
@@ -133,14 +145,24 @@ class Swarm:
 
     async def ask_records(self, model: str | None, seconds: float) -> list[PeerRecord]:
         """`records`, on the loop of the connection."""
+        await self._alive(seconds)
         hosts = self._where.hosts
         return await ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
 
     def measure(self, records: Sequence[PeerRecord], within_seconds: float) -> None:
         """Ask these peers how far away they are; `round_trips` has it then. Raises SwarmError."""
         self._check_open()
-        asked = self.round_trips.ask(self._transport, records, within_seconds)
-        self._loop.run(asked, within_seconds + 5)
+
+        async def ask() -> None:
+            await self._alive(within_seconds)
+            await self.round_trips.ask(self._transport, records, within_seconds)
+
+        self._loop.run(ask(), within_seconds + 5)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], within_seconds: float) -> T:
+        """Its result, on the loop of the connection; from another thread."""
+        self._check_open()
+        return self._loop.run(coroutine, within_seconds)
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.
@@ -205,7 +227,26 @@ class Swarm:
         The caller's thread calls `on_tick` four times a second meanwhile.
         """
         self._check_open()
-        self._loop.run(job.run(), job.deadline_seconds + 10, on_tick)
+
+        async def run() -> None:
+            await self._alive(job.left_seconds)
+            await job.run()
+
+        self._loop.run(run(), job.deadline_seconds + 10, on_tick)
+
+    async def _alive(self, within_seconds: float) -> None:
+        """The connection is there: a network daemon that has died is started again.
+
+        Raises DeadlineExceeded, and what starting it raises; then the next call tries again.
+        """
+        rebuilding = self._rebuilding
+        if self._transport.lost.is_set() and (rebuilding is None or rebuilding.done()):
+            # A task of its own: several traces wait for it, each for as long as it may.
+            rebuilding = self._rebuilding = asyncio.create_task(self._transport.rebuild())
+            rebuilding.add_done_callback(forget_outcome)
+        if rebuilding is not None and not rebuilding.done():
+            what = "starting a new network daemon (p2pd)"
+            await within(within_seconds, asyncio.shield(rebuilding), what)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -179,6 +179,11 @@ class PeerRecord:
             raise RecordRefused(f"record refused: {error}") from None
         return _from_fields(fields, envelope.sender, envelope.expires_at_seconds, data)
 
+    @property
+    def announced_at_seconds(self) -> float:
+        """It was signed no earlier than then, by its peer's clock."""
+        return self.expires_at_seconds - MAX_LIFETIME_SECONDS
+
     def renewed(self, expires_at_seconds: float) -> PeerRecord:
         """The same with another expiry, in whole milliseconds as it is signed."""
         return replace(

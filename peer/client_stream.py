@@ -30,6 +30,10 @@ class ClientStream:
         """The next frame, as `Stream.receive` gives it."""
         return await self._stream.receive(deadline_seconds)
 
+    def reset(self) -> None:
+        """End the stream at once; who receives from it is told."""
+        self._stream.reset()
+
     async def send(
         self,
         header: Plain,

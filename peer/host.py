@@ -74,6 +74,7 @@ from glasshive.peer.memory_book import MemoryBook, lent_bytes
 from glasshive.peer.planned_peers import check_peers, find_peers
 from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel
+from glasshive.peer.slots import Slots
 from glasshive.peer.torch_thread import TorchThread
 from glasshive.peer.trace_inputs import take_inputs
 from glasshive.security.envelope import payload_digest
@@ -161,7 +162,7 @@ class Host:
         # What the constants kept leave of it.
         self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
-        self._tenants: dict[bytes, ClientStream] = {}  # who has which slot, since its Prepare
+        self._slots = Slots()
         self._pace = served.pace
         self._admission = Admission(served.outline, served.twin, self._limits.budget, self._pace)
         self.apply(policy or Policy.of_release())
@@ -179,7 +180,7 @@ class Host:
     @property
     def load(self) -> float:
         """How much of its traces the host has running, from 0 to 1."""
-        return min(len(self._tenants) / self._limits.traces, 1.0)
+        return min(len(self._slots) / self._limits.traces, 1.0)
 
     @property
     def overdue_seconds(self) -> float:
@@ -235,18 +236,19 @@ class Host:
                 swarm=self._transport.swarm,
                 now=self._transport.now(),
             )
-            with self._accounts.open(client.peer_id, request.trace_id) as account:
-                self._take_slot(request.trace_id, client)
-                try:
-                    self._seen.admit(envelope, self._transport.now())
-                    async with _heard(client):
-                        result = await self._serve_trace(
-                            client, account, request, payload_digest(signed), frame.body
-                        )
-                finally:
-                    del self._tenants[request.trace_id]
-                    # A stage that can't be interrupted still has its memory.
-                    self._torch.after(request.trace_id, partial(self._memory.release, client))
+            self._admission.policy.check_client(client.peer_id)
+            members_only = self._transport.members_only
+            async with self._slots.hold(request, client, self._limits, members_only=members_only):
+                with self._accounts.open(client.peer_id, request.trace_id) as account:
+                    try:
+                        self._seen.admit(envelope, self._transport.now(), request.revision)
+                        async with _heard(client):
+                            result = await self._serve_trace(
+                                client, account, request, payload_digest(signed), frame.body
+                            )
+                    finally:
+                        # A stage that can't be interrupted still has its memory.
+                        self._torch.after(request.trace_id, partial(self._memory.release, client))
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(Done(result.sign(self._identity, self._transport.now()))))
             log.info(
@@ -293,30 +295,6 @@ class Host:
         finally:
             del self._traces[request.trace_id]
             trace.end()
-
-    def _take_slot(self, trace_id: bytes, client: ClientStream) -> None:
-        """Reserve a slot for a trace, or say why not. Nothing is awaited between look and take."""
-        limits = self._limits
-        self._admission.policy.check_client(client.peer_id)
-        tenants = self._tenants.values()
-        if trace_id in self._tenants:
-            raise BadGraph("a trace of this id is running here")
-        if self.load >= 1.0:
-            raise Busy(f"{limits.traces} traces are running here; try again soon")
-        if sum(one.peer_id == client.peer_id for one in tenants) >= limits.traces_per_client:
-            raise Busy(
-                f"{limits.traces_per_client} traces of yours are running here"
-                + (f"; no more are allowed{by}" if (by := limits.by("traces_per_client")) else "")
-            )
-        of_origin = sum(one.origin == client.origin for one in tenants)
-        # In a private swarm a key costs an invite, and an institution may have one address.
-        counted = client.origin and not self._transport.members_only
-        if counted and of_origin >= limits.traces_per_origin:
-            raise Busy(
-                f"{limits.traces_per_origin} traces from your address are running here, under "
-                "whatever keys; wait for one of them, or try another peer"
-            )
-        self._tenants[trace_id] = client
 
     def _check_generations(self, client: ClientStream) -> None:
         """Raise Busy, or NotAllowed if there may be none, for one more generation of a client's."""

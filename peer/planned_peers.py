@@ -38,19 +38,23 @@ def find_peers(
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
-    Who is `known` at its place in the plan is where it was, whatever became of its record.
-    Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
+    Who is `known` at its place in the plan is where it was, where its record says nothing newer.
+    Raises RecordRefused for another one whose record is missing, not its own, of another swarm or
     model, expired or without an address that a host with this `transport` dials
     (dht/addresses.py). `go_on` is called between two of them.
     """
     receivers = part.receivers
     found = []
     for index, peer in enumerate(request.peers):
-        addresses: tuple[str, ...] = ()
-        if index < len(known) and known[index].peer_id == peer.peer_id:
-            addresses = known[index].addresses
-        elif index in receivers:
-            addresses = _where(peer, request, now, transport)
+        before = known[index] if index < len(known) else None
+        is_known = before is not None and before.peer_id == peer.peer_id
+        addresses = before.addresses if before is not None and is_known else ()
+        if index in receivers:
+            try:  # one that is known may have come back at another address
+                addresses = _where(peer, request, now, transport)
+            except RecordRefused:
+                if not is_known:
+                    raise
             go_on()
         found.append(PeerAddress(peer.peer_id, addresses))
     return tuple(found)

@@ -1,7 +1,8 @@
 """Which signed requests a host has taken: none is taken twice, also after a restart.
 
-A request is remembered until it has expired, by its sender and id: in memory, and in a file if the
-host has one. The file grows by one record for each request, and is written anew without the expired
+A request is remembered until it has expired, by its sender, id and revision (a peer that was lost
+and is back is shown a trace that it knows under a higher one): in memory, and in a file if the host
+has one. The file grows by one record for each request, and is written anew without the expired
 ones when it would have more than twice as many as are remembered, and more than 8,192.
 
 What the file doesn't hold after a loss of power, when it is damaged or can't be written, could be
@@ -18,6 +19,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, final
 
@@ -25,6 +27,7 @@ from glasshive.security.durable_file import append_private, read_durable, write_
 from glasshive.security.envelope import CLOCK_SKEW_SECONDS, Envelope, ReplayCache
 from glasshive.security.errors import Replayed
 from glasshive.security.keys import PeerId, peer_id_of, public_key_of
+from glasshive.security.requests import TRACE_ID_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,8 @@ MAX_REQUESTS_PER_CLIENT: Final = 32_768
 LEAST_RECORDS: Final = 4_096
 
 _KIND: Final = "trace"
-_FIELDS: Final = struct.Struct(">32s16sQ")  # the client's key, the trace's id, expiry in ms
+# The client's key, the trace's id, the revision, expiry in ms.
+_FIELDS: Final = struct.Struct(">32s16sB7s")
 _CHECK: Final = struct.Struct(">I")
 _RECORD_BYTES: Final = _FIELDS.size + _CHECK.size
 _LAYOUT: Final = zlib.crc32(b"glasshive seen requests 1")
@@ -60,8 +64,10 @@ class SeenRequests:
         if place is not None:
             self._load(place, now)
 
-    def admit(self, envelope: Envelope, now: float) -> None:
+    def admit(self, envelope: Envelope, now: float, revision: int = 0) -> None:
         """Remember a verified request; raises Replayed if it can't be told to be new."""
+        if revision:
+            envelope = replace(envelope, request_id=envelope.request_id + bytes([revision]))
         self._cache.admit(envelope, now)
         if self._place is not None:
             self._keep(self._place, envelope)
@@ -109,8 +115,10 @@ class SeenRequests:
         self._records = len(found)
 
 
-def _record(key: bytes, trace_id: bytes, expires_at_seconds: float) -> bytes:
-    fields = _FIELDS.pack(key, trace_id, round(expires_at_seconds * 1000))
+def _record(key: bytes, request_id: bytes, expires_at_seconds: float) -> bytes:
+    trace_id, revision = request_id[:TRACE_ID_BYTES], request_id[TRACE_ID_BYTES:] or b"\0"
+    until = round(expires_at_seconds * 1000).to_bytes(7, "big")
+    fields = _FIELDS.pack(key, trace_id, revision[0], until)
     return fields + _CHECK.pack(zlib.crc32(fields, _LAYOUT))
 
 
@@ -119,13 +127,13 @@ def _envelope(record: bytes, who: Callable[[bytes], PeerId]) -> Envelope | None:
     fields, check = record[: _FIELDS.size], record[_FIELDS.size :]
     if check != _CHECK.pack(zlib.crc32(fields, _LAYOUT)):
         return None
-    key, trace_id, expires_at_milliseconds = _FIELDS.unpack(fields)
+    key, trace_id, revision, until = _FIELDS.unpack(fields)
     return Envelope(
         kind=_KIND,
         swarm="",
         sender=who(key),
         receiver=None,
-        request_id=trace_id,
-        expires_at_milliseconds=expires_at_milliseconds,
+        request_id=trace_id + (bytes([revision]) if revision else b""),
+        expires_at_milliseconds=int.from_bytes(until, "big"),
         body=b"",
     )

@@ -183,6 +183,10 @@ class LocalPeer:
         for pid in self.pids()[1:]:
             _signal(pid, signal.SIGKILL)
 
+    def kill_daemon(self) -> None:
+        """End only its network daemon; the process that it belongs to starts another."""
+        _signal(self.pids()[2], signal.SIGKILL)
+
     def stop(self, deadline_seconds: float = 20.0) -> int:
         """Ask it to stop, as Ctrl-C does, and return its exit code.
 

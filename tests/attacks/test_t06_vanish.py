@@ -81,8 +81,8 @@ async def test_what_clients_that_vanish_held_comes_back(
         for number in range(CLIENTS):
             await vanish(number)
             if number % 8 == 7:  # as many at a time as the host has slots for
-                await tenants.until(lambda: not host._tenants)
-        await tenants.until(lambda: not host._tenants and not host._traces)
+                await tenants.until(lambda: not host._slots)
+        await tenants.until(lambda: not host._slots and not host._traces)
         await tenants.until(lambda: host._memory.promised_bytes == 0)
         await tenants.until(lambda: len(tenants.home._tasks) == 0)
         # What is left is their constants, until the lease ends.
@@ -110,8 +110,8 @@ async def test_those_who_stay_silent_are_put_out_by_their_deadline(served: Serve
         lacking = await tenants.open(other)  # a constant
         await lacking.send(*tenants.prepare(other, with_constant(tensor)))
         decode((await lacking.receive(30)).header, Need)
-        assert len(host._tenants) == 2
-        await tenants.until(lambda: not host._tenants and held_bytes(tenants) == 0)
+        assert len(host._slots) == 2
+        await tenants.until(lambda: not host._slots and held_bytes(tenants) == 0)
         for stream in (waiting, lacking):
             assert isinstance(await tenants.saves(stream), Failed)
 

@@ -203,6 +203,26 @@ async def test_a_revision_sends_nobody_to_a_victim(swarm: OneHost) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_peer_that_is_back_is_where_its_own_record_says_now(swarm: OneHost) -> None:
+    """And where it was, if that says nothing of use. Seen failing with the old address kept."""
+    model = ModelId(swarm.served.manifest.model_id)
+    client, request = await start(swarm, sending())
+    (trace,) = swarm.host._traces.values()
+    there = trace.peers[1].addresses
+    moved = ("/ip4/127.0.0.1/tcp/4321",)
+    for record, where in (
+        (b"", there),
+        (record_of(THIRD, moved, model=model), there),
+        (record_of(OTHER, moved, model=model), moved),
+        (record_of(OTHER, [VICTIM], model=model), moved),
+    ):
+        peers = (request.peers[0], PlannedPeer(OTHER.peer_id, record), *request.peers[2:])
+        request = await revise(client, request, 1, peers=peers)
+        await until(lambda now=request: trace.request.revision == now.revision)  # type: ignore[misc]
+        assert trace.peers[1].addresses == where
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("count", [3, 2**40])
 async def test_nobody_has_more_values_than_there_are(swarm: OneHost, count: int) -> None:
     opened = asyncio.Event()

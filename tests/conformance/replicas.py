@@ -1,4 +1,4 @@
-"""Two hosts for each span of a tiny model, in this process, and who is lost when.
+"""Hosts for each span of a tiny model, in this process, and who is lost when, or comes back.
 
 `Replicas.after(part, values, do)` has something happen once a part has sent so many values to other
 parts: at the same point of a generation, however quick the machine is.
@@ -6,8 +6,9 @@ parts: at the same point of a generation, however quick the machine is.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from glasshive.dht.memory_transport import MemoryNetwork
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
 from glasshive.peer.outgoing_edge import OutgoingEdge, Sendable
+from glasshive.peer.seen_requests import SeenRequests
 from glasshive.peer.served_model import ServedModel, load_served_model, make_manifest
 from glasshive.peer.serving import Serving
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 
 
 def load(folder: Path, attention: Any, cuts: Sequence[int]) -> list[ServedModel]:
@@ -52,20 +54,23 @@ class Replicas:
     served: list[ServedModel]
     cache: Path
     patch: pytest.MonkeyPatch
+    copies: int = 2
     jobs: list[Job] = field(default_factory=list)
     again: list[int] = field(default_factory=list)  # of each new stream, how much had come
     _rules: list[tuple[int, int, Callable[[], None]]] = field(default_factory=list)
     _sent: dict[int, int] = field(default_factory=dict)
+    _served: dict[PeerId, ServedModel] = field(default_factory=dict)
+    _returning: list[asyncio.Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.loop = LoopThread("replicas")
         self.network = MemoryNetwork()
         self.hosts: list[Serving] = []
         self._watch()
-        peers = [self.add(one) for one in self.served * 2]
+        peers = [self.add(one) for one in self.served * self.copies]
         identity = Identity.generate()
-        client = self.network.transport(identity, dht=False)
-        self.swarm = Swarm(self.loop, client, identity, peers, self.cache)
+        self.client = self.network.transport(identity, dht=False)
+        self.swarm = Swarm(self.loop, self.client, identity, peers, self.cache)
         self.model: Any = self.swarm.model("tiny")
 
     def __enter__(self) -> Replicas:
@@ -80,16 +85,22 @@ class Replicas:
         """One more host, which may say that it is of another class of hardware."""
 
         async def start() -> PeerAddress:
-            identity = Identity.generate()
-            transport = self.network.transport(identity)
-            serving = Serving(transport, identity, served)
-            if backend:
-                object.__setattr__(serving.record, "backend", backend)
-            await serving.start()
-            self.hosts.append(serving)
-            return PeerAddress(transport.peer_id, transport.addresses)
+            serving = await self._start(served, Identity.generate(), SeenRequests(), backend)
+            return PeerAddress(serving.record.peer_id, serving.record.addresses)
 
         return self.loop.run(start(), 60)
+
+    async def _start(
+        self, served: ServedModel, identity: Identity, seen: SeenRequests, backend: str = ""
+    ) -> Serving:
+        transport = self.network.transport(identity)
+        serving = Serving(transport, identity, served, seen=seen)
+        if backend:
+            object.__setattr__(serving.record, "backend", backend)
+        await serving.start()
+        self.hosts.append(serving)
+        self._served[identity.peer_id] = served
+        return serving
 
     def after(self, part: int, values: int, do: Callable[[], None]) -> None:
         """Do this, once, on the loop, before that part sends one more value than so many."""
@@ -103,6 +114,47 @@ class Replicas:
                 self.network.kill(self.jobs[-1].peers[part].peer_id)
 
         return do
+
+    def lose_daemon(self, *parts: int) -> Callable[[], None]:
+        """What loses the network daemons of the peers of these parts, which they start anew."""
+
+        async def rebuild(serving: Serving) -> None:
+            await serving._transport.rebuild()
+            serving.refresh(again=True)
+
+        return lambda: self._lose(parts, rebuild)
+
+    def restart(self, *parts: int) -> Callable[[], None]:
+        """What kills the processes of these parts' peers, which start again at other addresses."""
+
+        async def start(serving: Serving) -> None:
+            self.hosts.remove(serving)
+            serving.host.close()
+            await serving._announcer.close()
+            host = serving.host
+            await self._start(self._served[serving.record.peer_id], host._identity, host._seen)
+
+        return lambda: self._lose(parts, start)
+
+    def _lose(
+        self, parts: Sequence[int], come_back: Callable[[Serving], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Lose these parts' peers; each comes back when the client has seen that it is gone."""
+        job = self.jobs[-1]
+
+        async def lose(serving: Serving) -> None:
+            peer = serving.record.peer_id
+            self.network.kill(peer)
+            async with asyncio.timeout(30):
+                while peer not in job._left_out.among(()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # a record's time is in whole milliseconds
+            await come_back(serving)
+
+        for part in parts:
+            peer = job.peers[part].peer_id
+            serving = next(one for one in self.hosts if one.record.peer_id == peer)
+            self._returning.append(asyncio.ensure_future(lose(serving)))
 
     def cut(self, one: int, other: int) -> Callable[[], None]:
         """What ends all streams between the peers of two parts; both may open new ones."""

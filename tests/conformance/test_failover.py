@@ -19,6 +19,7 @@ from replicas import Replicas, load
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from glasshive.client import left_out
 from glasshive.client.errors import PeerLost
 from glasshive.peer.served_model import ServedModel
 
@@ -290,7 +291,10 @@ def test_without_retries_a_lost_peer_ends_it(llama: tuple[Any, Replicas]) -> Non
     assert len(hive.jobs) == 1
 
 
-def test_where_nobody_serves_the_same_blocks_all_is_run_again(llama: tuple[Any, Replicas]) -> None:
+def test_where_nobody_serves_the_same_blocks_all_is_run_again(
+    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
     _, hive = llama
     steered(hive.model)  # so that a route is known
     used = [peer.peer_id for peer in hive.jobs[-1].peers]
@@ -302,7 +306,10 @@ def test_where_nobody_serves_the_same_blocks_all_is_run_again(llama: tuple[Any, 
         steered(hive.model)
 
 
-def test_other_hardware_only_if_it_is_allowed(llama: tuple[Any, Replicas]) -> None:
+def test_other_hardware_only_if_it_is_allowed(
+    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
     plain, hive = llama
     other = hive.add(hive.served[1], backend="abacus torch-9.9")
     steered(hive.model)

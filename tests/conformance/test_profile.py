@@ -201,7 +201,7 @@ def test_peers_that_compete_are_measured_and_shown(twice: Twice) -> None:
     assert [line.split()[1] for line in route] == ["0:3", "3:6"]
     assert all(" ms  " in line and " tokens/s  load 0%" in line for line in route)
     ways = twice.runner._swarm.round_trips
-    records = twice.runner._records(fresh=False)
+    records = twice.runner._records.get(fresh=False)
     assert len(records) == 4
     assert ways.to_ask(records) == []
     assert all(0 < ways.of(one.peer_id) < 1.0 for one in records)
@@ -213,7 +213,7 @@ def test_a_single_chain_is_measured_by_the_way(folder: Path) -> None:
     hops = trace(model).result.hops
     assert all(swarm.round_trips.of(hop.peer) is not None for hop in hops)
     # Nobody was asked for it.
-    assert len(swarm.round_trips.to_ask(model._runner._known)) == 2
+    assert len(swarm.round_trips.to_ask(model._runner._records.now)) == 2
 
 
 def test_a_lost_peer_is_left_out_by_the_next_trace_too(twice: Twice) -> None:
@@ -229,7 +229,7 @@ def test_a_lost_peer_is_left_out_by_the_next_trace_too(twice: Twice) -> None:
 
 def test_a_peer_that_has_served_well_is_taken_again(twice: Twice) -> None:
     """Fails without `served` in the runner."""
-    peers = [one.peer_id for one in twice.runner._records(fresh=True)]
+    peers = [one.peer_id for one in twice.runner._records.get(fresh=True)]
     for peer in peers:
         twice.runner._bans.trouble(peer, 30.0)
     served = {hop.peer for hop in trace(twice.model).result.hops}

@@ -27,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig
 from virtual_time import Pool, UserLoop, VirtualLoop, by_user
 from weather import Air, Weather
 
-from glasshive.client import job, peer_stream, runner, swarm
+from glasshive.client import job, known_records, peer_stream, runner, swarm
 from glasshive.client.bans import Bans
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
@@ -201,9 +201,9 @@ class Peer:
         """What it still has of traces."""
         found = []
         for host in self.hosts:
-            if host._traces or host._tenants or host._memory.promised_bytes:
+            if host._traces or host._slots or host._memory.promised_bytes:
                 found.append(
-                    f"{self.peer_id} holds {len(host._traces)} traces, {len(host._tenants)} slots, "
+                    f"{self.peer_id} holds {len(host._traces)} traces, {len(host._slots)} slots, "
                     f"{host._memory.promised_bytes} bytes"
                 )
         return found
@@ -487,7 +487,7 @@ def _virtual(loop: VirtualLoop, rng: random.Random, history: History) -> Iterato
     """What in the product takes the time, or a thread, or chance, without being given it."""
     clock = SimpleNamespace(monotonic=loop.time, perf_counter=loop.time, time=loop.time)
     with contextlib.ExitStack() as patched:
-        for module in (runner, peer_stream, accounts):
+        for module in (runner, known_records, peer_stream, accounts):
             patched.enter_context(patch.object(module, "time", clock))
         for module in (torch_thread, checks):
             patched.enter_context(patch.object(module, "ThreadPoolExecutor", Pool))

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 from waits import wait_for
 
 import glasshive
-from glasshive.client import job
+from glasshive.client import job, left_out
 from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.dht.errors import AmbiguousModel, UnknownModel
 from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Prepare, decode, encode
@@ -210,8 +210,9 @@ def test_a_host_killed_in_a_trace_is_replaced(
 
 
 def test_a_host_killed_without_a_replacement_is_named(
-    model: glasshive.Model, hive: LocalSwarm, llama: Path
+    model: glasshive.Model, hive: LocalSwarm, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 1.1)
     victim = hive.hosts[0]
     victim.kill()
     began = time.monotonic()
@@ -219,8 +220,9 @@ def test_a_host_killed_without_a_replacement_is_named(
         run(model, deadline=30)
     text, own = str(caught.value), f"--config {hive.config} --bootstrap {hive.bootstrap.address}"
     assert re.search(
-        rf"{victim.peer_id} \(blocks 0:2\) .*; no other route: nobody serves blocks 0:2 .*; start "
-        rf"the missing part with `glasshive serve {NAME} --blocks 0:2 --dtype float32 --attention ",
+        rf"{victim.peer_id} \(blocks 0:2\) .*; waited 1 s for {victim.peer_id} to come back; no "
+        rf"other route: nobody serves blocks 0:2 .*; start the missing part with "
+        rf"`glasshive serve {NAME} --blocks 0:2 --dtype float32 --attention ",
         text,
     )
     assert text.count(f"glasshive status {own}`") == text.count(own) == 1
@@ -252,8 +254,9 @@ def test_a_trace_leaves_a_frozen_host(model: glasshive.Model, hive: LocalSwarm) 
 
 
 def test_a_frozen_host_without_a_replacement_is_named(
-    model: glasshive.Model, hive: LocalSwarm, llama: Path
+    model: glasshive.Model, hive: LocalSwarm, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
     victim = hive.hosts[2]
     victim.freeze()
     try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
+from collections.abc import Coroutine
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-from glasshive.client import runner
+from glasshive.client import known_records, left_out, runner
 from glasshive.client import swarm as client_swarm
 from glasshive.client.bans import Bans
 from glasshive.client.demand import Demand
@@ -36,6 +38,8 @@ from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 
 BLOCKS = 4
+
+T = TypeVar("T")
 
 
 class Experiment:
@@ -72,6 +76,9 @@ class Swarm:
     async def ask_records(self, model: str, seconds: float) -> list[PeerRecord]:
         return self.records(model, seconds)
 
+    def run(self, coroutine: Coroutine[Any, Any, T], within_seconds: float) -> T:
+        return asyncio.run(coroutine)
+
     def measure(self, records: list[PeerRecord], within_seconds: float) -> None:
         self.measured.append(records)
 
@@ -98,6 +105,18 @@ class Swarm:
 
 def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
     return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans)  # type: ignore[arg-type]
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    """Have it be `clock[0]` where runners look."""
+    for module in (runner, known_records):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+
+@pytest.fixture(autouse=True)
+def no_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a lost peer but where a test says so."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +150,7 @@ def test_what_is_known_for_long_is_asked_for_again_within_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    set_clock(monkeypatch, clock)
     swarm = Swarm()
     model: Any = runner_of(swarm)
 
@@ -149,7 +168,7 @@ def test_of_a_directory_that_is_gone_those_who_were_known_may_be_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    set_clock(monkeypatch, clock)
     swarm = Swarm()
     model: Any = runner_of(swarm)
     monkeypatch.setattr(model, "_run_once", lambda *rest: "done")
@@ -204,22 +223,27 @@ def test_trouble_leaves_a_peer_out_for_a_while(
     assert outcome_of(model, monkeypatch, None) == better
 
 
+def stand_in(model: Any, hosts: list[PeerRecord], tries: Any) -> Any:
+    """For part 0, which sends to nobody."""
+    return model._stand_in(hosts, TraceOptions(), Demand(), tries.left_out, 0, ())
+
+
 @pytest.mark.asyncio
 async def test_a_stand_in_that_is_known_of_late_needs_no_directory() -> None:
     swarm = Swarm()
     model: Any = runner_of(swarm)
-    model._records(fresh=True)
-    hosts = [swarm.known[0]]
+    model._records.get(fresh=True)
+    hosts, tries = [swarm.known[0]], model._tries(TraceOptions())
     swarm.given_seconds.clear()
     for wanted in swarm.known[1:]:
-        left_out = {swarm.known[0].peer_id, hosts[0].peer_id}
-        found, signed = await model._stand_in(hosts, TraceOptions(), Demand(), 0, left_out)
+        tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
+        found, signed = await stand_in(model, hosts, tries)
         assert found is hosts[0] is wanted
         assert set(signed) == {one.peer_id for one in swarm.known}
     assert swarm.given_seconds == []
-    everybody = {one.peer_id for one in swarm.known}
+    tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
     with pytest.raises(NoRoute):
-        await model._stand_in(hosts, TraceOptions(), Demand(), 0, everybody)
+        await stand_in(model, hosts, tries)
     assert swarm.given_seconds == [2.0]
 
 
@@ -230,7 +254,9 @@ async def test_a_peer_that_was_left_out_stands_in_where_nobody_else_can() -> Non
     lost, back, _ = swarm.known = swarm.known
     model._bans.trouble(back.peer_id, 30.0)
     swarm.known.pop()
-    found, _ = await model._stand_in([lost], TraceOptions(), Demand(), 0, {lost.peer_id})
+    found, _ = await stand_in(
+        model, [lost], model._tries(TraceOptions(avoid=frozenset([lost.peer_id])))
+    )
     assert found is back
 
 
@@ -479,7 +505,7 @@ def test_a_lost_peer_of_who_was_thrown_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_lost_peer_when_the_deadline_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    set_clock(monkeypatch, clock)
     text = lost_text(
         Swarm(),
         monkeypatch,

@@ -271,7 +271,7 @@ async def test_the_checks_of_one_client_stand_before_no_other_s(
     stream = await bob.open_stream(address, TRACE_PROTOCOL, 5)
     await stream.send(*prepare(served, 4, BOB))
     async with asyncio.timeout(30):
-        while len(host._tenants) < 4:  # noqa: ASYNC110
+        while len(host._slots) < 4:  # noqa: ASYNC110
             await asyncio.sleep(0)
     permits.release(2)
     decode((await stream.receive(5)).header, Need)

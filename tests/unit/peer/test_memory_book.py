@@ -168,7 +168,7 @@ async def test_a_stage_that_runs_on_keeps_its_memory(
         await tenants.begin(left)
         assert await asyncio.to_thread(running.wait, 30)
         left.reset()  # the client has gone, and the stage can't be interrupted
-        await tenants.until(lambda: not tenants.host._tenants)
+        await tenants.until(lambda: not tenants.host._slots)
         await promised(tenants, answer.peak_bytes)
         go_on.set()
         await promised(tenants, 0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 
 from glasshive.peer import seen_requests
 from glasshive.peer.seen_requests import SeenRequests
+from glasshive.security.durable_file import write_private
 from glasshive.security.envelope import CLOCK_SKEW_SECONDS, Envelope
 from glasshive.security.errors import Replayed
-from glasshive.security.keys import Identity, PeerId
+from glasshive.security.keys import Identity, PeerId, public_key_of
 
 ALICE, EVE = (Identity(bytes([number]) * 32).peer_id for number in (1, 2))
 NOW = 1_700_000_000.0
@@ -52,6 +55,27 @@ def test_what_was_taken_is_known_after_any_number_of_restarts(place: Path) -> No
         assert is_new(seen, envelope_of(number, EVE))
     assert place.stat().st_mode & 0o777 == 0o600
     assert place.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_each_revision_is_known_after_a_restart(place: Path) -> None:
+    """A trace is asked for again, under a higher one, at a peer that was lost and is back."""
+    for _ in range(2):
+        seen = SeenRequests(place, now=NOW)
+        fresh = len(seen._cache) == 0
+        for revision in (0, 1, 7, 64):
+            if fresh:
+                seen.admit(envelope_of(1), NOW, revision)
+            with pytest.raises(Replayed, match="was seen before"):
+                seen.admit(envelope_of(1), NOW, revision)
+    seen.admit(envelope_of(1), NOW, 2)
+    assert place.stat().st_size == 5 * RECORD_BYTES
+
+
+def test_a_file_of_an_earlier_release_is_read(place: Path) -> None:
+    """Which had no revisions, and an expiry of 8 bytes."""
+    fields = struct.pack(">32s16sQ", public_key_of(ALICE), bytes(15) + b"\1", round(1000 * NOW))
+    write_private(place, fields + struct.pack(">I", zlib.crc32(fields, seen_requests._LAYOUT)))
+    assert not is_new(SeenRequests(place, now=NOW), envelope_of(1))
 
 
 def test_expired_requests_leave_the_file(place: Path) -> None:

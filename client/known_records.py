@@ -1,0 +1,123 @@
+"""Who serves a model, as a client knows it: from the directory, asked no more often than needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Final, TypeVar, final
+
+from glasshive.client.errors import NoRoute
+from glasshive.dht.errors import ShutOut, SwarmError, UnknownModel
+from glasshive.dht.records import PeerRecord
+from glasshive.security.keys import PeerId
+
+if TYPE_CHECKING:
+    from glasshive.client.swarm import Swarm
+
+__all__ = ["KnownRecords"]
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+ASK_SECONDS: Final = 2.0
+"""For who serves a model, where those who are known would do."""
+FRESH_SECONDS: Final = 15.0
+"""For so long what is known of the peers is not asked for again."""
+ASK_AGAIN_SECONDS: Final = 1.0
+"""Between two questions of who waits for somebody. A directory keeps an answer for as long."""
+
+
+@final
+class KnownRecords:
+    """The peers of one model, in one dtype and attention, of the last look-up.
+
+    All routes that there are, so that a next one need not wait.
+    """
+
+    def __init__(self, swarm: Swarm, model_id: str, dtype: str, attention: str) -> None:
+        self._swarm = swarm
+        self._model_id = model_id
+        self._kind = dtype, attention
+        self._lock = threading.Lock()
+        self.now: list[PeerRecord] = []
+        self._asked_at = -math.inf  # on the monotonic clock
+
+    @property
+    def are_fresh(self) -> bool:
+        """Whether they were asked for of late, and are all still valid."""
+        return (
+            bool(self.now)
+            and time.monotonic() < self._asked_at + FRESH_SECONDS
+            and all(map(self.is_valid, self.now))
+        )
+
+    def is_valid(self, record: PeerRecord) -> bool:
+        """Whether others take it now."""
+        return record.expires_at_seconds >= self._swarm.transport.now()
+
+    @property
+    def signed(self) -> Mapping[PeerId, bytes]:
+        """The records of all, as they signed them."""
+        return {one.peer_id: one.signed for one in self.now}
+
+    def get(self, *, fresh: bool, ends_at: float = math.inf) -> list[PeerRecord]:
+        """The peers as known of late, or else asked for again, until `ends_at` (monotonic).
+
+        Those whose records are still valid do where the directory can't be asked, unless `fresh`.
+        """
+        with self._lock:
+            if not fresh and self.are_fresh:
+                return list(self.now)
+            would_do = bool(self.now) and all(map(self.is_valid, self.now)) and not fresh
+            left_seconds = max(ends_at - time.monotonic(), 0.0)
+            try:
+                self._learn(
+                    self._swarm.records(
+                        self._model_id,
+                        min(left_seconds, ASK_SECONDS) if would_do else left_seconds,
+                    )
+                )
+            except UnknownModel:  # its last peer withdrew: the route says what is missing
+                self._learn([])
+            except ShutOut:
+                raise
+            except SwarmError:
+                if not would_do:
+                    raise
+            return list(self.now)
+
+    async def ask(self) -> None:
+        """Ask the directory again, on the loop, and keep what is known if it doesn't answer.
+
+        Raises ShutOut, which no later answer takes back.
+        """
+        try:
+            self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS))
+        except ShutOut:
+            raise
+        except SwarmError as error:
+            log.debug("directory_silent", extra={"error": str(error)})
+
+    async def until(self, choose: Callable[[], T], left_seconds: Callable[[], float]) -> T:
+        """What `choose` gives of what is known, asked for again and again while it raises NoRoute.
+
+        On the loop. Raises that NoRoute when no time is left, and ShutOut.
+        """
+        while True:
+            await self.ask()
+            try:
+                return choose()
+            except NoRoute:
+                if (seconds := min(left_seconds(), ASK_AGAIN_SECONDS)) <= 0:
+                    raise
+            await asyncio.sleep(seconds)
+
+    def _learn(self, records: Iterable[PeerRecord]) -> None:
+        """Keep what the directory has just said. In the loop's thread as well, without a lock."""
+        self.now = [one for one in records if (one.dtype, one.attention) == self._kind]
+        self._asked_at = time.monotonic()

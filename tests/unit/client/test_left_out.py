@@ -1,0 +1,140 @@
+"""Whom a trace leaves out, and what brings them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from glasshive.client import left_out
+from glasshive.client.errors import BadAnswer, PeerBusy, PeerError, PeerFailed, PeerLost
+from glasshive.client.left_out import LeftOut
+from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
+from glasshive.graph.plan import Span
+from glasshive.security.keys import Identity, PeerId
+
+ONE, OTHER = (Identity.generate().peer_id for _ in range(2))
+NOW = 1_800_000_000.0
+
+
+def announced(at: float, peer: PeerId = ONE) -> PeerRecord:
+    return PeerRecord(
+        peer_id=peer,
+        model=ModelId("ab" * 32),
+        model_name="tiny",
+        start=0,
+        end=2,
+        n_blocks=2,
+        dtype="float32",
+        backend="cpu",
+        attention="sdpa",
+        throughput_tokens_per_second=1.0,
+        addresses=("/ip4/127.0.0.1/tcp/1",),
+        whitelist_version=0,
+        load=0.0,
+        software_version="0.1.0",
+        expires_at_seconds=at + MAX_LIFETIME_SECONDS,
+    )
+
+
+class Clock:
+    """Swarm time and the monotonic clock in one."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def out(clock: Clock) -> LeftOut:
+    return LeftOut([OTHER], now=clock, clock=clock)
+
+
+def test_a_lost_peer_is_back_when_it_has_announced_itself_since(out: LeftOut, clock: Clock) -> None:
+    """A directory may give a record of before the loss, also one that was not known then."""
+    out.heed(PeerLost("gone", peer=ONE))
+    assert out.among([]) == {ONE, OTHER}
+    for before in (-50.0, -1.0, -0.001, 0.0):
+        assert out.among([announced(NOW + before)]) == {ONE, OTHER}
+    assert out.among([announced(NOW + 0.001)]) == {OTHER}
+    clock.now += 5
+    out.gained()
+    out.heed(PeerLost("gone again", peer=ONE))
+    assert out.among([announced(NOW + 4.9)]) == {ONE, OTHER}
+    assert out.among([announced(NOW + 5.1)]) == {OTHER}
+
+
+def test_who_is_lost_again_at_the_same_point_does_not_come_back(out: LeftOut) -> None:
+    """A trace that ends its host's process does so a few times, and no more."""
+    for _ in range(5):
+        out.heed(PeerLost("gone", peer=ONE))
+        out.gained()
+    for _ in range(left_out.MOST_LOSSES - 1):
+        out.heed(PeerLost("gone", peer=ONE))
+    assert out.among([announced(NOW + 1)]) == {OTHER}
+    out.heed(PeerLost("gone", peer=ONE))
+    assert out.among([announced(NOW + 1)]) == {ONE, OTHER}
+
+
+def test_each_error_counts_once(out: LeftOut, clock: Clock) -> None:
+    """Who came back, and was then too late, is there: the error is still that of its loss."""
+    lost = PeerLost("gone", peer=ONE)
+    out.heed(lost)
+    clock.now += 5
+    out.heed(lost)
+    assert out.among([announced(NOW + 1)]) == {OTHER}
+    assert out.gone_seconds(ONE) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "for_good"),
+    [
+        (BadAnswer("lies", peer=ONE), False),
+        (PeerFailed("7", code="OverBudget", node=None, peer=ONE, span=Span(0, 2)), False),
+        (PeerLost("given up", peer=ONE), True),
+    ],
+    ids=["lies", "refuses", "given up"],
+)
+def test_who_is_not_to_come_back_does_not(
+    error: PeerError, for_good: bool, out: LeftOut, clock: Clock
+) -> None:
+    out.heed(error, for_good=for_good)
+    assert out.among([announced(NOW + 30)]) == {ONE, OTHER}
+    out.heed(PeerLost("and then it was lost", peer=ONE))
+    assert out.among([announced(NOW + 30)]) == {ONE, OTHER}
+    assert out.left_seconds(ONE) == -math.inf
+
+
+def test_who_is_named_in_avoid_never_comes_back(out: LeftOut) -> None:
+    assert out.among([announced(NOW + 30, OTHER)]) == {OTHER}
+    assert out.left_seconds(OTHER) == -math.inf
+
+
+def test_who_is_there_is_not_left_out(out: LeftOut) -> None:
+    out.heed(PeerLost("ended too early", peer=ONE, is_there=True))
+    assert out.among([]) == {OTHER}
+
+
+def test_the_wait_has_an_end(out: LeftOut, clock: Clock) -> None:
+    out.heed(PeerBusy("16 traces are running here", peer=ONE))
+    assert out.left_seconds(ONE) == left_out.RETURN_SECONDS
+    clock.now += left_out.RETURN_SECONDS - 1
+    assert out.left_seconds(ONE) == 1
+    clock.now += 1
+    assert out.left_seconds(ONE) == 0
+    assert out.left_seconds(Identity.generate().peer_id) == -math.inf
+
+
+def test_a_record_of_a_shorter_life_was_announced_later_than_it_seems() -> None:
+    record = announced(NOW)
+    assert record.announced_at_seconds == NOW
+    short = dataclasses.replace(record, expires_at_seconds=NOW + 5 + 10)  # announced at NOW + 5
+    assert short.announced_at_seconds < NOW + 5
