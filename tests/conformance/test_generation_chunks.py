@@ -256,6 +256,17 @@ def test_penalties_and_stop_tokens_look_at_the_whole_prompt(llama: Pair) -> None
     assert torch.equal(tracer.output_ids, wanted_ids)
 
 
+def test_nothing_is_chosen_before_the_last_chunk(
+    llama: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if a client's plan has the last peer go on to the logits of each chunk."""
+    ids, size, choice = prompt(), 6, {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
+    monkeypatch.setattr("glasshive.graph.split._stop_event", lambda *args: None)
+    with generate(llama, ids, size, **choice) as tracer:
+        pass
+    assert torch.equal(tracer.output_ids, oracle(llama.plain, ids, size, reads=[], **choice)[0])
+
+
 def _argument(module: Any, name: str, run: Callable[[], Any]) -> list[Tensor]:
     """What a module was given by that name, at each of its calls."""
     found: list[Tensor] = []
