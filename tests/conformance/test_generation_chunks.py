@@ -2,6 +2,11 @@
 
 What is compared is every step of ours with the forward passes behind those of transformers' chunks
 before the last.
+
+Seen failing, each alone: with the mask of a chunk's own tokens only, or positions from 0 on, in
+`PassInputs.of_chunk`, the padded rows; with a cache begun anew at step 0 in `Executor._inputs`, all
+but whole prompts; with tokens chosen in chunks, what looks at the whole prompt; with the option not
+read in `sampling_of`, the configuration and the chunks.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import glasshive
+from glasshive.client.demand import demand_of
 from glasshive.client.errors import TraceError
 from glasshive.graph.errors import UnsupportedModel
 
@@ -343,6 +349,17 @@ def test_more_chunks_than_a_plan_has_passes(thirds: Pair, monkeypatch: pytest.Mo
     text = r"behind a prompt of 20 in chunks of 1 take 25 passes.*at most 24; take a larger prefill"
     with pytest.raises(TraceError, match=text), generate(thirds, prompt(), 1):
         pass
+
+
+def test_chunks_follow_each_other_without_a_round_trip(thirds: Pair) -> None:
+    """What a route is expected to take: as many tokens and bytes, and no more ways."""
+    demands = []
+    for size in (None, 6):
+        with generate(thirds, prompt(), size) as tracer:
+            demands.append(demand_of(tracer._finish()))
+    whole, chunks = demands
+    assert chunks == whole
+    assert chunks.rounds == NEW
 
 
 def test_where_transformers_has_no_chunks(get_pair: GetPair) -> None:
