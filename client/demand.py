@@ -43,8 +43,9 @@ class Demand:
     """What decides how long a span takes. As it stands without arguments: a pass of one token.
 
     `rounds` is how often all peers of a route have to wait for each other in turn: once in a trace,
-    whose passes follow each other closely, and for every pass of a generation, which begins with
-    the token of the one before. `hidden_bytes` go over each cut, in all passes together.
+    whose passes follow each other closely, and for every step of a generation, which begins with
+    the token of the one before; chunks of a prompt before the last follow each other closely, too.
+    `hidden_bytes` go over each cut, in all passes together.
     """
 
     tokens: int = 1
@@ -93,9 +94,10 @@ def demand_of(experiment: Experiment) -> Demand:
     """
     passes = experiment.passes.passes
     outline = experiment.outline
+    steps = sum(one.step >= 0 for one in passes)
     return Demand(
         tokens=sum(one.batch * one.seq for one in passes),
-        rounds=len(passes) if experiment.passes.are_generation else 1,
+        rounds=steps if experiment.passes.are_generation else 1,
         hidden_bytes=sum(outline.hidden_spec(one.batch, one.seq).nbytes for one in passes),
         carried=_carried(experiment),
     )

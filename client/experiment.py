@@ -345,7 +345,11 @@ def finish(
     specs = {i: spec for i, spec in bill.specs.items() if isinstance(spec, TensorSpec)}
     digests = {node.digest for node in graph.nodes.values() if hasattr(node, "digest")}
     consts = {name: recorder.consts[name][1] for name in digests}
-    inputs = tuple(_pass_input(one.invokes, tokens) for one in passes.passes)
+    inputs: list[PassInput] = []
+    for index, one in enumerate(passes.passes):
+        # Those of a whole prompt, for whichever pass of its generation.
+        is_first = not index or not passes.goes_on(index - 1)
+        inputs.append(_pass_input(one.invokes, tokens) if is_first else inputs[-1])
     return Experiment(
         sites.outline,
         graph,
@@ -353,7 +357,7 @@ def finish(
         bill,
         specs,
         consts,
-        inputs,
+        tuple(inputs),
         wanted,
         marks,
         until,

@@ -22,12 +22,12 @@ from glasshive.client.functional import DeadCell, intern_layout
 from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.saved import fill_with, saved
-from glasshive.client.source_lines import here
+from glasshive.client.source_lines import at_line, here
 from glasshive.client.token_choice import sampling_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
-from glasshive.graph.errors import ShapeMismatch
-from glasshive.graph.order import InvokeShape
+from glasshive.graph.errors import ShapeMismatch, UnsupportedModel
+from glasshive.graph.order import InvokeShape, before_last_chunk
 from glasshive.graph.outline import GENERATOR
 from glasshive.graph.plan_codec import MAX_PASSES
 
@@ -103,10 +103,16 @@ class Generation(Tracer):
         super().__init__(model, prompt, options)
         self.title = f"a generation of {model.name}"
         self.sites.recorder.title = self.title
-        model.outline.steps()  # raises UnsupportedModel
-        self._sampling, configured = sampling_of(
+        steps = model.outline.steps()  # raises UnsupportedModel
+        self._sampling, configured, self._chunk_tokens = sampling_of(
             model.generation_config, choice, seed, model.outline.vocabulary_tokens
         )
+        if self._chunk_tokens and not steps.in_chunks:
+            raise UnsupportedModel(
+                f"{at_line()}prefill_chunk_size={self._chunk_tokens}: transformers' generate can't "
+                "run a prompt of such a model in chunks; leave it out"
+                + ("" if "prefill_chunk_size" in choice else ", with prefill_chunk_size=None")
+            )
         self._max_new_tokens = configured if max_new_tokens is None else max_new_tokens
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise TraceError(
@@ -211,7 +217,16 @@ class Generation(Tracer):
                 "shorten the prompt, or ask for fewer with max_new_tokens=",
                 line=here(),
             )
-        return replace(tokens.shape, new_tokens=asked)
+        chunk = self._chunk_tokens
+        passes = asked + (before_last_chunk(seq, chunk) // chunk if chunk else 0)
+        if passes > MAX_PASSES:
+            raise TraceError(
+                f"{asked} new tokens behind a prompt of {seq} in chunks of {chunk} take {passes} "
+                f"passes, and a generation has at most {MAX_PASSES}; take a larger "
+                "prefill_chunk_size=",
+                line=here(),
+            )
+        return replace(tokens.shape, new_tokens=asked, chunk_tokens=chunk)
 
     @property
     def result(self) -> Any:

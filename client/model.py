@@ -142,12 +142,15 @@ class Model(Module):
         generated for each row at most; an invoke may say another number. `choice` are the names of
         transformers' GenerationConfig, such as `do_sample`, `temperature`, `top_k`, `top_p`,
         `repetition_penalty`, `eos_token_id`; what is not given is as the model's own
-        `generation_config` has it. Chance follows from `seed`, or from torch's default generator.
-        `streamer` gets tokens as they come, as transformers' own streamers do. Of `retries` peers
-        that are lost each is replaced by another that serves the same blocks and goes on where it
-        was, while the others wait; where there is none, all is run again. The other options are
-        those of `trace`. Raises TraceError for any other option, and UnsupportedModel if the
-        model can't generate over spans.
+        `generation_config` has it. With `prefill_chunk_size` a prompt is run in chunks of so many
+        tokens: a peer computes one while the peer before it computes the next, and a pass takes
+        less memory. Step 0 is then the last chunk, with its tokens only, and sums are rounded as in
+        transformers' `generate` with that option. Chance follows from `seed`, or from torch's
+        default generator. `streamer` gets tokens as they come, as transformers' own streamers do.
+        Of `retries` peers that are lost each is replaced by another that serves the same blocks and
+        goes on where it was, while the others wait; where there is none, all is run again. The
+        other options are those of `trace`. Raises TraceError for any other option, and
+        UnsupportedModel if the model can't generate over spans, or not in chunks.
         """
         options = _options(
             *(batching, pass_rows, deadline, retries, route, avoid, across_hardware, progress)

@@ -38,18 +38,20 @@ _BESIDE: Final = frozenset(
         *("return_dict_in_generate", "return_legacy_cache", "compile_config", "disable_compile"),
         *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_early_exit"),
         *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
-        *("prefill_chunk_size", "transformers_version", "continuous_batching_config"),
+        *("transformers_version", "continuous_batching_config"),
         *("max_matching_ngram_size", "prompt_lookup_num_tokens"),
     }
 )
+_CHUNKS: Final = "prefill_chunk_size"
 _OURS: Final = tuple(one.name for one in fields(Sampling) if one.name != "seed")
 _MAX_SEED: Final = 2**63 - 1
 
 
 def sampling_of(
     configured: Any, choice: Mapping[str, object], seed: int | None, vocabulary_tokens: int
-) -> tuple[Sampling, int | None]:
-    """How tokens are chosen, and how many the model's own configuration says, if it does.
+) -> tuple[Sampling, int | None, int]:
+    """How tokens are chosen, how many the model's own configuration says, if it does, and how many
+    of the prompt are run at a time: 0 for all.
 
     `configured` is the model's GenerationConfig; `choice` goes before it, and transformers' own
     defaults come last, as in its `generate`. Raises TraceError for what no peer does.
@@ -70,10 +72,14 @@ def sampling_of(
                 f"generate({name}={choice[name]!r:.40}) has no meaning here; {instead}", line=here()
             )
         if name not in known or name.startswith("_"):
-            near = difflib.get_close_matches(name, [*_OURS, "max_new_tokens", "seed"], n=1)
+            near = difflib.get_close_matches(name, [*_OURS, _CHUNKS, "max_new_tokens", "seed"], n=1)
             raise TraceError(
                 f"generate({name}={choice[name]!r:.40}) is no option here"
-                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_OURS)}"),
+                + (
+                    f"; did you mean {near[0]}?"
+                    if near
+                    else f"; there are {', '.join([*_OURS, _CHUNKS])}"
+                ),
                 line=here(),
             )
     merged.update(**choice)
@@ -108,14 +114,26 @@ def sampling_of(
         sampling.check(vocabulary_tokens)
     except BadGraph as error:
         raise TraceError(str(error), line=here()) from None
-    return sampling, merged.max_new_tokens
+    return sampling, merged.max_new_tokens, _chunk_tokens(merged.prefill_chunk_size)
+
+
+def _chunk_tokens(asked: object) -> int:
+    if asked is None:
+        return 0
+    if type(asked) is not int or asked < 1:
+        raise TraceError(
+            f"{_CHUNKS}={asked!r:.40}; how many tokens of a prompt are run at a time is wanted, "
+            "from 1 on, or None for all",
+            line=here(),
+        )
+    return asked
 
 
 def _check_others(merged: Any, choice: Mapping[str, object]) -> None:
     """Raise TraceError for a setting that would change the tokens, and that no peer knows."""
     neutral = type(merged)()._get_default_generation_params()
     for name, value in merged.to_dict().items():
-        if name in _OURS or name in _BESIDE or name.startswith("_"):
+        if name in (*_OURS, _CHUNKS) or name in _BESIDE or name.startswith("_"):
             continue
         if value in (None, False, neutral.get(name)) or value in ([], {}):
             continue

@@ -6,7 +6,8 @@
   graph plus model is acyclic by one comparison for each write.
 - Invokes of equal length share a pass, as rows of one batch. Where a value of invoke A goes into
   invoke B, A's pass comes before B's, or is the same if A's event comes first.
-- A step of a generation is a pass. The steps of what shares a prompt's pass follow each other.
+- A step of a generation is a pass. The steps of what shares a prompt's pass follow each other. A
+  prompt in chunks has passes before its step 0, which is the last chunk; nothing is read there.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ NEVER: Moment = (-1, -1)
 class InvokeShape:
     """The size of one invoke's input: `batch` sequences of `seq` tokens, left-padded or not.
 
-    `new_tokens` is how many are generated for each at most: 0 in a trace, which is one pass.
+    `new_tokens` is how many are generated for each at most: 0 in a trace, which is one pass. With
+    `chunk_tokens` no pass of the prompt of a generation has more tokens than that.
     """
 
     batch: int
     seq: int
     padded: bool = False
     new_tokens: int = 0
+    chunk_tokens: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -51,21 +54,28 @@ class InvokeShape:
     def kind(self, step: int) -> PassKind:
         """What decides which tensors one of its passes has."""
         if self.new_tokens:
-            return PassKind.of_step(self.padded, step)
+            return PassKind.of_step(self.padded, *self._tokens(step))
         return PassKind.of_trace(self.padded)
 
     def spec(self, leaf: Leaf, step: int) -> TensorSpec:
         """What this invoke's rows of a tensor are in one of its passes."""
-        seq, past = (1, self.seq + step - 1) if step else (self.seq, 0)
-        return TensorSpec(leaf.dtype, leaf.shape(self.batch, seq, past))
+        return TensorSpec(leaf.dtype, leaf.shape(self.batch, *self._tokens(step)))
+
+    def _tokens(self, step: int) -> tuple[int, int]:
+        """How many tokens one of its passes has, and how many are before them."""
+        if step > 0:
+            return 1, self.seq + step - 1
+        past = before_last_chunk(self.seq, self.chunk_tokens)
+        return self.seq - past, past
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One forward pass: which invokes are its rows, in order. All have the same length.
 
-    In a generation `group` is the index of the pass of the prompt, whose cache it uses, and `past`
-    the number of tokens in there before it runs; in a trace it is -1, and there is no cache.
+    In a generation `group` is the index of step 0, whose prompt it belongs to and whose cache it
+    uses, and `past` the number of tokens in there before it runs; in a trace `group` is -1, and
+    there is no cache. Chunks of the prompt before the last have the steps from -1 down.
     """
 
     invokes: tuple[int, ...]
@@ -86,7 +96,7 @@ class Pass:
         """What decides which tensors it has."""
         if self.group < 0:
             return PassKind.of_trace(self.padded)
-        return PassKind.of_step(self.padded, self.step)
+        return PassKind.of_step(self.padded, self.seq, self.past)
 
     def spec(self, leaf: Leaf, rows: int | None = None) -> TensorSpec:
         """What a tensor is in this pass, for all of its rows or for some of them."""
@@ -126,18 +136,29 @@ class Passes:
         return one.rows[one.invokes.index(invoke)]
 
     def new_tokens(self, index: int) -> int:
-        """How many tokens are generated behind a prompt whose pass has this index."""
+        """How many tokens are generated behind a prompt whose step 0 has this index."""
         return self._group_sizes[self.passes[index].group]
 
     @cached_property
     def _group_sizes(self) -> Counter[int]:
-        return Counter(one.group for one in self.passes if one.group >= 0)
+        return Counter(one.group for one in self.passes if one.group >= 0 and one.step >= 0)
+
+    def chunk_tokens(self, index: int) -> int:
+        """The size of the chunks before the last, of a prompt whose step 0 has this index.
+
+        0 if it is whole.
+        """
+        return self.passes[index - 1].seq if self.passes[index].past else 0
 
     def goes_on(self, index: int) -> bool:
         """Whether the next pass is another step of the same generation."""
         if index + 1 >= len(self.passes):
             return False
         return self.passes[index + 1].group == self.passes[index].group >= 0
+
+    def begins_next(self, index: int) -> bool:
+        """Whether the tokens that are chosen in a pass are what the next one begins with."""
+        return self.goes_on(index) and self.passes[index].step >= 0
 
     @property
     def are_generation(self) -> bool:
@@ -273,12 +294,12 @@ def assign_passes(
     return Passes(tuple(passes))
 
 
-_Key: TypeAlias = tuple[int, bool, int]
+_Key: TypeAlias = tuple[int, bool, int, int]
 
 
 def _key(shape: InvokeShape) -> _Key:
     # A padded batch brings a mask, which changes the attention kernel for every row beside it.
-    return shape.seq, shape.padded, shape.new_tokens
+    return shape.seq, shape.padded, shape.new_tokens, shape.chunk_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,20 +430,35 @@ def _passes(chunk: Sequence[int], invokes: Sequence[InvokeShape], at: int) -> li
         first += invokes[invoke].batch
     shape = invokes[chunk[0]]
     prompt = Pass(tuple(chunk), shape.seq, shape.padded, tuple(rows))
-    return steps_of(prompt, shape.new_tokens, at)
+    return steps_of(prompt, shape.new_tokens, at, shape.chunk_tokens)
 
 
-def steps_of(prompt: Pass, new_tokens: int, at: int) -> list[Pass]:
-    """The passes that generate so many tokens behind a prompt, whose pass has the index `at`.
+def before_last_chunk(seq: int, chunk_tokens: int) -> int:
+    """How many tokens of a prompt come before its last chunk; 0 if it is not cut."""
+    return (seq - 1) // chunk_tokens * chunk_tokens if chunk_tokens else 0
 
-    The prompt's alone for 0, which is a trace.
+
+def steps_of(prompt: Pass, new_tokens: int, at: int, chunk_tokens: int = 0) -> list[Pass]:
+    """The passes that generate so many tokens behind a prompt, the first having the index `at`.
+
+    The prompt's alone for 0, which is a trace. With `chunk_tokens` the prompt is cut into passes of
+    so many tokens, the last of which, step 0, has what is left.
     """
     if not new_tokens:
         return [prompt]
+    past = before_last_chunk(prompt.seq, chunk_tokens)
+    before = past // chunk_tokens if past else 0
+    group = at + before
     return [
-        replace(prompt, group=at),
         *(
-            replace(prompt, seq=1, step=step, past=prompt.seq + step - 1, group=at)
+            replace(
+                prompt, seq=chunk_tokens, step=step, past=past + step * chunk_tokens, group=group
+            )
+            for step in range(-before, 0)
+        ),
+        replace(prompt, seq=prompt.seq - past, past=past, group=group),
+        *(
+            replace(prompt, seq=1, step=step, past=prompt.seq + step - 1, group=group)
             for step in range(1, new_tokens)
         ),
     ]

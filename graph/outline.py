@@ -33,13 +33,16 @@ class PassKind(StrEnum):
     """What decides which tensors a pass has. The values are words for messages.
 
     As in transformers' `generate`, the prompt of a generation has the logits of its last token
-    only, and a step has one token, and a cache of those before it.
+    only, and a step has one token, and a cache of those before it. The last chunk of a prompt has
+    some tokens, and a cache, too.
     """
 
     PLAIN = "in a batch without padding"
     PADDED = "in a batch with padding"
     PROMPT = "in the prompt of a generation"
     PADDED_PROMPT = "in the padded prompt of a generation"
+    CHUNK = "in the last chunk of a prompt"
+    PADDED_CHUNK = "in the last chunk of a padded prompt"
     STEP = "in a step after the prompt"
     PADDED_STEP = "in a step after a padded prompt"
 
@@ -49,11 +52,13 @@ class PassKind(StrEnum):
         return PassKind.PADDED if padded else PassKind.PLAIN
 
     @staticmethod
-    def of_step(padded: bool, step: int) -> PassKind:
-        """The kind of a pass of a generation; step 0 is the prompt."""
-        if step:
+    def of_step(padded: bool, seq: int, past: int) -> PassKind:
+        """The kind of a pass of a generation: so many tokens, and so many before them."""
+        if not past:
+            return PassKind.PADDED_PROMPT if padded else PassKind.PROMPT
+        if seq == 1:  # also where it is the last one of a prompt
             return PassKind.PADDED_STEP if padded else PassKind.STEP
-        return PassKind.PADDED_PROMPT if padded else PassKind.PROMPT
+        return PassKind.PADDED_CHUNK if padded else PassKind.CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,14 @@ class Steps:
     `leaves` are the tensors that each module takes or gives in them, `cached` the modules that are
     given the cache. `cache_bytes` is, for each block, what a row keeps however long it is, and what
     each token adds at most. `masked`: whether the mask of a padded prompt goes on in its steps.
+    `in_chunks`: whether transformers can run a prompt of such a model chunk by chunk.
     """
 
     leaves: Mapping[tuple[str, IO, PassKind], tuple[Leaf, ...]]
     cached: frozenset[str]
     cache_bytes: tuple[tuple[int, int], ...]
     masked: bool
+    in_chunks: bool
 
 
 def _no_steps() -> Steps:
@@ -227,6 +234,11 @@ class Outline:
         """What crosses a cut in one pass: the hidden states `[batch, seq, hidden]`."""
         leaf = self.modules[f"{self.blocks_path}.0"].outputs[0]
         return TensorSpec(leaf.dtype, leaf.shape(batch, seq))
+
+    @property
+    def last_block_event(self) -> int | None:
+        """The event behind which no block runs any more: the output of the last one."""
+        return self.modules[f"{self.blocks_path}.{self.n_blocks - 1}"].output_event
 
     def block(self, event: int) -> int:
         """The block in which `event` happens: -1 before block 0, `n_blocks` after the last."""

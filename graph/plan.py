@@ -152,8 +152,11 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
             _check_step(stage, part, passes, ran, is_last)
             ran.add(stage.pass_index)
         stop = stage.stop_event
-        if stop is not None and generates:
-            raise BadGraph("a step of a generation runs to its end, where its token is chosen")
+        if stop is not None and generates and not _ends_behind_blocks(stage, passes, outline):
+            raise BadGraph(
+                "a step of a generation runs to its end, where its token is chosen, and a chunk of "
+                "a prompt through all blocks"
+            )
         if stop is not None and not (
             0 <= stop < outline.n_events and part.span.hosts(outline.block(stop), outline.n_blocks)
         ):
@@ -215,7 +218,7 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
                 if receiver < part.index:
                     raise BadGraph(f"hidden states from part {part.index} to part {receiver}")
             elif value == TOKENS:
-                if not (is_last and stage.forward and passes.goes_on(stage.pass_index)):
+                if not (is_last and stage.forward and passes.begins_next(stage.pass_index)):
                     raise BadGraph("tokens leave a stage that chooses none for a next one")
             elif value not in known:
                 raise BadGraph("an export of a value that is not there", node=value)
@@ -229,7 +232,7 @@ def check_part(part: Part, passes: Passes, outline: Outline) -> None:
 def _check_step(stage: Stage, part: Part, passes: Passes, ran: set[int], is_last: bool) -> None:
     """Check what only generations have: the steps before, for the cache, and the tokens."""
     one = passes.passes[stage.pass_index]
-    if one.step and stage.pass_index - 1 not in ran:
+    if one.past and stage.pass_index - 1 not in ran:
         raise BadGraph(f"step {one.step} of pass {one.group} without the one before it")
     senders = [sender for value, sender in stage.imports if value == TOKENS]
     wanted = one.step > 0 and part.span.start == 0 and not is_last
@@ -238,6 +241,15 @@ def _check_step(stage: Stage, part: Part, passes: Passes, ran: set[int], is_last
             f"the tokens of pass {stage.pass_index} come to span {part.span} {len(senders)} times, "
             f"or from where none are chosen; {int(wanted)} is wanted"
         )
+
+
+def _ends_behind_blocks(stage: Stage, passes: Passes, outline: Outline) -> bool:
+    """Whether a stage ends where a chunk before the last may, of which nobody wants the logits."""
+    return (
+        stage.forward
+        and passes.passes[stage.pass_index].step < 0
+        and stage.stop_event == outline.last_block_event
+    )
 
 
 def _check_place(

@@ -2,8 +2,9 @@
 
 `[version, index, [start, end], stages, passes, specs, sampling, outlives peers, graph]`, where a
 stage is `[pass, nodes, imports, exports, from_hidden, forward, stop event or -1]`, passes `[seq,
-padded, new tokens, [[invoke, first row, last row], ...]]` for a prompt and the steps behind it (0
-new tokens: a trace), a spec `[value, dtype, shape]` and sampling a list of its fields, or empty.
+padded, new tokens, chunk tokens, [[invoke, first row, last row], ...]]` for a prompt and the steps
+behind it (0 new tokens: a trace; 0 chunk tokens: a whole prompt), a spec `[value, dtype, shape]`
+and sampling a list of its fields, or empty.
 The stages, specs and nodes of a generation are folded (repeats.py): equal steps are sent once.
 Whether the part makes sense is `check_part`'s business (plan.py).
 """
@@ -19,13 +20,13 @@ from glasshive.graph.codec import GraphLimits, decode_graph, encode_graph
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.graph import NodeId
 from glasshive.graph.msgpack_scan import scan
-from glasshive.graph.order import Pass, Passes, steps_of
+from glasshive.graph.order import Pass, Passes, before_last_chunk, steps_of
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.repeats import fold, unfold
 from glasshive.graph.sampling import MAX_STOP_TOKENS, Sampling
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
-VERSION: Final = 4
+VERSION: Final = 5
 MAX_PASSES: Final = 4096
 MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
@@ -53,9 +54,10 @@ def encode_part(part: Part, passes: Passes) -> bytes:
     ]
     rows = [
         [
-            one.seq,
+            one.past + one.seq,
             one.padded,
             passes.new_tokens(index),
+            passes.chunk_tokens(index),
             [[i, first, last] for i, (first, last) in zip(one.invokes, one.rows, strict=True)],
         ]
         for index, one in enumerate(passes.passes)
@@ -108,7 +110,7 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         _sampling(_made(sampling, 32 + MAX_STOP_TOKENS, limits)),
         outlives_peers,
     )
-    return part, _passes(_made(rows, 4 * MAX_ROWS + 5 * MAX_PASSES, limits))
+    return part, _passes(_made(rows, 4 * MAX_ROWS + 6 * MAX_PASSES, limits))
 
 
 def _fields(data: bytes | bytearray) -> list[bytes | bytearray]:
@@ -183,21 +185,22 @@ def _passes(tree: Any) -> Passes:
     passes: list[Pass] = []
     seen: set[int] = set()
     for one in _list(tree, MAX_PASSES, "passes"):
-        prompt, new_tokens = _prompt(one)
+        prompt, new_tokens, chunk_tokens = _prompt(one)
         if not seen.isdisjoint(prompt.invokes) or len(set(prompt.invokes)) < len(prompt.invokes):
             raise BadGraph("an invoke stands in two passes")
         seen.update(prompt.invokes)
         if passes and (new_tokens > 0) != (passes[0].group >= 0):
             raise BadGraph("passes of a trace beside passes of a generation")
-        if len(passes) + max(new_tokens, 1) > MAX_PASSES:
+        chunks = before_last_chunk(prompt.seq, chunk_tokens) // max(chunk_tokens, 1)
+        if len(passes) + chunks + max(new_tokens, 1) > MAX_PASSES:
             raise BadGraph(f"more than {MAX_PASSES} passes")
-        passes += steps_of(prompt, new_tokens, len(passes))
+        passes += steps_of(prompt, new_tokens, len(passes), chunk_tokens)
     return Passes(tuple(passes))
 
 
-def _prompt(tree: Any) -> tuple[Pass, int]:
-    """The pass of a prompt, and how many tokens are generated behind it."""
-    seq, padded, new_tokens, rows = _array(tree, 4, "a pass")
+def _prompt(tree: Any) -> tuple[Pass, int, int]:
+    """The pass of a prompt, how many tokens are generated behind it, and how many are a chunk."""
+    seq, padded, new_tokens, chunk_tokens, rows = _array(tree, 5, "a pass")
     if not isinstance(padded, bool):
         raise BadGraph("a pass that does not say whether it is padded")
     invokes: list[int] = []
@@ -213,7 +216,11 @@ def _prompt(tree: Any) -> tuple[Pass, int]:
     if not invokes:
         raise BadGraph("a pass without invokes")
     prompt = Pass(tuple(invokes), _integer(seq, 1, MAX_TOKENS), padded, tuple(spans))
-    return prompt, _integer(new_tokens, 0, MAX_PASSES)
+    new_tokens = _integer(new_tokens, 0, MAX_PASSES)
+    chunk_tokens = _integer(chunk_tokens, 0, prompt.seq - 1)
+    if chunk_tokens and not new_tokens:
+        raise BadGraph("chunks of a prompt that nothing is generated behind")
+    return prompt, new_tokens, chunk_tokens
 
 
 def _pairs(tree: Any, limits: GraphLimits) -> tuple[tuple[NodeId, int], ...]:

@@ -86,7 +86,7 @@ def split(
             if index:
                 builders[index].stage(pass_index).hidden_from = index - 1
                 builders[index - 1].stage(pass_index).exports.append((HIDDEN, index))
-        if deepest and passes.goes_on(pass_index):
+        if deepest and passes.begins_next(pass_index):
             builders[deepest].stage(pass_index).exports.append((TOKENS, 0))
             builders[0].stage(pass_index + 1).imports.append((TOKENS, deepest))
     # In the order of the stages, so that the first use of a value is the earliest one.
@@ -113,13 +113,11 @@ def split(
     parts = []
     for index, builder in enumerate(builders):
         if builder.stages:
-            stop: dict[int, int | None] = {}
-            if not passes.are_generation:
-                stop = {
-                    p: _stop_event(graph, outline, passes, p, route, index)
-                    for p in depth
-                    if depth[p] == index
-                }
+            stop = {
+                p: _stop_event(graph, outline, passes, p, route, index)
+                for p in depth
+                if depth[p] == index
+            }
             is_last = builder.span.end >= outline.n_blocks
             parts.append(builder.build(stop, specs, sampling if is_last else None))
     return Plan(passes, tuple(parts))
@@ -251,7 +249,12 @@ def _forward_depth(
 def _stop_event(
     graph: Graph, outline: Outline, passes: Passes, pass_index: int, route: Sequence[Span], at: int
 ) -> int | None:
-    """The last event that a read of this pass needs on the span at `at`."""
+    """The last event that a read of this pass needs on the span at `at`.
+
+    The steps of a generation run to their end; chunks of a prompt before that need no logits.
+    """
+    if passes.are_generation:
+        return outline.last_block_event if passes.passes[pass_index].step < 0 else None
     events = [
         event_of(node, outline)
         for node in graph.nodes.values()

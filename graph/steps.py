@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import UnsupportedModel
 from glasshive.graph.graph import IO
-from glasshive.graph.outline import GENERATOR, Leaf, PassKind, Steps
-from glasshive.graph.twin_scans import Scans, accepts
+from glasshive.graph.outline import GENERATOR, Axis, Leaf, PassKind, Steps
+from glasshive.graph.twin_scans import GENERATE_CACHE, Scans, accepts, cache_keyword
 
+_GENERATED = frozenset(PassKind) - {PassKind.PLAIN, PassKind.PADDED}
 _TOKENS = (8, 12)  # in the caches behind the step, of 2 and 3 rows
 _ROWS = (2, 3)
 
@@ -63,8 +65,9 @@ def scan_steps(
                 if padded is None or (kind is PassKind.STEP and not masked)
                 else padded[padded_kind].leaves(name, io)
             )
-        for one in (kind, padded_kind):
-            leaves[GENERATOR, "output", one] = (Leaf((), DType.INT64, ("batch",)),)
+    _add_chunks(leaves)
+    for one in _GENERATED:
+        leaves[GENERATOR, "output", one] = (Leaf((), DType.INT64, ("batch",)),)
     last = plain[PassKind.STEP]
     return Steps(
         leaves=leaves,
@@ -73,7 +76,44 @@ def scan_steps(
             _row_bytes(last.first.cache, last.second.cache, index) for index in range(n_blocks)
         ),
         masked=masked,
+        in_chunks=cache_keyword(twin) == GENERATE_CACHE,
     )
+
+
+def _add_chunks(leaves: dict[tuple[str, IO, PassKind], tuple[Leaf, ...]]) -> None:
+    """Add what there is in the last chunk of a prompt: what the prompt and the steps agree on.
+
+    An axis of tokens of the prompt is one of all tokens so far if it is in a step, and one of the
+    present tokens if a step has one there. What stands in only one of the two, such as a mask that
+    a kernel needs for one and not the other, is left out.
+    """
+    for (name, io, kind), prompt in list(leaves.items()):
+        if kind not in (PassKind.PROMPT, PassKind.PADDED_PROMPT):
+            continue
+        padded = kind is PassKind.PADDED_PROMPT
+        step = leaves[name, io, PassKind.PADDED_STEP if padded else PassKind.STEP]
+        others = {leaf.path: leaf for leaf in step}
+        leaves[name, io, PassKind.PADDED_CHUNK if padded else PassKind.CHUNK] = tuple(
+            replace(leaf, axes=axes, bypasses=leaf.bypasses or other.bypasses)
+            for leaf in prompt
+            if (other := others.get(leaf.path)) is not None
+            and (axes := _chunk_axes(leaf.axes, other.axes)) is not None
+        )
+
+
+def _chunk_axes(prompt: tuple[Axis, ...], step: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+    """The axes of a tensor in the last chunk of a prompt; None where they can't be told."""
+    if len(prompt) != len(step):
+        return None
+    axes: list[Axis] = []
+    for whole, one in zip(prompt, step, strict=True):
+        if whole == "seq" and one == "total":
+            axes.append("total")
+        elif whole == one or (whole == "seq" and one == 1):
+            axes.append(whole)
+        else:
+            return None
+    return tuple(axes)
 
 
 def _is_spread(plain: Mapping[PassKind, Scans], padded: Mapping[PassKind, Scans]) -> bool:

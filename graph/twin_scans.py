@@ -35,7 +35,9 @@ _STEP_AXES: Final[Mapping[tuple[int, int], Axis]] = {(2, 3): "batch", (8, 12): "
 
 LAST_LOGITS: Final = "logits_to_keep"
 """The argument by which `generate` asks for the logits of the last tokens only."""
-_CACHE_KEYWORDS: Final = ("past_key_values", "cache_params")
+GENERATE_CACHE: Final = "past_key_values"
+"""The argument in which `generate` looks for the cache of a prompt in chunks."""
+_CACHE_KEYWORDS: Final = (GENERATE_CACHE, "cache_params")
 
 ONE_RUN: Final = threading.RLock()
 """Held while modules of any twin run: what is put on them for a run would see another thread's."""

@@ -9,8 +9,9 @@
 - What the model may take for an index is looked at before an accelerator sees it.
 - A stage that is cancelled or takes too long ends at the next node or block: a kernel can't be
   interrupted.
-- A step of a generation runs with the cache that its prompt's pass has begun; the last span chooses
-  the next tokens, and what is read or written of them comes after everything else of the pass.
+- A step of a generation runs with the cache that its prompt's pass has begun, which may be a chunk
+  of the prompt; the last span chooses the next tokens, and what is read or written of them comes
+  after everything else of the pass.
 - Everything here runs on the one torch thread of a peer, and knows no network.
 """
 
@@ -171,7 +172,8 @@ class Executor:
         """Run one stage and wait until the device has done it.
 
         `inputs`, `hidden` (`[batch, seq, hidden]`, where the stage imports it) and `tokens` (int64
-        `[batch]`, where it does) may be on any device. The stages of a generation run in order.
+        `[batch]`, where it does) may be on any device. The stages of a generation run in order;
+        `inputs` are those of the whole prompt, at its first pass.
 
         Raises GraphError naming the node that failed, or before which the stage had to end.
         """
@@ -202,15 +204,16 @@ class Executor:
         """What enters the pass. Begins a generation with its prompt."""
         if not stage.forward or (one := self._passes.passes[stage.pass_index]).group < 0:
             return inputs
-        if not one.step:
+        if not one.past:
             self._generations.clear()  # a part may leave out the last steps of the one before
             try:
                 begun = Generation.begin(self._model, inputs, one, self._part.sampling)
             except _FAILURES as error:
                 raise _no_choice(error, None) from error
             self._generations[one.group] = begun
-            return inputs
         begun = self._generations[one.group]
+        if one.step <= 0:
+            return begun.prompt.of_chunk(one.past, one.seq)
         if tokens is None and begun.sampler is not None:
             tokens = begun.sampler.tokens  # chosen here
         return begun.prompt.of_step(one.step, tokens, masked=self._outline.steps().masked)
@@ -232,7 +235,8 @@ class Executor:
         self, stage: Stage, buckets: dict[int, Bucket], inputs: PassInputs, hidden: Tensor | None
     ) -> None:
         is_edited = any(map(self._reaches_indices, stage.nodes))
-        generation = self._generations.get(self._passes.passes[stage.pass_index].group)
+        one = self._passes.passes[stage.pass_index]
+        generation = self._generations.get(one.group)
         chosen = self._outline.event(_CHOSEN) if generation is not None else None
         at_choice = buckets.pop(chosen, []) if chosen is not None else []
         with contextlib.ExitStack() as hooks:
@@ -261,10 +265,10 @@ class Executor:
                     raise NotASite("the forward ended before the hidden states left the span")
                 self._outbox.exported(stage, HIDDEN, receiver, output)
         if generation is not None:
-            if generation.sampler is not None and output is not None:
+            if generation.sampler is not None and output is not None and one.step >= 0:
                 self._choose(stage, generation.sampler, at_choice, output)
             if not self._passes.goes_on(stage.pass_index):
-                self._generations.pop(self._passes.passes[stage.pass_index].group, None)
+                self._generations.pop(one.group, None)
 
     def _choose(self, stage: Stage, sampler: Sampler, bucket: Bucket, logits: Tensor) -> None:
         """Choose the next tokens, let the graph see and change them, and send them on."""

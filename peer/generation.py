@@ -21,11 +21,25 @@ class PassInputs:
 
     `input_ids`, `attention_mask` and `position_ids` are int64 `[batch, seq]`. The tokens are those
     of the first span; of a generation's prompt the last one has them too, to choose the next ones.
+    They are those of a whole prompt, also where that is run in chunks.
     """
 
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+
+    def of_chunk(self, past: int, seq: int) -> PassInputs:
+        """What enters a pass of so many tokens of this prompt, which follow so many others.
+
+        Its mask is that of all tokens so far, as transformers has it.
+        """
+        now = slice(past, past + seq)
+        ids, mask, positions = self.input_ids, self.attention_mask, self.position_ids
+        return PassInputs(
+            None if ids is None else ids[:, now],
+            None if mask is None else mask[:, : now.stop],
+            None if positions is None else positions[:, now],
+        )
 
     def of_step(self, step: int, tokens: Tensor | None, *, masked: bool) -> PassInputs:
         """What enters a step behind this prompt: the tokens chosen before, int64 `[batch]`.

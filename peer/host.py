@@ -369,7 +369,7 @@ class Host:
         """Whether the reserve beside what is promised has room for what these passes hold."""
         most_bytes = self.memory_bytes // PUT_ASIDE_PARTS
         return all(
-            self._model.pass_bytes(p.batch, p.past + p.seq) <= most_bytes for p in passes.passes
+            self._model.pass_bytes(p.batch, p.seq, p.past) <= most_bytes for p in passes.passes
         )
 
     async def _checked(

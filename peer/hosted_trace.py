@@ -290,7 +290,7 @@ class HostedTrace:
         if isinstance(message, Dropped):
             if not self.passes.are_generation:
                 raise MalformedMessage(f"value {value} is dropped, and nothing ends early")
-            if value == HIDDEN and not self.passes.passes[message.pass_index].step:
+            if value == HIDDEN and self.passes.passes[message.pass_index].step <= 0:
                 raise MalformedMessage(_too_early(message.pass_index))
             return parked, None
         spec = spec_of(message.dtype, message.shape)
@@ -377,7 +377,7 @@ class HostedTrace:
         hidden, tokens = carried.pop(HIDDEN, None), carried.pop(TOKENS, None)
         if not (stage.forward or stage.nodes or stage.exports or carried):
             return
-        inputs = self.inputs.get(stage.pass_index, PassInputs())
+        inputs = self.inputs.get(group if group >= 0 else stage.pass_index, PassInputs())
 
         def work() -> None:
             before_seconds = self.account.compute_seconds

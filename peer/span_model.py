@@ -289,15 +289,18 @@ class SpanModel:
             self._longest_tokens = max(self._longest_tokens, tokens)
         return result
 
-    def pass_bytes(self, batch: int, seq: int) -> int:
+    def pass_bytes(self, batch: int, seq: int, past: int = 0) -> int:
         """About what a pass of `[batch, seq]` tokens holds between two blocks, at most.
 
-        Keys and values of the hosted blocks, hidden states, a mask of all pairs, and logits.
+        Keys and values of the hosted blocks, also of the `past` tokens before, hidden states, a
+        mask of all pairs, and logits.
         """
-        width = self.hidden_size * (2 * (self.end - self.start) + 4) + seq
+        total = past + seq
+        held = total * self.hidden_size * 2 * (self.end - self.start)
+        width = self.hidden_size * 4 + total
         if self.is_last:
             width += self.config.get_text_config().vocab_size
-        return batch * seq * width * self.dtype.itemsize
+        return batch * (held + seq * width) * self.dtype.itemsize
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ async def take_inputs(
             or one.step
             or message.name not in ("input_ids", "attention_mask", "position_ids")
             or message.name in mine
-            or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.seq))
+            or (spec.dtype.value, spec.shape) != ("int64", (one.batch, one.past + one.seq))
         ):
             raise WrongInput(f"input {message.name[:20]!r} of {spec} fits no pass of this plan")
         data = await receive_tensor(client, frame, spec, left_seconds())

@@ -94,10 +94,12 @@ def steered(model: Any, **options: Any) -> tuple[Any, list[Any], list[Any]]:
 def oracle(
     plain: Any, blocks_path: str, **choice: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same by transformers' `generate` and hooks."""
+    """The same by transformers' `generate` and hooks, from the last chunk of a prompt on."""
+    earlier = (PROMPT.shape[1] - 1) // choice.get("prefill_chunk_size", PROMPT.shape[1])
 
     def steer(step: int, output: Tensor) -> None:
-        output[:, -1] += 1.5
+        if step >= earlier:
+            output[:, -1] += 1.5
 
     block = f"{blocks_path}.3"
     ids, found = generate_hooked(
@@ -109,12 +111,14 @@ def oracle(
         eos_token_id=None,
         **choice,
     )
-    return ids, found[block], [one[:, -1] for one in found["lm_head"]]
+    return ids, found[block][earlier:], [one[:, -1] for one in found["lm_head"][earlier:]]
 
 
-def check(plain: Any, hive: Replicas, found: tuple[Any, list[Any], list[Any]]) -> None:
+def check(
+    plain: Any, hive: Replicas, found: tuple[Any, list[Any], list[Any]], **choice: Any
+) -> None:
     tracer, states, logits = found
-    ids, wanted_states, wanted_logits = oracle(plain, hive.model.outline.blocks_path)
+    ids, wanted_states, wanted_logits = oracle(plain, hive.model.outline.blocks_path, **choice)
     assert torch.equal(tracer.output_ids, ids)
     assert len(states) == len(logits) == NEW
     assert all(map(torch.equal, states, wanted_states))
@@ -156,6 +160,22 @@ def test_every_kind_of_cache_is_made_again(
     found = steered(hive.model)
     check(plain, hive, found)
     assert len(found[0].result.replaced) == 1
+
+
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_a_prompt_in_chunks_of_which_some_have_come(
+    lost: tuple[int, ...], llama: tuple[Any, Replicas]
+) -> None:
+    """Lost when two of three chunks before the last have left the middle peer."""
+    plain, hive = llama
+    choice = {"prefill_chunk_size": 3}
+    hive.after(1, 2, hive.kill(*lost))
+    found = steered(hive.model, **choice)
+    check(plain, hive, found, **choice)
+    result = found[0].result
+    assert result.retried == 0
+    assert sorted(one.blocks for one in result.replaced) == [f"{2 * i}:{2 * i + 2}" for i in lost]
+    assert min(hive.again) <= 2  # streams were opened again before the chunks had come
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -144,6 +144,36 @@ def test_mutual_need_that_no_order_meets_is_impossible(outline: Outline) -> None
         assign_passes(g, outline, [InvokeShape(1, 3)] * 2)
 
 
+def test_chunks_of_a_prompt_come_before_step_0_which_is_the_last(outline: Outline) -> None:
+    g = graph(Read(out(0), 0), Save(ref(0), "s"), Read(out(0), 1), Save(ref(2), "t"))
+    shapes = [InvokeShape(1, 8, new_tokens=3, chunk_tokens=n) for n in (3, 8)]
+    passes = assign_passes(g, outline, shapes)
+    found = [(one.step, one.seq, one.past, one.group) for one in passes.passes]
+    first = [(-2, 3, 0, 2), (-1, 3, 3, 2), (0, 2, 6, 2), (1, 1, 8, 2), (2, 1, 9, 2)]
+    assert found == [*first, (0, 8, 0, 5), (1, 1, 8, 5), (2, 1, 9, 5)]
+    assert [passes.of(0), passes.of(0, 1), passes.of(1)] == [2, 3, 5]
+    assert [passes.begins_next(index) for index in range(8)] == [
+        *(False, False, True, True, False),
+        *(True, True, False),
+    ]
+    assert [passes.new_tokens(index) for index in (2, 5)] == [3, 3]
+    assert [passes.chunk_tokens(index) for index in (2, 5)] == [3, 0]
+    assert slots(g, outline, passes)[NodeId(0)] == (2, outline.event(out(0)))
+
+
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_an_invoke_has_the_tensors_of_its_passes(chunk: int, outline: Outline) -> None:
+    g = graph(Read(out(0), 0), Save(ref(0), "s"))
+    shape = InvokeShape(2, 7, new_tokens=3, chunk_tokens=chunk)
+    passes = assign_passes(g, outline, [shape])
+    leaf = Leaf((), DType.FLOAT32, ("batch", "seq", "total"))
+    for step in range(3):
+        one = passes.passes[passes.of(0, step)]
+        assert shape.spec(leaf, step) == one.spec(leaf)
+        assert shape.kind(step) == one.kind
+    assert sum(one.seq for one in passes.passes if one.step <= 0) == 7
+
+
 def test_an_invoke_from_which_nothing_is_read_is_not_run(outline: Outline) -> None:
     g = graph(Read(out(1), 1), Save(ref(0), "s"))
     passes = assign_passes(g, outline, [InvokeShape(1, 3)] * 3)

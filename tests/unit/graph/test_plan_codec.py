@@ -17,8 +17,9 @@ from glasshive.graph.errors import BadGraph, GraphError
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Write
 from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.outline import Outline
-from glasshive.graph.plan import HIDDEN, Part, Span, Stage, check_part
+from glasshive.graph.plan import HIDDEN, TOKENS, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import decode_part, encode_part
+from glasshive.graph.sampling import Sampling
 from glasshive.graph.tensors import TensorSpec
 
 LIMITS = GraphLimits()
@@ -44,22 +45,29 @@ def sample() -> Part:
     return Part(1, Span(1, 2), Graph(nodes, frozenset({NodeId(1)})), (stage,), specs)
 
 
-def steps(new_tokens: int) -> tuple[Part, Passes]:
+def steps(new_tokens: int, chunk_tokens: int = 0) -> tuple[Part, Passes]:
     """The middle part of a generation: a sum at each step, which the last part gets, and a save."""
-    passes = Passes(tuple(steps_of(Pass((0,), 5, False, ((0, 1),)), new_tokens, 0)))
+    prompt = Pass((0,), 5, False, ((0, 1),))
+    passes = Passes(tuple(steps_of(prompt, new_tokens, 0, chunk_tokens)))
     nodes: dict[NodeId, Node] = {}
-    stages = []
+    before = passes.of(0)
+    stages = [
+        Stage(index, (), ((HIDDEN, 0),), ((HIDDEN, 2),), forward=True) for index in range(before)
+    ]
     for step in range(new_tokens):
         own = tuple(NodeId(3 * step + i) for i in range(3))
         nodes[own[0]] = Read(Site("blocks.1.mlp", "output", (), step), 0)
         nodes[own[1]] = Op("add", (Ref(own[0]), 1.5, 1))
         nodes[own[2]] = Save(Ref(own[1]), f"s{step}")
         exports = ((HIDDEN, 2), (own[1], 2))
-        stages.append(Stage(step, own, ((HIDDEN, 0),), exports, forward=True))
+        stages.append(Stage(before + step, own, ((HIDDEN, 0),), exports, forward=True))
     return Part(1, Span(1, 2), Graph(nodes), tuple(stages), {}), passes
 
 
-@pytest.mark.parametrize(("part", "passes"), [(sample(), PASSES), steps(1), steps(40)])
+@pytest.mark.parametrize(
+    ("part", "passes"),
+    [(sample(), PASSES), steps(1), steps(40), steps(3, 2), steps(9, 1), steps(2, 4)],
+)
 def test_a_part_survives(outline: Outline, part: Part, passes: Passes) -> None:
     again, passes_again = decode_part(encode_part(part, passes), LIMITS)
     assert again == part
@@ -105,6 +113,72 @@ def test_a_part_for_another_span_is_refused(outline: Outline) -> None:
         check_part(replace(sample(), span=Span(2, 3)), PASSES, outline)
 
 
+def last_in_chunks() -> tuple[Part, Passes]:
+    """The last part of a generation of two tokens, whose prompt of five is in chunks of two."""
+    passes = steps(2, 2)[1]
+    end = {"stop_event": 8}
+    stages = [
+        Stage(0, (), ((HIDDEN, 0),), forward=True, **end),
+        Stage(1, (), ((HIDDEN, 0),), forward=True, **end),
+        Stage(2, (), ((HIDDEN, 0),), ((TOKENS, 0),), forward=True),
+        Stage(3, (), ((HIDDEN, 0),), forward=True),
+    ]
+    return Part(1, Span(1, 3), Graph({}), tuple(stages), {}, Sampling()), passes
+
+
+def test_chunks_may_end_behind_the_last_block(outline: Outline) -> None:
+    part, passes = last_in_chunks()
+    last = outline.last_block_event
+    stages = tuple(
+        replace(one, stop_event=last) if one.stop_event is not None else one for one in part.stages
+    )
+    check_part(replace(part, stages=stages), passes, outline)
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "text"),
+    [
+        (0, {"stop_event": 3}, "a chunk of a prompt through all blocks"),
+        (2, {"stop_event": 8}, "a step of a generation runs to its end"),
+        (1, {"exports": ((TOKENS, 0),)}, "tokens leave a stage that chooses none for a next one"),
+        (1, {"forward": False, "imports": ()}, "a chunk of a prompt through all blocks"),
+        (1, None, "step 0 of pass 2 without the one before it"),
+        (0, None, "step -1 of pass 2 without the one before it"),
+    ],
+)
+def test_chunks_that_no_plan_holds_are_refused(
+    outline: Outline, at: int, change: dict[str, object] | None, text: str
+) -> None:
+    part, passes = last_in_chunks()
+    last = {8: outline.last_block_event}
+    stages = []
+    for index, one in enumerate(part.stages):
+        if index == at:
+            if change is None:
+                continue
+            one = replace(one, **change)  # type: ignore[arg-type]
+        stages.append(replace(one, stop_event=last.get(one.stop_event, one.stop_event)))
+    with pytest.raises(BadGraph, match=text):
+        check_part(replace(part, stages=tuple(stages)), passes, outline)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "new", "text"),
+    [
+        (5, 2, "5 where a whole number from 0 to 4 is wanted"),
+        (-1, 2, "-1 where a whole number"),
+        (2, 0, "chunks of a prompt that nothing is generated behind"),
+        (1, 4093, "more than 4096 passes"),
+    ],
+)
+def test_sizes_of_chunks_that_no_prompt_has(chunk: int, new: int, text: str) -> None:
+    tree = msgpack.unpackb(encode_part(*steps(2, 2)))
+    seq, padded, _, _, rows = tree[4][0]
+    tree[4][0] = [seq, padded, new, chunk, rows]
+    with pytest.raises(BadGraph, match=text):
+        decode_part(msgpack.packb(tree), LIMITS)
+
+
 def test_rows_must_follow_one_another() -> None:
     gap = Passes((Pass((0,), 5, False, ((1, 2),)),))
     with pytest.raises(BadGraph, match="overlap or leave a gap"):
@@ -130,7 +204,7 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         decode_part(data, LIMITS)
 
 
-PARTS = [encode_part(sample(), PASSES), encode_part(*steps(9))]
+PARTS = [encode_part(sample(), PASSES), encode_part(*steps(9)), encode_part(*steps(3, 2))]
 
 
 def test_damaged_parts_are_refused_or_checked(outline: Outline) -> None:

@@ -174,6 +174,19 @@ def test_a_mask_is_a_site_of_a_padded_batch_only(llama: Outline) -> None:
         llama.leaf(mask, PassKind.PLAIN)
 
 
+def test_the_last_chunk_of_a_prompt_has_what_prompt_and_steps_agree_on(llama: Outline) -> None:
+    hidden, mask = (
+        Site("model.layers.1", "output"),
+        Site("model.layers.1.self_attn", "input", ("attention_mask",)),
+    )
+    assert llama.leaf(hidden, PassKind.CHUNK).shape(3, 4, 7) == (3, 4, 32)
+    assert llama.leaf(Site("lm_head", "output"), PassKind.CHUNK).shape(3, 4, 7) == (3, 1, 64)
+    assert llama.leaf(mask, PassKind.PADDED_CHUNK).shape(3, 4, 7) == (3, 1, 4, 11)
+    with pytest.raises(NotASite, match=r"told apart in the last chunk of a prompt; tensors in the"):
+        llama.leaf(mask, PassKind.CHUNK)
+    assert llama.steps().in_chunks
+
+
 @pytest.mark.parametrize("why", ["asks for numbers", "takes no mask", "runs other modules"])
 def test_a_twin_that_cannot_be_scanned_padded_has_what_has_rows_anyway(why: str) -> None:
     """As before: hidden states of a padded batch are known, its position tables are not."""

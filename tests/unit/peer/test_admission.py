@@ -7,7 +7,7 @@ import pytest
 from glasshive.graph.budget import Budget
 from glasshive.graph.errors import OverBudget
 from glasshive.graph.graph import Graph
-from glasshive.graph.order import Pass, Passes
+from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.plan import HIDDEN, Part, Span, Stage
 from glasshive.peer.admission import Admission
 from glasshive.peer.served_model import ServedModel
@@ -52,6 +52,44 @@ def test_hidden_states_that_wait_are_billed(served: ServedModel) -> None:
     assert peak_bytes(served, comes=True, leaves=True) == (PASSES + 1) * HIDDEN_BYTES
     padded_bytes = (PASSES + 1) * HIDDEN_BYTES + 2 * tokens_bytes
     assert peak_bytes(served, comes=True, leaves=True, padded=True) == padded_bytes
+
+
+def generation_bytes(served: ServedModel, chunk_tokens: int) -> int:
+    """The bill of a middle part that generates two tokens behind a prompt."""
+    tokens = 24 * SEQ
+    prompt = Pass((0,), tokens, False, ((0, ROWS),))
+    passes = Passes(tuple(steps_of(prompt, 2, 0, chunk_tokens)))
+    stages = tuple(
+        Stage(i, (), imports=((HIDDEN, 0),), exports=((HIDDEN, 2),), forward=True)
+        for i in range(len(passes.passes))
+    )
+    part = Part(1, Span(1, 2), Graph({}), stages, {})
+    budget = Budget(1 << 30, 10**13, 1 << 30)
+    admission = Admission(served.outline, served.twin, budget, served.pace)
+    return admission.admit(part, passes, repr(chunk_tokens).encode()).peak_bytes
+
+
+def test_a_prompt_in_chunks_takes_less_while_they_wait(served: ServedModel) -> None:
+    """What leaves is a chunk's; all that comes may be there, and caches have their full length."""
+    whole = generation_bytes(served, 0)
+    of_prompt, of_token = 24 * HIDDEN_BYTES, HIDDEN_BYTES // SEQ
+    assert whole == 2 * of_prompt + of_token + caches_bytes(served, 24 * SEQ + 1)
+    for chunks in (2, 3, 24):
+        bill = generation_bytes(served, 24 * SEQ // chunks)
+        assert bill == whole - of_prompt + of_prompt // chunks
+
+
+def caches_bytes(served: ServedModel, tokens: int) -> int:
+    """Of a block, and once more while it grows: keys and values."""
+    return 2 * ROWS * tokens * 2 * 32 * 4
+
+
+def test_a_chunk_holds_less_between_two_blocks(served: ServedModel) -> None:
+    """What is left of a pass while other traces run: its mask, states and logits are a chunk's."""
+    whole = served.model.pass_bytes(ROWS, 24 * SEQ)
+    chunk = served.model.pass_bytes(ROWS, SEQ, 23 * SEQ)
+    assert chunk < whole // 4
+    assert chunk > served.model.pass_bytes(ROWS, SEQ)
 
 
 def test_more_of_them_than_the_budget_is_refused(served: ServedModel) -> None:
