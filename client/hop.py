@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from glasshive.dht.messages import AT_WORK, ITS_TURN
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Save
 from glasshive.graph.plan import Part
@@ -32,6 +33,10 @@ class HopReport:
     peak_bytes: int = 0
     audited: bool = False
     stands_in: bool = False
+    # As its peer says by `Alive`:
+    stages_done: int = 0
+    moves: int = 0
+    waits_for: int = AT_WORK
 
     def __str__(self) -> str:
         return f"peer {self.peer.peer_id} (blocks {self.part.span})"
@@ -46,3 +51,12 @@ class HopReport:
     def neighbours(self) -> Collection[int]:
         """The other parts with which it has an edge."""
         return {i for stage in self.part.stages for _, i in (*stage.imports, *stage.exports)}
+
+    def doing(self, hops: Sequence[HopReport]) -> str:
+        """What its peer does, as it says; `hops` are all of the job."""
+        if self.state != "running":
+            return self.state
+        if self.waits_for == ITS_TURN:
+            return "waits for its turn"
+        spans = [one.part.span for one in hops if one.part.index == self.waits_for]
+        return f"waits for blocks {spans[0]}" if spans else "at work"

@@ -33,6 +33,7 @@ from glasshive.client.hop import HopReport
 from glasshive.client.left_out import LeftOut
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
+from glasshive.client.step_watch import STEP_LIMITS, ExpectedSeconds, StepLimits, StepWatch
 from glasshive.dht.errors import MalformedMessage, SwarmError, TransportLost
 from glasshive.dht.messages import (
     SILENCE_SECONDS,
@@ -118,6 +119,8 @@ class Job:
     most_moves: int = 0
     left_out: LeftOut | None = None  # of all tries; None: of this one
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
+    step_limits: StepLimits = STEP_LIMITS  # and one that does nothing
+    expected_seconds: ExpectedSeconds = lambda part, stage: 0.0
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
     saves: dict[str, Tensor] = field(default_factory=dict)
@@ -167,13 +170,13 @@ class Job:
             if not timer.expired() and not (is_ended and self.left_seconds < TIMERS_SECONDS):
                 raise
             slow = ", ".join(
-                f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.state})"
+                f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.doing(self.hops)})"
                 for hop in self.hops
                 if hop.state != "done"
             )
             raise TraceTimeout(
                 f"the trace was not done in the {self.deadline_seconds:.3g} s that it had; "
-                f"still at work: {slow or 'nobody'}; allow more with deadline=, or leave out a "
+                f"not done: {slow or 'nobody'}; allow more with deadline=, or leave out a "
                 "slow peer with avoid="
             ) from None
         except asyncio.CancelledError:
@@ -222,6 +225,7 @@ class Job:
         signed = request.sign(self.identity, self.transport.now())
         self._revisions[hop.peer.peer_id] = revision
         told = [(given, revision) for given in self._given]
+        watch = StepWatch(hop, self.hops, self.expected_seconds, self.step_limits, self.clock)
         with blaming(hop, self.silence_seconds, "while it was asked to prepare"):
             stream = PeerStream(
                 await self.transport.open_stream(hop.peer, TRACE_PROTOCOL, self.silence_seconds),
@@ -231,6 +235,8 @@ class Job:
                 request,
                 payload_digest(signed),
                 on_lost=partial(self._mend, hop),
+                on_idle=partial(self._get_going, hop, watch),
+                watch=watch,
                 told=told,
                 revision=request.revision,
             )
@@ -487,6 +493,33 @@ class Job:
             return
         await self._revise(hop, other.part.index)
         await self._revise(other, hop.part.index)
+
+    def _get_going(self, hop: HopReport, watch: StepWatch) -> None:
+        """The peer of a part has got no further for too long.
+
+        Raises PeerLost if another one is to blame, which said before that it was done.
+        """
+        seconds, other = watch.idle_seconds, watch.at_odds_with
+        watch.moved()
+        if other is None:
+            self._streams[hop.part.index].give_up(
+                f"it has got no further in {seconds:.3g} s, and waits for no other peer"
+            )
+            return
+        # One of the two lies, and chance has it whose turn to be blamed it is first: where all is
+        # run again, it may be the other's.
+        is_turned = self.trace_id[0] % 2 == 1
+        good, bad = sorted((hop, other), key=lambda one: one.part.index, reverse=is_turned)
+        if hop.part.outlives_peers and other.state == "running":
+            # Before that their edge is opened anew, once: the stream may hang.
+            edge = frozenset((good.part.index, bad.part.index))
+            self._mended[edge] = max(self._mended[edge], MOST_MENDS - 1)
+            self._mend(good, bad.part.index)
+            return
+        why = f"for {seconds:.3g} s it and {good} have not agreed on what has come"
+        if bad.state == "done":
+            raise PeerLost(f"{bad}: {why}", peer=bad.peer.peer_id)
+        self._streams[bad.part.index].give_up(why)
 
     def _hop(self, part: int) -> HopReport:
         return next(one for one in self.hops if one.part.index == part)

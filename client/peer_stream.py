@@ -10,6 +10,7 @@ from typing import Final
 
 from glasshive.client.errors import BadAnswer, PeerBusy, PeerError, PeerFailed, PeerLost
 from glasshive.client.hop import HopReport
+from glasshive.client.step_watch import StepWatch
 from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -25,16 +26,16 @@ from glasshive.security.requests import TraceRequest
 
 __all__ = ["PeerStream", "blaming", "failure_of", "how_little_it_says"]
 
-_ALIVE: Final = encode(Alive())
 _STOOD_STILL_SECONDS: Final = 0.5
 
 
 @dataclass(slots=True)
 class PeerStream:
-    """The trace stream to one peer. `Alive` says no more than that the peer is not silent.
+    """The trace stream to one peer.
 
     `Failed` may come in place of any other frame, also of a tensor's next slice, and so may `Lost`:
-    `on_lost` is told of which part.
+    `on_lost` is told of which part. `on_idle` is called when an `Alive` shows that the peer has got
+    no further for too long.
     """
 
     stream: Stream
@@ -44,6 +45,8 @@ class PeerStream:
     request: TraceRequest
     request_sha256: bytes
     on_lost: Callable[[int], None]
+    on_idle: Callable[[], None]
+    watch: StepWatch
     told: list[tuple[int, int]]
     """How often each part had been given to another peer, or to the same one anew, when this one
     was told of it, and in which revision of the request that was."""
@@ -76,6 +79,11 @@ class PeerStream:
                 if time.monotonic() - began > patience_seconds + _STOOD_STILL_SECONDS:
                     continue  # it was this process that stood still; what came meanwhile is there
                 raise
+            if is_a(frame.header, Alive):
+                if self.watch.hear(decode(frame.header, Alive)):
+                    self.on_idle()
+                continue
+            self.watch.moved()
             if is_a(frame.header, Failed):
                 raise failure_of(self.hop, decode(frame.header, Failed), self.hops)
             if is_a(frame.header, Lost):
@@ -83,7 +91,7 @@ class PeerStream:
                 if part not in self.hop.neighbours:
                     raise MalformedMessage(f"lost part {part}, with which it has nothing to do")
                 self.on_lost(part)
-            elif frame.header != _ALIVE:
+            else:
                 return frame
 
     def give_up(self, why: str) -> None:

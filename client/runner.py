@@ -34,7 +34,8 @@ from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
-from glasshive.graph.plan import HIDDEN, TOKENS, Plan
+from glasshive.graph.order import Passes
+from glasshive.graph.plan import HIDDEN, TOKENS, Plan, Stage
 from glasshive.graph.split import needed_blocks, split
 from glasshive.security.keys import PeerId
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 
+# No machine is thought to run the ops of a graph more slowly than this.
+_FLOPS_PER_SECOND: Final = 1e9
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
 
@@ -247,6 +250,7 @@ class ModelRunner:
             trace_id=secrets.token_bytes(16),
             deadline_seconds=deadline_seconds,
             stand_in=partial(self._stand_in, hosts, options, demand_of(experiment), tries.left_out),
+            expected_seconds=partial(_stage_seconds, hosts, plan.passes, experiment.bill.flops),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             left_out=tries.left_out,
@@ -508,6 +512,18 @@ def _compute_seconds(plan: Plan, route: Route) -> float:
         tokens = sum(one.batch * one.seq for one in passes)
         seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
     return seconds
+
+
+def _stage_seconds(
+    hosts: Sequence[PeerRecord], passes: Passes, flops: int, part: int, stage: Stage
+) -> float:
+    """About how long a stage takes at most, at the announced speed: all nodes may be in it."""
+    tokens = 0
+    if stage.forward:
+        one = passes.passes[stage.pass_index]
+        tokens = one.batch * one.seq
+    pace = max(hosts[part].throughput_tokens_per_second, 1e-3)
+    return tokens / pace + flops / _FLOPS_PER_SECOND
 
 
 def _routes(count: int) -> str:

@@ -31,6 +31,9 @@ ALIVE_SECONDS: Final = 2.0
 """A peer says this often that it is there, for as long as a trace is."""
 SILENCE_SECONDS: Final = 12.0
 """A peer from which nothing came for so long is lost: frozen, or cut off."""
+AT_WORK: Final = -1
+ITS_TURN: Final = -2
+"""Who waits for no other peer computes, or waits for the device, which is at other work."""
 
 MAX_TEXT_CHARS: Final = 1000
 MAX_COUNT: Final = 1 << 48
@@ -194,7 +197,15 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Peer to client, between any two frames: the peer is there, whether or not it has news."""
+    """Peer to client, between any two frames: the peer is there, whether or not it has news.
+
+    `stages`: so many of its part are done. `moves`: another number than the last time if the part
+    has got further since. `waits_for`: the part for which it waits, AT_WORK or ITS_TURN.
+    """
+
+    stages: Count = 0
+    moves: Count = 0
+    waits_for: Integer = AT_WORK
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,13 @@ sent next, such as `Failed`, follows at the frame's end, also between two slices
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import final
 
+from glasshive.dht.errors import DeadlineExceeded
 from glasshive.dht.framing import SEND_DEADLINE_SECONDS, Frame, Stream
+from glasshive.dht.messages import ALIVE_SECONDS, Alive, encode
 from glasshive.dht.outcome import forget_outcome
 from glasshive.security.keys import PeerId
 from glasshive.security.plain import Plain
@@ -47,3 +51,24 @@ class ClientStream:
         sending.add_done_callback(forget_outcome)
         await asyncio.wait({sending})  # doesn't cancel it, as awaiting it would
         sending.result()
+
+    @contextlib.asynccontextmanager
+    async def heard(self, say: Callable[[], Alive]) -> AsyncIterator[None]:
+        """Inside it, the client hears every `ALIVE_SECONDS` that this host is there, and how far.
+
+        `say` is called each time.
+        """
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(ALIVE_SECONDS)
+                with contextlib.suppress(DeadlineExceeded):  # a save goes on at one that slept
+                    await self.send(encode(say()))
+
+        telling = asyncio.create_task(tell())
+        # A client that left: whoever else uses the stream is told.
+        telling.add_done_callback(forget_outcome)
+        try:
+            yield
+        finally:
+            telling.cancel()

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, NoReturn, TypeAlias
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from glasshive.dht.errors import (
-    DeadlineExceeded,
     MalformedMessage,
     StreamClosed,
     SwarmError,
@@ -30,7 +29,6 @@ from glasshive.dht.errors import (
 )
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
-    ALIVE_SECONDS,
     EDGE_PROTOCOL,
     FILES_PROTOCOL,
     TRACE_PROTOCOL,
@@ -242,7 +240,7 @@ class Host:
                 with self._accounts.open(client.peer_id, request.trace_id) as account:
                     try:
                         self._seen.admit(envelope, self._transport.now(), request.revision)
-                        async with _heard(client):
+                        async with client.heard(partial(self._alive, request.trace_id)):
                             result = await self._serve_trace(
                                 client, account, request, payload_digest(signed), frame.body
                             )
@@ -268,6 +266,10 @@ class Host:
             # A bug of ours or of the model's code: the client is told that, and nothing more.
             log.exception("host_failed", extra={"client": client.peer_id})
             await self._fail(client, HostFailed("an error inside the host; its own log says what"))
+
+    def _alive(self, trace_id: bytes) -> Alive:
+        trace = self._traces.get(trace_id)
+        return Alive() if trace is None else trace.alive()
 
     async def _serve_trace(
         self,
@@ -358,6 +360,7 @@ class Host:
                 step_seconds=limits.runaway_seconds(bill.seconds),
             ),
             on_step=self._torch.step,
+            overdue_seconds=lambda: self._torch.overdue_seconds,
             give_way=self._torch.give_way if self._may_be_put_aside(passes) else _to_nobody,
             stage_seconds=limits.stage_seconds(bill.seconds),
             ends_at=ends_at,
@@ -546,25 +549,6 @@ class Host:
         except (MalformedMessage, TransportError) as error:
             await trace.lose(opening.sender, error)
             raise
-
-
-@contextlib.asynccontextmanager
-async def _heard(client: ClientStream) -> AsyncIterator[None]:
-    """Inside it, the client hears every `ALIVE_SECONDS` that this host is there."""
-
-    async def tell() -> None:
-        while True:
-            await asyncio.sleep(ALIVE_SECONDS)
-            with contextlib.suppress(DeadlineExceeded):  # a save goes on at a client that slept
-                await client.send(encode(Alive()))
-
-    telling = asyncio.create_task(tell())
-    # A client that left: whoever else uses the stream is told.
-    telling.add_done_callback(forget_outcome)
-    try:
-        yield
-    finally:
-        telling.cancel()
 
 
 def _accepted(bill: Bill) -> Accepted:

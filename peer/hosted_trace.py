@@ -24,6 +24,9 @@ from torch import Tensor
 from glasshive.dht.errors import MalformedMessage, StreamBusy, StreamClosed, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
+    AT_WORK,
+    ITS_TURN,
+    Alive,
     Dropped,
     Lost,
     Opening,
@@ -114,6 +117,7 @@ class HostedTrace:
     transport: Transport
     run_on_torch: RunOnTorch
     on_step: Callable[[], None]
+    overdue_seconds: Callable[[], float]  # of what the device does, for whomever
     give_way: GiveWay
     stage_seconds: float
     ends_at: float  # by `clock`
@@ -137,6 +141,10 @@ class HostedTrace:
         self._never_made: set[NodeId] = set()
         self._is_done = False
         self._wait_seconds = 0.0  # for what stages import
+        self._stages_done = 0
+        self._waits_for = AT_WORK
+        self._moves = 0
+        self._steps = 0  # the torch thread's alone
         self._digest = SavesDigest()  # the torch thread's alone until the last stage has run
         self._saves: asyncio.Queue[tuple[Saved, memoryview] | None] = asyncio.Queue()
         sent_to = Counter(to for stage in self.part.stages for _, to in stage.exports)
@@ -155,7 +163,7 @@ class HostedTrace:
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
-            on_step=self.on_step,
+            on_step=self._step,
             give_way=self._give_way,
             clock=self.clock,
         )
@@ -164,6 +172,15 @@ class HostedTrace:
     def left_seconds(self) -> float:
         """How long this trace may still take; 0 at its deadline."""
         return max(self.ends_at - self.clock(), 0.0)
+
+    def alive(self) -> Alive:
+        """How far this part is, and for whom it waits. Of what others do here it says nothing.
+
+        Whoever waits for its turn gets no further by itself: it is well as long as the device is.
+        """
+        if self._waits_for == ITS_TURN and self.overdue_seconds() <= 0:
+            self._moves += 1
+        return Alive(self._stages_done, self._moves + self._steps, self._waits_for)
 
     def cancel(self) -> None:
         """Make the torch thread leave this trace at the next module that it watches."""
@@ -191,16 +208,21 @@ class HostedTrace:
                 sending = [tasks.create_task(self._send_values(edge)) for edge in edges]
                 for stage in self.part.stages:
                     await self._run_stage(stage)
+                    self._stages_done += 1
+                    self._moves += 1
                 self._saves.put_nowait(None)
                 for edge in edges:
                     edge.finish()
                 # What others send of steps that never ran here: they would take an end of their
                 # streams before it for a loss.
-                for parked in self._arrived.values():
+                for key, parked in self._arrived.items():
+                    self._waits_for, _ = self._expected[key]
                     await self._soon(parked)
+                self._waits_for = AT_WORK
                 await saving
                 while not all(edge.delivered.is_set() for edge in edges):
                     for edge in edges:
+                        self._waits_for = edge.receiver
                         await edge.delivered.wait()
                 self._is_done = True  # who is named now as a stand-in gets nothing from here
                 for task in sending:
@@ -299,12 +321,15 @@ class HostedTrace:
             raise MalformedMessage(
                 f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
             )
-        data = await receive_tensor(stream, frame, spec, self.left_seconds)
+        data = await receive_tensor(stream, frame, spec, self.left_seconds, self._has_come)
         tensor = tensor_in_order(spec, message.order, data)
         if value == TOKENS and not self.outline.are_tokens(tensor.tolist()):
             # On an accelerator an embedding of such a one would end the process.
             raise MalformedMessage(f"tokens of pass {message.pass_index} outside the vocabulary")
         return parked, tensor
+
+    def _has_come(self, data: bytearray) -> None:
+        self._moves += 1
 
     async def lose(self, sender: int, why: SwarmError) -> None:
         """The stream on which the peer of the part `sender` pushed has broken.
@@ -363,6 +388,7 @@ class HostedTrace:
             if value < 0 and group in self._executor.ended:
                 continue  # nobody waits for it; it is taken at the end
             began = self.clock()
+            self._waits_for, _ = self._expected[key]
             tensor = await self._soon(self._arrived[key])
             self._wait_seconds += self.clock() - began
             del self._arrived[key]
@@ -373,6 +399,7 @@ class HostedTrace:
                 self._executor.end(group)
             else:
                 self._never_made.add(value)
+        self._waits_for = ITS_TURN
         stage = self._what_runs(stage, has_ended=group in self._executor.ended)
         hidden, tokens = carried.pop(HIDDEN, None), carried.pop(TOKENS, None)
         if not (stage.forward or stage.nodes or stage.exports or carried):
@@ -380,6 +407,7 @@ class HostedTrace:
         inputs = self.inputs.get(group if group >= 0 else stage.pass_index, PassInputs())
 
         def work() -> None:
+            self._waits_for = AT_WORK
             before_seconds = self.account.compute_seconds
             with self.account.computing():
                 while carried:
@@ -472,14 +500,20 @@ class HostedTrace:
 
     # Called on the torch thread -------------------------------------------------------------
 
+    def _step(self) -> None:
+        self._steps += 1
+        self.on_step()
+
     def _give_way(self, aside: Aside) -> None:
         self.give_way(partial(self._resting, aside))
 
     @contextlib.contextmanager
     def _resting(self, aside: Aside) -> Iterator[None]:
         """Inside it, the device works for other traces, not on this one's account."""
+        self._waits_for = ITS_TURN
         with aside(), self.account.resting():
             yield
+        self._waits_for = AT_WORK
 
     def saved(self, name: str, value: Tensor) -> None:
         """A value for the client (Outbox)."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,13 @@ from replicas import Replicas, load
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from glasshive.client import left_out
+from glasshive.client import left_out, runner, step_watch
 from glasshive.client.errors import PeerLost
+from glasshive.client.job import Job
+from glasshive.client.step_watch import StepLimits
+from glasshive.graph.plan import Stage
+from glasshive.peer import client_stream
+from glasshive.peer.executor import Executor
 from glasshive.peer.served_model import ServedModel
 
 NEW = 16
@@ -190,6 +197,35 @@ def test_losses_that_follow_each_other(seed: int, llama: tuple[Any, Replicas]) -
     found = steered(hive.model)
     check(plain, hive, found)
     assert 1 <= len(found[0].result.replaced) + found[0].result.retried <= 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_thread_that_hangs_is_a_peer_that_is_lost(
+    seed: int, llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop lives and says so. Seen failing without `Job._get_going`: it waits for ever."""
+    plain, hive = llama
+    monkeypatch.setattr(client_stream, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(step_watch, "_MOST_BETWEEN_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "Job", partial(Job, step_limits=StepLimits(least_seconds=1.0)))
+    rng = random.Random(seed)
+    part, at = rng.randrange(3), rng.randrange(NEW)
+    run, test_ends, hung = Executor.run, threading.Event(), []
+
+    def hang(executor: Executor, stage: Stage, *inputs: Any) -> None:
+        if executor._part.index == part and stage.pass_index == at and not hung:
+            hung.append(hive.jobs[-1].peers[part].peer_id)
+            test_ends.wait(120)
+        run(executor, stage, *inputs)
+
+    monkeypatch.setattr(Executor, "run", hang)
+    try:
+        found = steered(hive.model)
+    finally:
+        test_ends.set()
+    check(plain, hive, found)
+    assert [one.lost for one in found[0].result.replaced] == hung
+    assert len(hung) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pytest
 from askers import Sent, done_of, prepare_of
 
 from glasshive.client.errors import (
     BadAnswer,
+    ClientError,
     PeerBusy,
     PeerError,
     PeerFailed,
@@ -21,10 +23,13 @@ from glasshive.client.errors import (
 from glasshive.client.hop import HopReport
 from glasshive.client.job import Job
 from glasshive.client.peer_stream import blaming, failure_of
+from glasshive.client.step_watch import STEP_LIMITS, StepLimits
 from glasshive.dht.errors import StreamBusy
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
+    AT_WORK,
+    ITS_TURN,
     SLICE_BYTES,
     TRACE_PROTOCOL,
     Accepted,
@@ -118,6 +123,8 @@ def job_of(
     deadline_seconds: float,
     expected: Mapping[str, TensorSpec] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    step_limits: StepLimits = STEP_LIMITS,
+    trace_id: bytes = bytes(16),
 ) -> Job:
     return Job(
         transport=client,
@@ -130,9 +137,10 @@ def job_of(
         inputs=(),
         consts={},
         expected=expected or {},
-        trace_id=bytes(16),
+        trace_id=trace_id,
         deadline_seconds=deadline_seconds,
         silence_seconds=silence_seconds,
+        step_limits=step_limits,
         clock=clock,
     )
 
@@ -150,6 +158,7 @@ async def ran(
     deadline_seconds: float,
     expected: Mapping[str, TensorSpec] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    step_limits: StepLimits = STEP_LIMITS,
 ) -> Job:
     """A job of one part, whose saves are those expected, on a peer that behaves so."""
     network = MemoryNetwork()
@@ -163,6 +172,7 @@ async def ran(
         deadline_seconds=deadline_seconds,
         expected=expected,
         clock=clock,
+        step_limits=step_limits,
     )
     try:
         await job.run()
@@ -466,9 +476,9 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
             await stream.send(encode(Alive()))
             await asyncio.sleep(0.05)
 
-    with pytest.raises(TraceTimeout, match=r"still at work: 12D3KooW\w+ \(blocks 0:2, running\)"):
+    with pytest.raises(TraceTimeout, match=r"not done: 12D3KooW\w+ \(blocks 0:2, at work\)"):
         await ran(endless, silence_seconds=5, deadline_seconds=2)
-    with pytest.raises(TraceTimeout, match="still at work"):  # by a timer that is quicker
+    with pytest.raises(TraceTimeout, match="not done"):  # by a timer that is quicker
         await ran(endless, silence_seconds=5, deadline_seconds=0.2, clock=lambda: 0.0)
 
 
@@ -486,3 +496,95 @@ async def test_a_client_that_stood_still_blames_nobody() -> None:
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)
     assert job.state == "done"
+
+
+# Peers that are there and do nothing -----------------------------------------------------------
+
+BRIEF = StepLimits(least_seconds=0.4)
+FIRST = Part(0, Span(0, 2), Graph({}), (Stage(0, (), exports=((HIDDEN, 1),)),), {})
+SECOND = Part(1, Span(2, 4), Graph({}), (Stage(0, (), imports=((HIDDEN, 0),)),), {})
+
+
+async def idle(first: Alive, second: Alive, **options: Any) -> Any:
+    """What a job ends with whose two peers say this on and on, once they run."""
+    network = MemoryNetwork()
+    homes = [network.transport(one) for one in (HOST, OTHER)]
+    client = network.transport(CLIENT)
+    for home, word in zip(homes, (first, second), strict=True):
+
+        async def says(stream: Stream, word: Alive = word) -> None:
+            await prepared(stream)
+            while True:
+                await stream.send(encode(word))
+                await asyncio.sleep(0.05)
+
+        await home.serve(TRACE_PROTOCOL, says)
+    peers = [PeerAddress(one.peer_id, one.addresses) for one in homes]
+    options = {"silence_seconds": 5, "deadline_seconds": 60, "step_limits": BRIEF, **options}
+    job = job_of(client, peers, (FIRST, SECOND), **options)
+    with pytest.raises(ClientError) as caught:
+        await job.run()
+    for transport in (client, *homes):
+        await transport.close()
+    return caught.value
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_is_there_and_does_nothing_is_lost() -> None:
+    """And not the one that waits for it. Seen failing without `on_idle`."""
+    error = await idle(Alive(0, 3, AT_WORK), Alive(0, 0, 0))
+    assert isinstance(error, PeerLost)
+    assert error.peer == HOST.peer_id
+    assert "(blocks 0:2) was lost while it ran its part: it has got no further in 0.4" in str(error)
+    error = await idle(Alive(1, 3, 1), Alive(0, 0, AT_WORK))
+    assert error.peer == OTHER.peer_id
+
+
+@pytest.mark.asyncio
+async def test_of_two_that_do_not_agree_chance_names_one() -> None:
+    """A trace is run again without it, and then it may be the other."""
+    blamed = set()
+    for trace_id in (bytes(16), b"\1" * 16):
+        error = await idle(Alive(1, 3, 1), Alive(0, 0, 0), trace_id=trace_id)
+        assert isinstance(error, PeerLost)
+        assert "have not agreed on what has come" in str(error)
+        blamed.add(error.peer)
+    assert blamed == {HOST.peer_id, OTHER.peer_id}
+
+
+@pytest.mark.asyncio
+async def test_a_deadline_says_who_waits_for_whom() -> None:
+    patient = StepLimits(least_seconds=60)
+    words = Alive(0, 3, ITS_TURN), Alive(0, 0, 0)
+    error = await idle(*words, deadline_seconds=2, step_limits=patient)
+    assert isinstance(error, TraceTimeout)
+    assert (
+        f"not done: {HOST.peer_id} (blocks 0:2, waits for its turn), "
+        f"{OTHER.peer_id} (blocks 2:4, waits for blocks 0:2); allow" in str(error)
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_gets_further_is_waited_for() -> None:
+    async def slow(stream: Stream) -> None:
+        prepare = await prepared(stream)
+        for moves in range(10):  # longer than it may do nothing
+            for _ in range(4):
+                await stream.send(encode(Alive(0, moves)))
+                await asyncio.sleep(0.05)
+        await say_done(stream, prepare)
+        await asyncio.Event().wait()
+
+    job = await ran(slow, silence_seconds=5, deadline_seconds=30, step_limits=BRIEF)
+    assert job.state == "done"
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_says_what_cannot_be_breaks_the_protocol() -> None:
+    async def confused(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Alive(7, 0, AT_WORK)))
+        await asyncio.Event().wait()
+
+    with pytest.raises(BadAnswer, match="says that it has done 7 of 0 stages"):
+        await ran(confused, silence_seconds=5, deadline_seconds=30)

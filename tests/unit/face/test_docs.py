@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import glasshive
 from glasshive import connection, trust_keeper
+from glasshive.client import step_watch
 from glasshive.dht import (
     directory,
     framing,
@@ -360,6 +361,7 @@ def test_files_of_the_protocol_are_the_code() -> None:
 
 
 FRAMES, LIMITS, HOST = framing.FrameLimits(), codec.GraphLimits(), HostLimits()
+STEPS = step_watch.STEP_LIMITS
 STREAMS, UNFINISHED = serving.StreamLimits(), unfinished_frames.UnfinishedLimits()
 
 
@@ -413,6 +415,9 @@ STREAMS, UNFINISHED = serving.StreamLimits(), unfinished_frames.UnfinishedLimits
         f"first slice, at most {messages.SLICE_BYTES // KIB} KiB",
         f"`Alive` every {messages.ALIVE_SECONDS:g} s",
         f"nothing came for {messages.SILENCE_SECONDS:g} s",
+        f"after {STEPS.least_seconds:g} s, or {STEPS.factor:g} times what the stage is thought to "
+        f"take ({STEPS.most_seconds:g} s at most)",
+        f"no more than {step_watch._MOST_BETWEEN_SECONDS:g} s are counted",
         f"dtypes: `{' '.join(dtype.value for dtype in dtypes.DType)}`",
         f"At most {tensors.MAX_RANK} axes and 2^{tensors.MAX_TENSOR_BYTES.bit_length() - 1} bytes",
         f"Caps: {LIMITS.graph_bytes // MIB} MiB; {LIMITS.nodes:,} nodes; {LIMITS.imports:,} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -28,7 +29,9 @@ from glasshive.graph.graph import Graph, NodeId, Read, Ref, Save, Site
 from glasshive.graph.order import Pass, Passes
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.plan_codec import encode_part
+from glasshive.peer import client_stream
 from glasshive.peer import host as host_module
+from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.host import Host
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
@@ -102,20 +105,23 @@ async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
 
 @pytest.mark.asyncio
 async def test_one_late_word_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "ALIVE_SECONDS", 0.001)
+    monkeypatch.setattr(client_stream, "ALIVE_SECONDS", 0.001)
     heard: asyncio.Queue[object] = asyncio.Queue()
 
-    class Client:
+    class Sent:
+        peer_id = origin = ""
         tries = 0
 
-        async def send(self, header: object) -> None:
+        async def send(self, header: object, body: bytes, deadline_seconds: float) -> None:
             self.tries += 1
             if self.tries == 1:
                 raise DeadlineExceeded("a slice of a save held the stream for long")
             heard.put_nowait(header)
 
-    async with host_module._heard(cast(Any, Client())):
-        assert await asyncio.wait_for(heard.get(), 5) == encode(Alive())
+    says = (Alive(stages) for stages in itertools.count())
+    async with ClientStream(cast(Any, Sent())).heard(lambda: next(says)):
+        for stages in (1, 2):
+            assert await asyncio.wait_for(heard.get(), 5) == encode(Alive(stages))
 
 
 @pytest.mark.asyncio
