@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import (
@@ -32,8 +33,10 @@ from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, Tr
 from glasshive.client.hop import HopReport
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
+from glasshive.client.relay import Pair, Relayed, Relays
 from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.messages import (
+    ALIVE_SECONDS,
     SILENCE_SECONDS,
     TRACE_PROTOCOL,
     Accepted,
@@ -66,7 +69,10 @@ from glasshive.security.results import SavesDigest, TraceResult
 MEND_AFTER_SECONDS: Final = 0.5
 """After which a peer that another has lost, and that is there, is tried again by that one."""
 MOST_MENDS: Final = 3
-"""So often a stream between two peers is opened anew, before one of them is taken for lost."""
+"""So often a stream between two peers is opened anew, before the client relays what goes between
+them; and again so often, before one of them is taken for lost."""
+
+LISTEN_SECONDS: Final = 0.25
 
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
@@ -113,6 +119,7 @@ class Job:
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
     most_moves: int = 0
     avoid: frozenset[PeerId] = frozenset()
+    relay: Collection[Pair] = ()  # known not to reach each other
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     clock: Callable[[], float] = time.monotonic
     state: State = "preparing"
@@ -133,6 +140,19 @@ class Job:
         self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
         self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
         self._said: dict[PeerId, PeerError] = {}
+        # Of a trace that failed: of whom one lost the other, while both were heard here.
+        self.parted: set[Pair] = set()
+        here = {peer.peer_id for peer in self.peers}
+        self.relays = Relays(
+            *(self.transport, [pair for pair in self.relay if pair <= here], self.silence_seconds),
+            left_seconds=lambda: self.left_seconds,
+            on_bytes=self._count_relayed,
+        )
+
+    @property
+    def relayed(self) -> tuple[Relayed, ...]:
+        """Between which peers something was passed on."""
+        return tuple(self.relays.used.values())
 
     @property
     def left_seconds(self) -> float:
@@ -150,6 +170,8 @@ class Job:
             async with asyncio.timeout(self.deadline_seconds) as timer:
                 await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
+                for one, other in itertools.combinations(self.hops, 2):
+                    self._carry(one, other)
                 await self._together(self._run_hop(hop) for hop in self.hops)
                 if self.plan.passes.are_generation:
                     self._check_complete()
@@ -178,6 +200,7 @@ class Job:
             self.state = "failed"
             raise
         finally:
+            await self.relays.close()
             streams = [one.stream.close() for one in self._streams.values()]
             await asyncio.gather(*streams, return_exceptions=True)
         self.state = "done"
@@ -225,7 +248,8 @@ class Job:
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
     def _request(self, hop: HopReport, part_sha256: bytes, revision: int) -> TraceRequest:
-        receivers = hop.part.receivers
+        relayed = [i for i in hop.neighbours if self.relays.are_relayed(hop, self._hop(i))]
+        receivers = hop.part.receivers.difference(relayed)
         return TraceRequest(
             client=self.transport.peer_id,
             host=hop.peer.peer_id,
@@ -241,6 +265,7 @@ class Job:
             deadline_seconds=float(self.left_seconds),
             part_sha256=part_sha256,
             revision=revision,
+            relayed=tuple(sorted(relayed)),
         )
 
     async def _run_hop(self, hop: HopReport) -> None:
@@ -258,6 +283,8 @@ class Job:
             self._ended[hop.peer.peer_id].set()
             if error.peer != hop.peer.peer_id and not hop.part.outlives_peers:
                 await self._hear_out(error.peer)
+                if type(error) is PeerLost and self._is_there(error.peer, hop):
+                    self.parted.add(frozenset((hop.peer.peer_id, error.peer)))
             # That one may blame a third in its turn, and so on.
             said = [error]
             while (other := self._said.get(said[-1].peer)) is not None and other not in said:
@@ -273,11 +300,27 @@ class Job:
         that they have lost it than it is to say why: it may have much to send to a slow client.
         Those who outlive it say nothing of that.
         """
-        ended = self._ended.get(peer)
-        if ended is not None:
+        ended, began = self._ended.get(peer), self.clock()
+        if ended is None:
+            return
+        stream = self._stream_of(peer)
+        enough = stream.signs_of_life + 2  # one may have been on its way before
+        while not ended.is_set() and self.clock() < began + self.silence_seconds:
+            if stream.signs_of_life >= enough and self.clock() > began + 2 * ALIVE_SECONDS:
+                return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.silence_seconds):
+                async with asyncio.timeout(LISTEN_SECONDS):
                     await ended.wait()
+
+    def _is_there(self, peer: PeerId, hop: HopReport) -> bool:
+        """Whether a peer that was lost to another is not to the client."""
+        said = self._said.get(peer)
+        if said is not None:
+            return type(said) is PeerLost and said.peer == hop.peer.peer_id
+        return self._stream_of(peer).hop.state == "running"
+
+    def _stream_of(self, peer: PeerId) -> PeerStream:
+        return next(one for one in self._streams.values() if one.hop.peer.peer_id == peer)
 
     async def _run_part(self, hop: HopReport, stream: PeerStream) -> None:
         for stage in hop.part.stages:
@@ -359,6 +402,7 @@ class Job:
                 break
             for edge in [one for one in self._mended if hop.part.index in one]:
                 del self._mended[edge]
+            self.relays.forget(gone)
             seconds = self.clock() - began
             self.replaced.append(
                 Replaced(str(hop.part.span), lost=gone, by=hop.peer.peer_id, seconds=seconds)
@@ -429,7 +473,10 @@ class Job:
         if {hop.peer, other.peer} != ends or hop.state == "done":
             return
         self._mended[edge] += 1
-        if other.state == "done" or self._mended[edge] > MOST_MENDS:
+        is_enough = self._mended[edge] > MOST_MENDS
+        if is_enough and other.state != "done" and self.relays.add(hop, other):
+            self._mended[edge] = 0
+        elif is_enough or other.state == "done":
             # One of them is lost. Whoever finds nobody in the same place is to blame itself.
             accused = hop.part.index, other.part.index
             to_blame, good = (hop, other) if accused in self._accused else (other, hop)
@@ -441,6 +488,15 @@ class Job:
             return
         await self._revise(hop, other.part.index)
         await self._revise(other, hop.part.index)
+        self._carry(hop, other)
+
+    def _carry(self, one: HopReport, other: HopReport) -> None:
+        """Pass on what goes between two parts, if their peers can't reach each other."""
+        self.relays.carry(self._streams[one.part.index], self._streams[other.part.index])
+
+    def _count_relayed(self, n_bytes: int) -> None:
+        self.received_bytes += n_bytes
+        self.sent_bytes += n_bytes
 
     def _hop(self, part: int) -> HopReport:
         return next(one for one in self.hops if one.part.index == part)

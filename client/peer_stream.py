@@ -50,6 +50,8 @@ class PeerStream:
     revision: int
     revisions: dict[bytes, TraceRequest] = field(default_factory=dict)
     """The request as it was signed anew, by the hash of each."""
+    signs_of_life: int = 0
+    """How often this peer said that it is there."""
     given_up: str = ""
     """Why this peer is taken for lost though it is there."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -85,6 +87,8 @@ class PeerStream:
                 self.on_lost(part)
             elif frame.header != _ALIVE:
                 return frame
+            else:
+                self.signs_of_life += 1
 
     def give_up(self, why: str) -> None:
         """Take this peer for lost, as whoever reads from it will see."""

@@ -21,6 +21,7 @@ from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
+from glasshive.client.relay import Pair
 from glasshive.client.round_trips import PATIENCE_SECONDS
 from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in, rivals
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 _ASK_SECONDS: Final = 2.0  # for who serves a model, where those who are known would do
+_APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
 _FRESH_SECONDS: Final = 15.0  # for so long what is known of the peers is not asked for again
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
@@ -48,6 +50,8 @@ class _Tries:
     lost: dict[PeerId, float] = field(default_factory=dict)  # with the expiry of their records then
     count: int = 0
     reruns: int = 0
+    parted: set[Pair] = field(default_factory=set)  # of the last try: who didn't reach each other
+    relay: set[Pair] = field(default_factory=set)  # and of all tries
     backends: frozenset[str] | None = None  # on which it may run; None: on any
 
 
@@ -75,6 +79,7 @@ class ModelRunner:
         self._known: list[PeerRecord] = []
         self._asked_at = -math.inf  # on the monotonic clock
         self._bans = Bans() if bans is None else bans
+        self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
 
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
@@ -126,7 +131,7 @@ class ModelRunner:
                     )
                     raise
                 try:
-                    route = self._route(experiment, options, tries, ends_at)
+                    route = self._other_route(experiment, options, tries, ends_at, error)
                 except NoRoute as none:
                     if refused is not None:  # that says more than that others are gone
                         raise refused from error
@@ -143,6 +148,26 @@ class ModelRunner:
                     raise
             tries.count += 1
             tries.reruns += 1
+
+    def _other_route(
+        self,
+        experiment: Experiment,
+        options: TraceOptions,
+        tries: _Tries,
+        ends_at: float,
+        lost: PeerError,
+    ) -> Route:
+        """One without the peer that was lost.
+
+        Where there is none, with it if only another peer has lost it: the client then relays.
+        """
+        try:
+            return self._route(experiment, options, tries, ends_at)
+        except NoRoute:
+            if not any(lost.peer in pair for pair in tries.parted):
+                raise
+            tries.avoid.discard(lost.peer)
+            return self._route(experiment, options, tries, ends_at)
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
         """What it would take on the route that it would get now."""
@@ -240,6 +265,7 @@ class ModelRunner:
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             avoid=frozenset(tries.avoid),
+            relay=tries.relay | self._apart_now(),
         )
         with JobDisplay(options.show_progress) as display:
 
@@ -252,8 +278,12 @@ class ModelRunner:
                 self._swarm.run_job(job, tick)
             finally:
                 tries.count += job.moves
+                tries.parted = job.parted
+                tries.relay |= job.parted | job.relays.used.keys()
         for hop in job.hops:
             self._bans.served(hop.peer.peer_id)
+        until = time.monotonic() + _APART_SECONDS
+        self._apart = {**dict.fromkeys(job.relays.used, until), **self._apart}
         experiment.fill(job.saves)
         return Provenance(
             model_id=self._model_id,
@@ -280,8 +310,15 @@ class ModelRunner:
             passes=len(plan.passes.passes),
             retried=tries.reruns,
             replaced=tuple(job.replaced),
+            relayed=job.relayed,
             audited=all(hop.audited for hop in job.hops),
         )
+
+    def _apart_now(self) -> set[Pair]:
+        """Who was seen of late not to reach each other; a route may still have both."""
+        now = time.monotonic()
+        self._apart = {pair: until for pair, until in self._apart.items() if until > now}
+        return set(self._apart)
 
     async def _stand_in(
         self,

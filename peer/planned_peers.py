@@ -38,6 +38,7 @@ def find_peers(
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
+    Whom it reaches by way of the client needs none.
     Who is `known` at its place in the plan is where it was, whatever became of its record.
     Raises RecordRefused for one of these whose record is missing, not its own, of another swarm or
     model, expired or without an address that a host with this `transport` dials
@@ -49,7 +50,7 @@ def find_peers(
         addresses: tuple[str, ...] = ()
         if index < len(known) and known[index].peer_id == peer.peer_id:
             addresses = known[index].addresses
-        elif index in receivers:
+        elif index in receivers and index not in request.relayed:
             addresses = _where(peer, request, now, transport)
             go_on()
         found.append(PeerAddress(peer.peer_id, addresses))
