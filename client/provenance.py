@@ -48,7 +48,7 @@ class Provenance:
 
     `retried` is how often all of it was run again, `replaced` which peers were lost and replaced
     while it ran, and `relayed` which peers spoke by way of the client, as they couldn't reach each
-    other; what was passed on is in the bytes that it sent and received. `audited` is False: no peer's
+    other; what was passed on is in `sent_bytes` and `received_bytes`. `audited` is False: no peer's
     work was checked by another.
     """
 

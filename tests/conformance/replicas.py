@@ -1,4 +1,4 @@
-"""Two hosts for each span of a tiny model, in this process, and who is lost when.
+"""Two hosts (or `copies`) for each span of a tiny model, in this process, and who is lost when.
 
 `Replicas.after(part, values, do)` has something happen once a part has sent so many values to other
 parts: at the same point of a generation, however quick the machine is.
@@ -53,6 +53,7 @@ class Replicas:
     cache: Path
     patch: pytest.MonkeyPatch
     jobs: list[Job] = field(default_factory=list)
+    copies: int = 2
     again: list[int] = field(default_factory=list)  # of each new stream, how much had come
     _rules: list[tuple[int, int, Callable[[], None]]] = field(default_factory=list)
     _sent: dict[int, int] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Replicas:
         self.network = MemoryNetwork()
         self.hosts: list[Serving] = []
         self._watch()
-        peers = [self.add(one) for one in self.served * 2]
+        peers = [self.add(one) for one in self.served * self.copies]
         identity = Identity.generate()
         client = self.network.transport(identity, dht=False)
         self.swarm = Swarm(self.loop, client, identity, peers, self.cache)
@@ -111,6 +112,14 @@ class Replicas:
             ends = [self.jobs[-1].peers[part].peer_id for part in (one, other)]
             self.network.cut(ends[0], ends[1])
             self.network.heal(ends[0], ends[1])
+
+        return do
+
+    def part(self, one: int, other: int) -> Callable[[], None]:
+        """What has the peers of two parts never reach each other again."""
+
+        def do() -> None:
+            self.network.cut(*(self.jobs[-1].peers[index].peer_id for index in (one, other)))
 
         return do
 
