@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Pair, Relayed, Relays
 from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.messages import (
-    ALIVE_SECONDS,
     SILENCE_SECONDS,
     TRACE_PROTOCOL,
     Accepted,
@@ -71,8 +71,6 @@ MEND_AFTER_SECONDS: Final = 0.5
 MOST_MENDS: Final = 3
 """So often a stream between two peers is opened anew, before the client relays what goes between
 them; and again so often, before one of them is taken for lost."""
-
-LISTEN_SECONDS: Final = 0.25
 
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
@@ -138,10 +136,7 @@ class Job:
         self._streams: dict[int, PeerStream] = {}  # by the part's index
         self._mending: set[frozenset[PeerAddress]] = set()  # edges, by the peers at both ends
         self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
-        self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
-        self._said: dict[PeerId, PeerError] = {}
-        # Of a trace that failed: of whom one lost the other, while both were heard here.
-        self.parted: set[Pair] = set()
+        self.hearing = Hearing(self._streams, self.silence_seconds, self.clock)
         here = {peer.peer_id for peer in self.peers}
         self.relays = Relays(
             *(self.transport, [pair for pair in self.relay if pair <= here], self.silence_seconds),
@@ -279,48 +274,11 @@ class Job:
                         raise
                     await self._replace(hop, error)
         except PeerError as error:
-            self._said[hop.peer.peer_id] = error
-            self._ended[hop.peer.peer_id].set()
-            if error.peer != hop.peer.peer_id and not hop.part.outlives_peers:
-                await self._hear_out(error.peer)
-                if type(error) is PeerLost and self._is_there(error.peer, hop):
-                    self.parted.add(frozenset((hop.peer.peer_id, error.peer)))
-            # That one may blame a third in its turn, and so on.
-            said = [error]
-            while (other := self._said.get(said[-1].peer)) is not None and other not in said:
-                said.append(other)
-            raise min(said, key=how_little_it_says) from None
+            peer, hear_others = hop.peer.peer_id, not hop.part.outlives_peers
+            self.hearing.ended(peer, error)
+            raise await self.hearing.cause(peer, error, hear_others=hear_others) from None
         finally:
-            self._ended[hop.peer.peer_id].set()
-
-    async def _hear_out(self, peer: PeerId) -> None:
-        """Wait a while until a peer that another one blames has spoken for itself.
-
-        A peer whose part fails ends its streams to its neighbours, and they may be quicker to say
-        that they have lost it than it is to say why: it may have much to send to a slow client.
-        Those who outlive it say nothing of that.
-        """
-        ended, began = self._ended.get(peer), self.clock()
-        if ended is None:
-            return
-        stream = self._stream_of(peer)
-        enough = stream.signs_of_life + 2  # one may have been on its way before
-        while not ended.is_set() and self.clock() < began + self.silence_seconds:
-            if stream.signs_of_life >= enough and self.clock() > began + 2 * ALIVE_SECONDS:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LISTEN_SECONDS):
-                    await ended.wait()
-
-    def _is_there(self, peer: PeerId, hop: HopReport) -> bool:
-        """Whether a peer that was lost to another is not to the client."""
-        said = self._said.get(peer)
-        if said is not None:
-            return type(said) is PeerLost and said.peer == hop.peer.peer_id
-        return self._stream_of(peer).hop.state == "running"
-
-    def _stream_of(self, peer: PeerId) -> PeerStream:
-        return next(one for one in self._streams.values() if one.hop.peer.peer_id == peer)
+            self.hearing.ended(hop.peer.peer_id)
 
     async def _run_part(self, hop: HopReport, stream: PeerStream) -> None:
         for stage in hop.part.stages:
@@ -393,7 +351,6 @@ class Job:
             # They live for a minute.
             both = zip(self.peers, self.records, strict=True)
             self.records = [fresh.get(peer.peer_id, old) for peer, old in both]
-            self._ended[hop.peer.peer_id] = asyncio.Event()
             try:
                 await self._prepare(hop)
             except PeerError:

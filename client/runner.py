@@ -278,8 +278,8 @@ class ModelRunner:
                 self._swarm.run_job(job, tick)
             finally:
                 tries.count += job.moves
-                tries.parted = job.parted
-                tries.relay |= job.parted | job.relays.used.keys()
+                tries.parted = job.hearing.parted
+                tries.relay |= tries.parted | job.relays.used.keys()
         for hop in job.hops:
             self._bans.served(hop.peer.peer_id)
         until = time.monotonic() + _APART_SECONDS

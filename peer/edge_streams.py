@@ -26,7 +26,7 @@ class EdgeStreams:
 
     async def answer(self, stream: Stream) -> None:
         """A stream that another peer has opened to push its values."""
-        await self._receive(stream, self._patience_seconds)
+        await self._receive(stream)
 
     async def answer_relay(self, stream: Stream) -> None:
         """A stream that a client has opened, as two peers of its trace can't reach each other.
@@ -46,17 +46,14 @@ class EdgeStreams:
         elif relay.sender == trace.part.index:
             await trace.send_by(relay.receiver, stream)
         else:
-            # Who sends may have nothing yet.
-            await self._receive(stream, trace.left_seconds, relay.trace_id)
+            await self._receive(stream, relay.trace_id)
 
     def _runs(self, trace: HostedTrace) -> bool:
         return self._traces.get(trace.request.trace_id) is trace
 
-    async def _receive(
-        self, stream: Stream, patience_seconds: float, trace_id: bytes | None = None
-    ) -> None:
+    async def _receive(self, stream: Stream, trace_id: bytes | None = None) -> None:
         """Take the values that come; those of trace `trace_id` only, if it is given."""
-        opening = decode((await stream.receive(patience_seconds)).header, Opening)
+        opening = decode((await stream.receive(self._patience_seconds)).header, Opening)
         trace = self._traces.get(opening.trace_id)
         if trace is None or trace_id not in (None, opening.trace_id):
             await stream.refuse("no such trace here")

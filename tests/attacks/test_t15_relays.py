@@ -272,12 +272,18 @@ async def test_a_relay_ends_with_its_trace(swarm: OneHost) -> None:
     """Whether or not something was sent by it."""
     for part in (waiting(), sending()):
         client = await relayed(swarm, part)
-        streams = [await relay(swarm) for _ in range(2)]
+        streams = [await relay(swarm)]
+        if part.index == 0:
+            streams.append(await relay(swarm))
+        else:
+            await streams[0].send(encode(Opening(swarm.trace_id, 0, 1, 0)))
+        await until(lambda: swarm.home._tasks._open.total() == 1 + len(streams))  # noqa: B023
         await client.send(encode(Cancel()))
         for stream in streams:
             with pytest.raises(StreamClosed):
                 while True:
                     await stream.receive(5)
+        client.reset()
         await until(lambda: not swarm.home._tasks._open.total())
 
 

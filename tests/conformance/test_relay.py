@@ -20,7 +20,7 @@ from replicas import Replicas, load
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from glasshive.client import job, relay
+from glasshive.client import hearing, relay
 from glasshive.client.errors import PeerLost
 from glasshive.client.relay import Relays
 from glasshive.dht.errors import StreamClosed
@@ -54,7 +54,7 @@ def start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[int], Replicas]]:
     """So many hosts for each span, which say that they are there more often than usual."""
-    for module in (job, host):
+    for module in (hearing, host):
         monkeypatch.setattr(module, "ALIVE_SECONDS", 0.1)
     running: list[Replicas] = []
 
@@ -178,8 +178,8 @@ def test_a_generation_goes_on_by_way_of_the_client(
     for one, other in pairs:
         assert f"{SPANS[one]} and {SPANS[other]} relayed by this client" in repr(result)
         assert f"{SPANS[one]} and {SPANS[other]} by way of this client: " in repr(result.profile)
-    direct = sum(one.nbytes for one in found[1])
-    assert result.received_bytes == direct + sum(one.n_bytes for one in result.relayed)
+    saved = sum(one.saved_bytes for one in result.hops)
+    assert result.received_bytes == saved + sum(one.n_bytes for one in result.relayed)
     assert all(one.n_bytes > 0 for one in result.relayed)
     # Known by now: the next one begins so, and nothing is opened again.
     hive.again.clear()
