@@ -160,8 +160,8 @@ class Relays:
         await sink.send(frame.header, frame.body, self._left_seconds())
         pair, n_bytes = _pair(sender, receiver), len(frame.body)
         if (used := self.used.get(pair)) is None:
-            ordered = sorted((sender, receiver), key=lambda hop: hop.part.index)
-            used = Relayed(*(str(hop.part.span) for hop in ordered), n_bytes=0)
+            first, second = sorted((sender, receiver), key=lambda hop: hop.part.index)
+            used = Relayed(str(first.part.span), str(second.part.span), 0)
         self.used[pair] = used._replace(n_bytes=used.n_bytes + n_bytes)
         self._on_bytes(n_bytes)
 

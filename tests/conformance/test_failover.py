@@ -1,7 +1,7 @@
 """A generation outlives its peers: what others go on with is bit-equal to what was never disturbed.
 
-Hosts in this process; tests/swarm/test_generation.py has the same with processes that are killed, and
-test_relay.py peers that can't reach each other.
+Hosts in this process; tests/swarm/test_generation.py has the same with processes that are killed,
+and test_relay.py peers that can't reach each other.
 """
 
 from __future__ import annotations
