@@ -68,9 +68,11 @@ from glasshive.security.results import SavesDigest, TraceResult
 
 MEND_AFTER_SECONDS: Final = 0.5
 """After which a peer that another has lost, and that is there, is tried again by that one."""
+MENDS_BEFORE_RELAYING: Final = 1
+"""So often a stream between two peers is opened anew, before what goes between them is relayed. A
+dial into nowhere takes 12 s (peer/outgoing_edge.py)."""
 MOST_MENDS: Final = 3
-"""So often a stream between two peers is opened anew, before the client relays what goes between
-them; and again so often, before one of them is taken for lost."""
+"""So often it is while that is relayed, before one of the two is taken for lost."""
 
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
@@ -430,7 +432,8 @@ class Job:
         if {hop.peer, other.peer} != ends or hop.state == "done":
             return
         self._mended[edge] += 1
-        is_enough = self._mended[edge] > MOST_MENDS
+        is_relayed = self.relays.are_relayed(hop, other)
+        is_enough = self._mended[edge] > (MOST_MENDS if is_relayed else MENDS_BEFORE_RELAYING)
         if is_enough and other.state != "done" and self.relays.add(hop, other):
             self._mended[edge] = 0
         elif is_enough or other.state == "done":

@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Final, TypeAlias, final
 
 from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.framing import Stream
@@ -37,6 +37,10 @@ from glasshive.security.requests import TraceRequest
 from glasshive.security.results import Traffic
 
 __all__ = ["OutgoingEdge", "Sendable"]
+
+OPEN_SECONDS: Final = 12.0
+"""In which a peer takes a stream, or is lost. Where a router drops what comes for it, a kernel calls
+for two minutes."""
 
 
 _Relays: TypeAlias = "asyncio.Queue[tuple[Stream, asyncio.Event]]"
@@ -192,9 +196,8 @@ class OutgoingEdge:
     async def _stream(self) -> tuple[Stream, asyncio.Event]:
         if self._address is None:
             return await self._relays.get()
-        stream = await self._transport.open_stream(
-            self._address, EDGE_PROTOCOL, self._left_seconds()
-        )
+        patience_seconds = min(self._left_seconds(), OPEN_SECONDS)
+        stream = await self._transport.open_stream(self._address, EDGE_PROTOCOL, patience_seconds)
         return stream, asyncio.Event()
 
     async def _open(self, stream: Stream) -> int:
