@@ -39,8 +39,7 @@ from glasshive.security.results import Traffic
 __all__ = ["OutgoingEdge", "Sendable"]
 
 OPEN_SECONDS: Final = 12.0
-"""In which a peer takes a stream, or is lost. Where a router drops what comes for it, a kernel calls
-for two minutes."""
+"""In which a peer takes a stream, or is lost: a kernel goes on for two minutes."""
 
 
 _Relays: TypeAlias = "asyncio.Queue[tuple[Stream, asyncio.Event]]"
