@@ -14,10 +14,10 @@ from typing import Final, NamedTuple, TypeAlias, final
 
 from glasshive.client.hop import HopReport
 from glasshive.client.peer_stream import PeerStream
-from glasshive.dht.errors import StreamBusy, StreamClosed, SwarmError
+from glasshive.dht.errors import StreamBusy, SwarmError
 from glasshive.dht.framing import Frame, FrameLimits, Stream
 from glasshive.dht.messages import RELAY_PROTOCOL, SLICE_BYTES, Relay, encode
-from glasshive.dht.transport import Transport
+from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.security.keys import PeerId
 
 __all__ = ["Pair", "Relayed", "Relays"]
@@ -61,7 +61,7 @@ class Relays:
         self._silence_seconds = silence_seconds
         self._left_seconds = left_seconds
         self._on_bytes = on_bytes
-        self._carriers: dict[tuple[int, int], asyncio.Task[None]] = {}  # by the edges' parts
+        self._carriers: dict[tuple[Pair, int], asyncio.Task[None]] = {}  # and the sender's part
         self.used: dict[Pair, Relayed] = {}
         """Between whom something was passed on, also where it isn't any more."""
 
@@ -79,6 +79,8 @@ class Relays:
     def forget(self, peer: PeerId) -> None:
         """Another has taken the place of this peer; whom that one reaches is not known."""
         self._pairs = {pair for pair in self._pairs if peer not in pair}
+        for key in [key for key in self._carriers if peer in key[0]]:
+            self._carriers.pop(key).cancel()
 
     def carry(self, one: PeerStream, other: PeerStream) -> None:
         """Pass on what goes between two parts, on new streams, if their peers are such a pair.
@@ -88,11 +90,11 @@ class Relays:
         if not self.are_relayed(one.hop, other.hop):
             return
         for sender, receiver in ((one, other), (other, one)):
-            edge = sender.hop.part.index, receiver.hop.part.index
-            if (old := self._carriers.pop(edge, None)) is not None:
+            edge = _Edge(sender, receiver)
+            if (old := self._carriers.pop(edge.key, None)) is not None:
                 old.cancel()
-            if edge[1] in sender.hop.part.receivers:
-                self._carriers[edge] = asyncio.create_task(self._carry(sender, receiver, edge))
+            if receiver.hop.part.index in sender.hop.part.receivers:
+                self._carriers[edge.key] = asyncio.create_task(self._carry(edge))
 
     async def close(self) -> None:
         """End every stream. Never raises."""
@@ -100,70 +102,81 @@ class Relays:
             task.cancel()
         await asyncio.gather(*self._carriers.values(), return_exceptions=True)
 
-    async def _carry(self, sender: PeerStream, receiver: PeerStream, edge: tuple[int, int]) -> None:
-        with contextlib.ExitStack() as ends:
+    async def _carry(self, edge: _Edge) -> None:
+        # What breaks one stream ends both, and each peer says by its trace stream what it lost.
+        with contextlib.ExitStack() as ends, contextlib.suppress(SwarmError):
+            near, first = await self._asked(edge, ends)
+            far = await self._open(edge.far, ends)
+            await self._send(first, far, edge)
+            both = [
+                asyncio.create_task(self._pass_on(*way, edge)) for way in ((near, far), (far, near))
+            ]
             try:
-                near, first = await self._asked(sender, edge, ends)
-            except StreamClosed:
-                return  # it has nothing more to send, and says so itself
-            except SwarmError as error:
-                sender.give_up(f"no stream to it could be opened on which to relay: {error}")
-                return
-            # What breaks one stream ends both, and each peer says by its trace stream what it lost.
-            with contextlib.suppress(SwarmError):
-                far = await self._open(receiver, edge, ends)
-                await self._send(first, far, sender.hop, receiver.hop)
-                both = [
-                    asyncio.create_task(self._pass_on(*way, sender.hop, receiver.hop))
-                    for way in ((near, far), (far, near))
-                ]
-                try:
-                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for task in both:
-                        task.cancel()
-                    await asyncio.gather(*both, return_exceptions=True)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in both:
+                    task.cancel()
+                await asyncio.gather(*both, return_exceptions=True)
 
-    async def _asked(
-        self, sender: PeerStream, edge: tuple[int, int], ends: contextlib.ExitStack
-    ) -> tuple[Stream, Frame]:
+    async def _asked(self, edge: _Edge, ends: contextlib.ExitStack) -> tuple[Stream, Frame]:
         """A stream on which a peer sends, and what it says first: when it has something."""
         while True:
-            near = await self._open(sender, edge, ends)
             with contextlib.suppress(StreamBusy):
+                near = await self._open(edge.near, ends, edge.sender)
                 return near, await near.receive(self._left_seconds())
             await asyncio.sleep(BUSY_SECONDS)
 
     async def _open(
-        self, to: PeerStream, edge: tuple[int, int], ends: contextlib.ExitStack
+        self, at: _Asked, ends: contextlib.ExitStack, blamed: PeerStream | None = None
     ) -> Stream:
-        """A stream for this edge at one of its ends."""
-        stream = await self._transport.open_stream(
-            to.hop.peer, RELAY_PROTOCOL, self._silence_seconds
-        )
-        ends.callback(stream.reset)
-        stream.limits = _LIMITS
-        relay = Relay(to.request.trace_id, *edge, to.revision)
-        await stream.send(encode(relay), b"", self._silence_seconds)
+        """A stream for an edge at one of its peers; one who takes none may be taken for lost."""
+        try:
+            stream = await self._transport.open_stream(
+                at.peer, RELAY_PROTOCOL, self._silence_seconds
+            )
+            ends.callback(stream.reset)
+            stream.limits = _LIMITS
+            await stream.send(encode(at.relay), b"", self._silence_seconds)
+        except SwarmError as error:
+            # Who was to send would wait for it to the end; who was to receive is told on by that.
+            if blamed is not None and not isinstance(error, StreamBusy):
+                blamed.give_up(f"no stream to it could be opened on which to relay: {error}")
+            raise
         return stream
 
-    async def _pass_on(
-        self, source: Stream, sink: Stream, sender: HopReport, receiver: HopReport
-    ) -> None:
+    async def _pass_on(self, source: Stream, sink: Stream, edge: _Edge) -> None:
         while True:
-            frame = await source.receive(self._left_seconds())
-            await self._send(frame, sink, sender, receiver)
+            await self._send(await source.receive(self._left_seconds()), sink, edge)
 
-    async def _send(
-        self, frame: Frame, sink: Stream, sender: HopReport, receiver: HopReport
-    ) -> None:
+    async def _send(self, frame: Frame, sink: Stream, edge: _Edge) -> None:
         await sink.send(frame.header, frame.body, self._left_seconds())
-        pair, n_bytes = _pair(sender, receiver), len(frame.body)
-        if (used := self.used.get(pair)) is None:
-            first, second = sorted((sender, receiver), key=lambda hop: hop.part.index)
-            used = Relayed(str(first.part.span), str(second.part.span), 0)
-        self.used[pair] = used._replace(n_bytes=used.n_bytes + n_bytes)
+        used, n_bytes = self.used.get(edge.pair, edge.relayed), len(frame.body)
+        self.used[edge.pair] = used._replace(n_bytes=used.n_bytes + n_bytes)
         self._on_bytes(n_bytes)
+
+
+class _Asked(NamedTuple):
+    """At whom a stream is opened, and for what."""
+
+    peer: PeerAddress
+    relay: Relay
+
+
+@final
+class _Edge:
+    """One direction between the peers that two parts have now."""
+
+    def __init__(self, sender: PeerStream, receiver: PeerStream) -> None:
+        parts = sender.hop.part.index, receiver.hop.part.index
+        self.sender = sender
+        self.near, self.far = (
+            _Asked(end.hop.peer, Relay(end.request.trace_id, *parts, end.revision))
+            for end in (sender, receiver)
+        )
+        self.pair = _pair(sender.hop, receiver.hop)
+        self.key = self.pair, parts[0]
+        first, second = sorted((sender.hop, receiver.hop), key=lambda hop: hop.part.index)
+        self.relayed = Relayed(str(first.part.span), str(second.part.span), 0)
 
 
 def _pair(one: HopReport, other: HopReport) -> Pair:
