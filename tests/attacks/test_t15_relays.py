@@ -7,7 +7,8 @@ with `relay_refusal` that is empty, and with `_opener` that gives the client, wh
 with `_opener` that gives the peer, who else opens what is; with the trace id left out of
 `EdgeStreams._receive`, the other trace; with no wait for the revision, the one that comes later;
 with `OutgoingEdge` that has an address, or `find_peers` that looks for one, who is dialled; with
-`relayed` left out of `TraceRequest.check_revises`, the revision.
+`relayed` left out of `TraceRequest.check_revises`, the revision; with streams that
+`OutgoingEdge.forget` leaves, the end; with the role of hosts in `member_gate`, the private swarm.
 """
 
 from __future__ import annotations

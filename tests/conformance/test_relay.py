@@ -1,8 +1,9 @@
 """Peers that can't reach each other: the client passes on what they send, and no bit changes.
 
-Seen failing: with `Relays.add` that gives False, and with `TraceRequest.relayed` left empty by the
-client, all; without `tries.avoid.discard` in the runner, the traces; with `_apart` never filled,
-the trace after the first.
+Seen failing: with `Relays.add` that gives False, the generations; with requests that say nothing of
+it, all; without `tries.avoid.discard` in the runner, the traces; with `_apart` never filled, what
+comes after the first; with the first of a chain taken for its cause, the trace over 0 and 2; with
+busy taken for an end, the last.
 """
 
 from __future__ import annotations
