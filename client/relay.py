@@ -61,7 +61,7 @@ class Relays:
         self._silence_seconds = silence_seconds
         self._left_seconds = left_seconds
         self._on_bytes = on_bytes
-        self._carriers: dict[tuple[Pair, int], asyncio.Task[None]] = {}  # and the sender's part
+        self._carriers: set[asyncio.Task[None]] = set()
         self.used: dict[Pair, Relayed] = {}
         """Between whom something was passed on, also where it isn't any more."""
 
@@ -79,28 +79,26 @@ class Relays:
     def forget(self, peer: PeerId) -> None:
         """Another has taken the place of this peer; whom that one reaches is not known."""
         self._pairs = {pair for pair in self._pairs if peer not in pair}
-        for key in [key for key in self._carriers if peer in key[0]]:
-            self._carriers.pop(key).cancel()
 
     def carry(self, one: PeerStream, other: PeerStream) -> None:
         """Pass on what goes between two parts, on new streams, if their peers are such a pair.
 
-        `one` and `other` are their trace streams, on which both have been told of it.
+        `one` and `other` are their trace streams, on which both have been told of it. Older streams
+        are the peers' to end, when they hear of that: before, it would be another loss to them.
         """
         if not self.are_relayed(one.hop, other.hop):
             return
         for sender, receiver in ((one, other), (other, one)):
-            edge = _Edge(sender, receiver)
-            if (old := self._carriers.pop(edge.key, None)) is not None:
-                old.cancel()
             if receiver.hop.part.index in sender.hop.part.receivers:
-                self._carriers[edge.key] = asyncio.create_task(self._carry(edge))
+                carrier = asyncio.create_task(self._carry(_Edge(sender, receiver)))
+                self._carriers.add(carrier)
+                carrier.add_done_callback(self._carriers.discard)
 
     async def close(self) -> None:
         """End every stream. Never raises."""
-        for task in self._carriers.values():
+        for task in self._carriers:
             task.cancel()
-        await asyncio.gather(*self._carriers.values(), return_exceptions=True)
+        await asyncio.gather(*self._carriers, return_exceptions=True)
 
     async def _carry(self, edge: _Edge) -> None:
         # What breaks one stream ends both, and each peer says by its trace stream what it lost.
@@ -174,7 +172,6 @@ class _Edge:
             for end in (sender, receiver)
         )
         self.pair = _pair(sender.hop, receiver.hop)
-        self.key = self.pair, parts[0]
         first, second = sorted((sender.hop, receiver.hop), key=lambda hop: hop.part.index)
         self.relayed = Relayed(str(first.part.span), str(second.part.span), 0)
 

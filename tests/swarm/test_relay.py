@@ -3,8 +3,8 @@
 Each announces an address at which nobody listens: hosts are dialled there, and by the client too,
 which goes on using the connection that it has made to where they are.
 
-Seen failing: with requests that don't say what is relayed, both; with `Relays.add` that gives False,
-the generation.
+Seen failing: with requests that don't say what is relayed, both; with `Relays.add` that gives
+False, the generation.
 """
 
 from __future__ import annotations

@@ -139,15 +139,16 @@ async def test_what_is_open_ends_with_the_job(is_asked: bool, two: Two) -> None:
 
 
 @pytest.mark.asyncio
-async def test_new_streams_take_the_place_of_old_ones(two: Two) -> None:
+async def test_old_streams_are_the_peers_to_end(two: Two) -> None:
     old = await two.opened(0)
     two.relays.carry(*two.ends)
-    await ended(old)
     new = await two.opened(0)
-    await new.send(["first"])
-    assert (await (await two.opened(1)).receive(5)).header == ["first"]
+    for stream in (old, new):
+        await stream.send(["first"])
+        assert (await (await two.opened(1)).receive(5)).header == ["first"]
     two.relays.forget(two.ends[1].hop.peer.peer_id)
-    await ended(new)
+    two.relays.carry(*two.ends)  # the two are no such pair any more
+    assert len(two.relays._carriers) == 2
 
 
 @pytest.mark.asyncio
