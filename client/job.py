@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import (
@@ -29,10 +30,12 @@ import torch
 from torch import Tensor
 
 from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
 from glasshive.client.left_out import LeftOut
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
+from glasshive.client.relay import Pair, Relayed, Relays
 from glasshive.client.step_watch import STEP_LIMITS, ExpectedSeconds, StepLimits, StepWatch
 from glasshive.dht.errors import MalformedMessage, SwarmError, TransportLost
 from glasshive.dht.messages import (
@@ -69,8 +72,11 @@ MEND_AFTER_SECONDS: Final = 0.5
 """After which a peer that another has lost, and that is there, is tried again by that one."""
 OWN_DAEMON_SECONDS: Final = 0.2
 """Within which the loss of our own network daemon is seen, after that of what went through it."""
+MENDS_BEFORE_RELAYING: Final = 1
+"""So often a stream between two peers is opened anew, before what goes between them is relayed. A
+dial into nowhere takes 12 s (peer/outgoing_edge.py)."""
 MOST_MENDS: Final = 3
-"""So often a stream between two peers is opened anew, before one of them is taken for lost."""
+"""So often it is while that is relayed, before one of the two is taken for lost."""
 
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
@@ -118,6 +124,7 @@ class Job:
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
     most_moves: int = 0
     left_out: LeftOut | None = None  # of all tries; None: of this one
+    relay: Collection[Pair] = ()  # known not to reach each other
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
     step_limits: StepLimits = STEP_LIMITS  # and one that does nothing
     expected_seconds: ExpectedSeconds = lambda part, stage: 0.0
@@ -141,8 +148,18 @@ class Job:
         # Edges, by the parts of both ends and how often these had been given.
         self._mending: set[frozenset[tuple[int, int]]] = set()
         self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
-        self._ended = {hop.peer.peer_id: asyncio.Event() for hop in self.hops}
-        self._said: dict[PeerId, PeerError] = {}
+        self.hearing = Hearing(self._streams, self.silence_seconds, self.clock)
+        here = {peer.peer_id for peer in self.peers}
+        self.relays = Relays(
+            *(self.transport, [pair for pair in self.relay if pair <= here], self.silence_seconds),
+            left_seconds=lambda: self.left_seconds,
+            on_bytes=self._count_relayed,
+        )
+
+    @property
+    def relayed(self) -> tuple[Relayed, ...]:
+        """Between which peers something was passed on."""
+        return tuple(self.relays.used.values())
 
     @property
     def left_seconds(self) -> float:
@@ -160,6 +177,8 @@ class Job:
             async with asyncio.timeout(self.left_seconds) as timer:
                 await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
+                for one, other in itertools.combinations(self.hops, 2):
+                    self._carry(one, other)
                 await self._together(self._run_hop(hop) for hop in self.hops)
                 if self.plan.passes.are_generation:
                     self._check_complete()
@@ -190,8 +209,9 @@ class Job:
             self.state = "failed"
             raise
         finally:
-            for one in self._streams.values():
-                one.stream.reset()  # at once: the deadline may be over
+            for opened in self._streams.values():
+                opened.stream.reset()  # at once: the deadline may be over
+            await self.relays.close()
         self.state = "done"
         return self.saves
 
@@ -257,7 +277,8 @@ class Job:
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
     def _request(self, hop: HopReport, part_sha256: bytes, revision: int) -> TraceRequest:
-        receivers = hop.part.receivers
+        relayed = [i for i in hop.neighbours if self.relays.are_relayed(hop, self._hop(i))]
+        receivers = hop.part.receivers.difference(relayed)
         return TraceRequest(
             client=self.transport.peer_id,
             host=hop.peer.peer_id,
@@ -273,6 +294,7 @@ class Job:
             deadline_seconds=float(self.left_seconds),
             part_sha256=part_sha256,
             revision=revision,
+            relayed=tuple(sorted(relayed)),
         )
 
     async def _run_hop(self, hop: HopReport) -> None:
@@ -286,30 +308,11 @@ class Job:
                         raise
                     await self._replace(hop, error)
         except PeerError as error:
-            self._said[hop.peer.peer_id] = error
-            self._ended[hop.peer.peer_id].set()
-            if error.peer != hop.peer.peer_id and not hop.part.outlives_peers:
-                await self._hear_out(error.peer)
-            # That one may blame a third in its turn, and so on.
-            said = [error]
-            while (other := self._said.get(said[-1].peer)) is not None and other not in said:
-                said.append(other)
-            raise min(said, key=how_little_it_says) from None
+            peer, hear_others = hop.peer.peer_id, not hop.part.outlives_peers
+            self.hearing.ended(peer, error)
+            raise await self.hearing.cause(peer, error, hear_others=hear_others) from None
         finally:
-            self._ended[hop.peer.peer_id].set()
-
-    async def _hear_out(self, peer: PeerId) -> None:
-        """Wait a while until a peer that another one blames has spoken for itself.
-
-        A peer whose part fails ends its streams to its neighbours, and they may be quicker to say
-        that they have lost it than it is to say why: it may have much to send to a slow client.
-        Those who outlive it say nothing of that.
-        """
-        ended = self._ended.get(peer)
-        if ended is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.silence_seconds):
-                    await ended.wait()
+            self.hearing.ended(hop.peer.peer_id)
 
     async def _run_part(self, hop: HopReport, stream: PeerStream) -> None:
         for stage in hop.part.stages:
@@ -383,12 +386,12 @@ class Job:
                 break
             self.moves += 1
             self._given[hop.part.index] += 1
+            self.relays.forget(hop.peer.peer_id)
             hop.peer = PeerAddress(record.peer_id, record.addresses)
             self.peers[hop.part.index] = hop.peer
             # They live for a minute.
             both = zip(self.peers, self.records, strict=True)
             self.records = [fresh.get(peer.peer_id, old) for peer, old in both]
-            self._ended[hop.peer.peer_id] = asyncio.Event()
             try:
                 await self._prepare(hop)
             except PeerError as error:
@@ -481,7 +484,11 @@ class Job:
         if self._ends(hop, other) != ends or hop.state == "done":
             return
         self._mended[edge] += 1
-        if other.state == "done" or self._mended[edge] > MOST_MENDS:
+        is_relayed = self.relays.are_relayed(hop, other)
+        is_enough = self._mended[edge] > (MOST_MENDS if is_relayed else MENDS_BEFORE_RELAYING)
+        if is_enough and other.state != "done" and self.relays.add(hop, other):
+            self._mended[edge] = 0
+        elif is_enough or other.state == "done":
             # One of them is lost. Whoever finds nobody in the same place is to blame itself.
             accused = hop.part.index, other.part.index
             to_blame, good = (hop, other) if accused in self._accused else (other, hop)
@@ -493,6 +500,15 @@ class Job:
             return
         await self._revise(hop, other.part.index)
         await self._revise(other, hop.part.index)
+        self._carry(hop, other)
+
+    def _carry(self, one: HopReport, other: HopReport) -> None:
+        """Pass on what goes between two parts, if their peers can't reach each other."""
+        self.relays.carry(self._streams[one.part.index], self._streams[other.part.index])
+
+    def _count_relayed(self, n_bytes: int) -> None:
+        self.received_bytes += n_bytes
+        self.sent_bytes += n_bytes
 
     def _get_going(self, hop: HopReport, watch: StepWatch) -> None:
         """The peer of a part has got no further for too long.
@@ -511,9 +527,11 @@ class Job:
         is_turned = self.trace_id[0] % 2 == 1
         good, bad = sorted((hop, other), key=lambda one: one.part.index, reverse=is_turned)
         if hop.part.outlives_peers and other.state == "running":
-            # Before that their edge is opened anew, once: the stream may hang.
+            # Before that the client relays, or opens their edge anew: the stream may hang.
             edge = frozenset((good.part.index, bad.part.index))
-            self._mended[edge] = max(self._mended[edge], MOST_MENDS - 1)
+            is_relayed = self.relays.are_relayed(good, bad)
+            so_often = MOST_MENDS if is_relayed else MENDS_BEFORE_RELAYING
+            self._mended[edge] = max(self._mended[edge], so_often)
             self._mend(good, bad.part.index)
             return
         why = f"for {seconds:.3g} s it and {good} have not agreed on what has come"

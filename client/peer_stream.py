@@ -53,6 +53,8 @@ class PeerStream:
     revision: int
     revisions: dict[bytes, TraceRequest] = field(default_factory=dict)
     """The request as it was signed anew, by the hash of each."""
+    signs_of_life: int = 0
+    """How often this peer said that it is there."""
     given_up: str = ""
     """Why this peer is taken for lost though it is there."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -80,6 +82,7 @@ class PeerStream:
                     continue  # it was this process that stood still; what came meanwhile is there
                 raise
             if is_a(frame.header, Alive):
+                self.signs_of_life += 1
                 if self.watch.hear(decode(frame.header, Alive)):
                     self.on_idle()
                 continue

@@ -10,6 +10,7 @@ from glasshive.security.keys import PeerId
 
 if TYPE_CHECKING:
     from glasshive.client.provenance import Hop
+    from glasshive.client.relay import Relayed
 
 __all__ = ["HopProfile", "Profile"]
 
@@ -36,14 +37,16 @@ class Profile:
     other peers make; `wire_seconds` those in which it handed hidden states and carried values to
     the network, until that had taken them: how long they were on their way isn't known. Peers work
     beside each other, and one sends while it computes, so columns don't add up to `seconds`, which
-    passed at the client. A replaced peer's are not in it.
+    passed at the client. A replaced peer's are not in it. What two peers sent each other by way of
+    the client is in their bytes, and `relayed` says which these are.
     """
 
     hops: tuple[HopProfile, ...]
     seconds: float
+    relayed: tuple[Relayed, ...] = ()
 
     @classmethod
-    def of(cls, hops: Sequence[Hop], seconds: float) -> Profile:
+    def of(cls, hops: Sequence[Hop], seconds: float, relayed: tuple[Relayed, ...]) -> Profile:
         """From what the peers of a result have signed."""
         return cls(
             tuple(
@@ -58,6 +61,7 @@ class Profile:
                 for hop in hops
             ),
             seconds,
+            relayed,
         )
 
     def __repr__(self) -> str:
@@ -79,5 +83,9 @@ class Profile:
                 for place, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
+        ]
+        lines += [
+            f"{one.first} and {one.second} by way of this client: {one.n_bytes:,} bytes"
+            for one in self.relayed
         ]
         return "\n".join([*lines, f"{self.seconds:.4f} s in all"])

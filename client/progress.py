@@ -1,7 +1,8 @@
 """One line that says where a trace is: state, seconds, route, bytes. Gone when it is done.
 
 The route has each peer's blocks, and behind them a mark: `*` for who is at work, `+` for who has
-done its part, `~` for who has taken the place of one that was lost.
+done its part, `~` for who has taken the place of one that was lost. Behind the route it says which
+of them speak to each other by way of this client, as they can't reach each other.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def text_of(job: Job, elapsed_seconds: float) -> str:
     """The line for a job as it is now."""
     done = sum(hop.state == "done" for hop in job.hops)
     replaced = f", {len(job.replaced)} replaced" if job.replaced else ""
+    relayed = "".join(f", {one.first} and {one.second} through you" for one in job.relayed)
     return (
         f"{job.state}  {elapsed_seconds:.1f} s  blocks {' > '.join(_marked(job))}, "
-        f"{done} of {len(job.hops)} done{replaced}  "
+        f"{done} of {len(job.hops)} done{replaced}{relayed}  "
         f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in  unaudited"
     )
 

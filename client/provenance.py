@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from glasshive.client.profile import Profile
+from glasshive.client.relay import Relayed
 from glasshive.security.keys import PeerId
 
 
@@ -47,7 +48,9 @@ class Provenance:
     """Where a result came from. Each peer signed that it sent these values for this trace.
 
     `retried` is how often all of it was run again, `replaced` which peers were lost and replaced
-    while it ran. `audited` is False: no peer's work was checked by another.
+    while it ran, and `relayed` which peers spoke by way of the client, as they couldn't reach each
+    other; what was passed on is in `sent_bytes` and `received_bytes`. `audited` is False: no peer's
+    work was checked by another.
     """
 
     model_id: str
@@ -61,12 +64,13 @@ class Provenance:
     passes: int
     retried: int
     replaced: tuple[Replaced, ...]
+    relayed: tuple[Relayed, ...]
     audited: bool
 
     @property
     def profile(self) -> Profile:
         """Where the time went, peer by peer."""
-        return Profile.of(self.hops, self.seconds)
+        return Profile.of(self.hops, self.seconds, self.relayed)
 
     def __repr__(self) -> str:
         route = " > ".join(f"{hop.blocks} {hop.peer[-8:]}" for hop in self.hops)
@@ -75,6 +79,8 @@ class Provenance:
         for count, what in ((len(self.replaced) - back, "replaced"), (back, "came back")):
             if count:
                 retried += f", {count} lost peer{'s'[: count > 1]} {what}"
+        for one in self.relayed:
+            retried += f", {one.first} and {one.second} relayed by this client"
         return (
             f"<{self.seconds:.2f} s over {route}; {self.dtype}, {self.attention} attention"
             f"{retried}; {'audited' if self.audited else 'unaudited'}>"

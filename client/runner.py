@@ -8,7 +8,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +29,7 @@ from glasshive.client.known_records import KnownRecords
 from glasshive.client.left_out import LeftOut
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
+from glasshive.client.relay import Pair
 from glasshive.client.round_trips import PATIENCE_SECONDS
 from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in, rivals
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # No machine is thought to run the ops of a graph more slowly than this.
 _FLOPS_PER_SECOND: Final = 1e9
+_APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
 
@@ -56,6 +58,8 @@ class _Tries:
     left_out: LeftOut
     count: int = 0
     reruns: int = 0
+    parted: set[Pair] = field(default_factory=set)  # of the last try: who didn't reach each other
+    relay: set[Pair] = field(default_factory=set)  # and of all tries
     backends: frozenset[str] | None = None  # on which it may run; None: on any
 
 
@@ -80,6 +84,7 @@ class ModelRunner:
         self._n_blocks = n_blocks
         self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
+        self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
 
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
@@ -254,6 +259,7 @@ class ModelRunner:
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             left_out=tries.left_out,
+            relay=tries.relay | self._apart_now(),
         )
         with JobDisplay(options.show_progress) as display:
 
@@ -266,8 +272,12 @@ class ModelRunner:
                 self._swarm.run_job(job, tick)
             finally:
                 tries.count += job.moves
+                tries.parted = job.hearing.parted
+                tries.relay |= tries.parted | job.relays.used.keys()
         for hop in job.hops:
             self._bans.served(hop.peer.peer_id)
+        until = time.monotonic() + _APART_SECONDS
+        self._apart = {**dict.fromkeys(job.relays.used, until), **self._apart}
         experiment.fill(job.saves)
         return Provenance(
             model_id=self._model_id,
@@ -294,8 +304,15 @@ class ModelRunner:
             passes=len(plan.passes.passes),
             retried=tries.reruns,
             replaced=tuple(job.replaced),
+            relayed=job.relayed,
             audited=all(hop.audited for hop in job.hops),
         )
+
+    def _apart_now(self) -> set[Pair]:
+        """Who was seen of late not to reach each other; a route may still have both."""
+        now = time.monotonic()
+        self._apart = {pair: until for pair, until in self._apart.items() if until > now}
+        return set(self._apart)
 
     async def _stand_in(
         self,
@@ -388,7 +405,11 @@ class ModelRunner:
         *,
         lost: PeerLost | None,
     ) -> Route:
-        """`_route` after one that failed, for which it waits if a peer was lost that may return."""
+        """`_route` after one that failed, for which it waits if a peer was lost that may return.
+
+        Where there is none without a peer that only another one has lost, it is one with it: the
+        client then relays.
+        """
         try:
             return self._route(experiment, options, tries, ends_at)
         except ShutOut:
@@ -397,6 +418,9 @@ class ModelRunner:
             if lost is None:
                 raise
             none = error
+        if isinstance(none, NoRoute) and any(lost.peer in pair for pair in tries.parted):
+            tries.left_out.forgive(lost.peer)
+            return self._route(experiment, options, tries, ends_at)
         left_out = tries.left_out
 
         def left_seconds() -> float:

@@ -37,6 +37,7 @@ from glasshive.dht.messages import (
     FILES_PROTOCOL,
     JOIN_PROTOCOL,
     MEMBERS_PROTOCOL,
+    RELAY_PROTOCOL,
     TRACE_PROTOCOL,
     TRUST_PROTOCOL,
     Hello,
@@ -62,6 +63,7 @@ _ACTS: Final[dict[str, Act]] = {
     TRUST_PROTOCOL: Act.READ,
     MEMBERS_PROTOCOL: Act.READ,
     TRACE_PROTOCOL: Act.TRACE,
+    RELAY_PROTOCOL: Act.TRACE,
     EDGE_PROTOCOL: Act.SERVE,
 }
 _LIMITS: Final = FrameLimits(

@@ -21,6 +21,7 @@ from glasshive.security.requests import MAX_REQUEST_BYTES
 DIRECTORY_PROTOCOL: Final = "glasshive/directory/1"  # its messages: dht/directory.py
 TRACE_PROTOCOL: Final = "glasshive/trace/1"
 EDGE_PROTOCOL: Final = "glasshive/edge/1"
+RELAY_PROTOCOL: Final = "glasshive/relay/1"
 FILES_PROTOCOL: Final = "glasshive/files/1"
 TRUST_PROTOCOL: Final = "glasshive/trust/1"
 MEMBERS_PROTOCOL: Final = "glasshive/members/1"
@@ -230,6 +231,21 @@ class Revise:
 
 
 @dataclass(frozen=True, slots=True)
+class Relay:
+    """Client to peer, first on a relay stream: what follows is what goes from a part to another.
+
+    To the sender's peer, which says on it what it would say on an edge stream of its own; and to
+    the receiver's, to which the client passes that on. It waits until that `revision` of its
+    request is in force, by which the two are relayed.
+    """
+
+    trace_id: TraceId
+    sender: Count
+    receiver: Count
+    revision: Count
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """Peer to peer, first on an edge stream: whose values come here.
 
@@ -383,6 +399,7 @@ _CODES: Final[dict[int, type[Any]]] = {
     23: Received,
     24: Dropped,
     25: Resume,
+    26: Relay,
     30: AskFile,
     31: File,
     40: TrustVersions,

@@ -2,6 +2,7 @@
 
 - `glasshive/trace/1`: a client's trace. Verify, admit, take constants and inputs, run, tell, sign.
 - `glasshive/edge/1`: values that other peers of a plan push.
+- `glasshive/relay/1`: those that a client passes on between peers that can't reach each other.
 - `glasshive/files/1`: manifest, configuration and tokenizer, for clients that have no files.
 
 Every stream has a deadline; every end (done, error, cancel, deadline, client gone) frees all that
@@ -22,15 +23,14 @@ import torch
 from torch import Tensor
 
 from glasshive.dht.errors import (
-    MalformedMessage,
     StreamClosed,
     SwarmError,
-    TransportError,
 )
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
     FILES_PROTOCOL,
+    RELAY_PROTOCOL,
     TRACE_PROTOCOL,
     Accepted,
     Alive,
@@ -39,7 +39,6 @@ from glasshive.dht.messages import (
     Done,
     Failed,
     Need,
-    Opening,
     Prepare,
     Revise,
     decode,
@@ -63,6 +62,7 @@ from glasshive.peer.admission import Admission
 from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
+from glasshive.peer.edge_streams import EdgeStreams
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import Aside
 from glasshive.peer.file_server import FileServer
@@ -160,6 +160,7 @@ class Host:
         # What the constants kept leave of it.
         self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
         self._traces: dict[bytes, HostedTrace] = {}
+        self._edges = EdgeStreams(self._traces, self._limits.prepare_seconds)
         self._slots = Slots()
         self._pace = served.pace
         self._admission = Admission(served.outline, served.twin, self._limits.budget, self._pace)
@@ -188,7 +189,8 @@ class Host:
     async def start(self) -> None:
         """Answer from now on."""
         await self._transport.serve(TRACE_PROTOCOL, self._on_trace)
-        await self._transport.serve(EDGE_PROTOCOL, self._on_edge)
+        await self._transport.serve(EDGE_PROTOCOL, self._edges.answer)
+        await self._transport.serve(RELAY_PROTOCOL, self._edges.answer_relay)
         await self._transport.serve(FILES_PROTOCOL, self._files.answer)
         self._sweeping = asyncio.create_task(self._sweep())
 
@@ -531,24 +533,6 @@ class Host:
             await client.send(encode(Failed(type(error).__name__, node, text)))
         except SwarmError:
             log.info("client_left", extra={"client": client.peer_id})
-
-    # Other peers ----------------------------------------------------------------------------
-
-    async def _on_edge(self, stream: Stream) -> None:
-        frame = await stream.receive(self._limits.prepare_seconds)
-        opening = decode(frame.header, Opening)
-        trace = self._traces.get(opening.trace_id)
-        if trace is None:
-            await stream.refuse("no such trace here")
-            return
-        if refusal := trace.refusal(opening, stream.peer_id):
-            await stream.refuse(refusal)
-            return
-        try:
-            await trace.receive_from(opening, stream)
-        except (MalformedMessage, TransportError) as error:
-            await trace.lose(opening.sender, error)
-            raise
 
 
 def _accepted(bill: Bill) -> Accepted:

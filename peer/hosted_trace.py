@@ -31,6 +31,7 @@ from glasshive.dht.messages import (
     Lost,
     Opening,
     Received,
+    Relay,
     Resume,
     Saved,
     Value,
@@ -150,7 +151,7 @@ class HostedTrace:
         sent_to = Counter(to for stage in self.part.stages for _, to in stage.exports)
         self._outgoing = {
             to: OutgoingEdge(
-                *(self.transport, self.request, to, self.peers[to]),
+                *(self.transport, self.request, to, self._address(to)),
                 n_values=n_values,
                 left_seconds=lambda: self.left_seconds,
                 on_lost=self._tell_lost if self.part.outlives_peers else None,
@@ -159,6 +160,8 @@ class HostedTrace:
             for to, n_values in sorted(sent_to.items())
         }
         self._incoming: dict[int, Stream] = {}  # by the sender's part
+        self.revised = asyncio.Event()
+        """Set by the next revision of the request, or the end of the trace."""
         self._came: Counter[int] = Counter()  # how many values, by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
@@ -193,6 +196,7 @@ class HostedTrace:
             stream.reset()
         for edge in self._outgoing.values():
             edge.forget()
+        self.revised.set()
         self._arrived.clear()
 
     async def run(self) -> TraceResult:
@@ -245,7 +249,7 @@ class HostedTrace:
     def refusal(self, opening: Opening, peer_id: PeerId) -> str:
         """Why the plan has no use for a stream that `peer_id` opens so; empty if it has."""
         sender, here = opening.sender, self.part.index
-        if sender >= len(self.peers) or self.peers[sender].peer_id != peer_id:
+        if sender >= len(self.peers) or self._opener(sender) != peer_id:
             return "the plan gives this edge to another peer"
         if opening.receiver != here:
             return f"this is part {here} of the plan, not part {opening.receiver}"
@@ -257,6 +261,21 @@ class HostedTrace:
         if not opening.again and not any(map(self._is_awaited, awaited)):
             return f"nothing more is taken from part {sender}"
         return ""
+
+    def relay_refusal(self, relay: Relay) -> str:
+        """Why the client can't relay so, by the last revision of its request; empty if it can."""
+        here = self.part.index
+        if here not in (relay.sender, relay.receiver):
+            return f"this is part {here} of the plan"
+        if (relay.receiver if relay.sender == here else relay.sender) not in self.request.relayed:
+            return "the request doesn't say that this edge is relayed"
+        if relay.sender == here and relay.receiver not in self._outgoing:
+            return f"the plan has no edge from part {here} to part {relay.receiver}"
+        return ""
+
+    async def send_by(self, receiver: int, stream: Stream) -> None:
+        """Send that part's values on a stream that the client relays, until it is over."""
+        await self._outgoing[receiver].send_by(stream)
 
     async def receive_from(self, opening: Opening, stream: Stream) -> None:
         """Park what the peer of a part pushes, and tell it when everything has arrived.
@@ -286,6 +305,11 @@ class HostedTrace:
             if self._incoming.get(sender) is stream:
                 del self._incoming[sender]
         await stream.send(encode(Received()), b"", self.left_seconds + TELL_SECONDS)
+
+    def _opener(self, sender: int) -> PeerId:
+        """On whose streams the values of a part come."""
+        is_relayed = sender in self.request.relayed
+        return self.client.peer_id if is_relayed else self.peers[sender].peer_id
 
     def _is_awaited(self, key: _Key) -> bool:
         parked = self._arrived.get(key)
@@ -369,7 +393,13 @@ class HostedTrace:
                 stream.reset()
         self.peers = peers
         if (edge := self._outgoing.get(part)) is not None:
-            edge.go_on_at(peers[part])
+            edge.go_on_at(self._address(part))
+        self.revised.set()
+        self.revised = asyncio.Event()
+
+    def _address(self, part: int) -> PeerAddress | None:
+        """Where the peer of a part is; None if the client relays what goes to it."""
+        return None if part in self.request.relayed else self.peers[part]
 
     def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
         if pass_index is None:

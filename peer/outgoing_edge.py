@@ -5,6 +5,9 @@ receiving part is given to another peer, it is opened anew; the receiver says ho
 has, and the edge goes on behind them. What a part makes, and in which order, follows from the part
 and from what it is given, so a number is enough, also where this peer stands in for one that was
 lost (docs/adr/0016).
+
+Where the two peers can't reach each other, the client passes their frames on: by a stream that it
+opens here, in place of one to the other peer (docs/adr/0018).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Final, TypeAlias, final
 
 from glasshive.dht.errors import MalformedMessage, SwarmError
 from glasshive.dht.framing import Stream
@@ -35,6 +38,12 @@ from glasshive.security.results import Traffic
 
 __all__ = ["OutgoingEdge", "Sendable"]
 
+OPEN_SECONDS: Final = 12.0
+"""In which a peer takes a stream, or is lost: a kernel goes on for two minutes."""
+
+
+_Relays: TypeAlias = "asyncio.Queue[tuple[Stream, asyncio.Event]]"
+
 
 @dataclass(frozen=True, slots=True)
 class Sendable:
@@ -48,6 +57,8 @@ class Sendable:
 class OutgoingEdge:
     """The edge of a part to that of index `receiver`. Belongs to the loop.
 
+    Without an `address` it sends by way of the client, on the streams that `send_by` is given.
+
     With `on_lost` it outlives the peers that receive: that is called with what broke a stream, and
     the edge then waits for `go_on_at`. Without, what breaks a stream ends it.
     """
@@ -57,7 +68,7 @@ class OutgoingEdge:
         transport: Transport,
         request: TraceRequest,
         receiver: int,
-        address: PeerAddress,
+        address: PeerAddress | None,
         *,
         n_values: int,
         left_seconds: Callable[[], float],
@@ -79,6 +90,7 @@ class OutgoingEdge:
         """Set while the receiver has said that all has come, and nobody else needs it again."""
         self._news = asyncio.Event()
         self._moved = asyncio.Event()
+        self._relays: _Relays = asyncio.Queue()  # that were not used yet
         # The peer that this one stands in for may have sent some.
         self._again = request.revision > 0
         self._hidden_bytes = 0
@@ -99,15 +111,31 @@ class OutgoingEdge:
         self._is_finished = True
         self._news.set()
 
-    def go_on_at(self, address: PeerAddress) -> None:
-        """Open a new stream, to the peer that has the receiving part now."""
+    def go_on_at(self, address: PeerAddress | None) -> None:
+        """Open a new stream to the peer that has the receiving part now, or wait for one."""
         self._address = address
+        self._forget_relays()
         self.delivered.clear()
         self._moved.set()
 
     def forget(self) -> None:
         """Give up what is kept; nothing is sent any more."""
         self._values.clear()
+        self._forget_relays()
+
+    async def send_by(self, stream: Stream) -> None:
+        """Send on this stream, which the client has opened; returns when it is over."""
+        is_over = asyncio.Event()
+        self._relays.put_nowait((stream, is_over))
+        await is_over.wait()
+
+    def _forget_relays(self) -> None:
+        # Whoever waits at the old queue is about to be cancelled, and must get none of the new.
+        old, self._relays = self._relays, asyncio.Queue()
+        while not old.empty():
+            stream, is_over = old.get_nowait()
+            stream.reset()
+            is_over.set()
 
     async def run(self) -> None:
         """Send everything, and again where it has to; `delivered` says when there is no more to do.
@@ -144,9 +172,7 @@ class OutgoingEdge:
     async def _send_all(self) -> None:
         if not self._again and await self._value(0) is None:
             return  # a part that ends before it has sent anything
-        stream = await self._transport.open_stream(
-            self._address, EDGE_PROTOCOL, self._left_seconds()
-        )
+        stream, is_over = await self._stream()
         try:
             at = await self._open(stream)
             while (value := await self._value(at)) is not None:
@@ -161,7 +187,17 @@ class OutgoingEdge:
         except BaseException:
             stream.reset()
             raise
-        await stream.close()
+        else:
+            await stream.close()
+        finally:
+            is_over.set()
+
+    async def _stream(self) -> tuple[Stream, asyncio.Event]:
+        if self._address is None:
+            return await self._relays.get()
+        patience_seconds = min(self._left_seconds(), OPEN_SECONDS)
+        stream = await self._transport.open_stream(self._address, EDGE_PROTOCOL, patience_seconds)
+        return stream, asyncio.Event()
 
     async def _open(self, stream: Stream) -> int:
         """Say whose values come; how many of them have come before."""

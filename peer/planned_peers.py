@@ -38,6 +38,7 @@ def find_peers(
 ) -> tuple[PeerAddress, ...]:
     """The plan's peers, those that `part` sends to with the addresses of their own records.
 
+    Whom it reaches by way of the client needs none.
     Who is `known` at its place in the plan is where it was, where its record says nothing newer.
     Raises RecordRefused for another one whose record is missing, not its own, of another swarm or
     model, expired or without an address that a host with this `transport` dials
@@ -49,7 +50,7 @@ def find_peers(
         before = known[index] if index < len(known) else None
         is_known = before is not None and before.peer_id == peer.peer_id
         addresses = before.addresses if before is not None and is_known else ()
-        if index in receivers:
+        if index in receivers and index not in request.relayed:
             try:  # one that is known may have come back at another address
                 addresses = _where(peer, request, now, transport)
             except RecordRefused:

@@ -8,13 +8,14 @@ Rules:
 2. It holds the whole plan's peers and the hash of the host's part, so that every edge of the part
    (sender, receiver, value, pass) is the client's word and nobody else's.
 3. Who shows it on a stream must be who signed it, and a host takes it once.
-4. While a host runs the part, the client may name other peers for other parts (`check_revises`):
-   the same request under a higher revision.
+4. While a host runs the part, the client may name other peers for other parts, and what it relays
+   (`check_revises`): the same request under a higher revision.
+5. Only what it says to be relayed comes by way of the client, and that comes by no other way.
 
 The body, msgpack without extension types::
 
-    [3, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
-     sha256 of the part's bytes, revision]
+    [4, model id, dtype, [[peer id, record], ...], part index, deadline in seconds,
+     sha256 of the part's bytes, revision, [relayed part's index, ...]]
 
 Nothing here does IO: whether a request was seen before is the host's to remember.
 """
@@ -22,6 +23,7 @@ Nothing here does IO: whether a request was seen before is the host's to remembe
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
@@ -43,15 +45,15 @@ MAX_REQUEST_BYTES: Final = 1 << 19
 MAX_REVISIONS: Final = 64
 
 _REQUEST: Final = "trace"
-_VERSION: Final = 3
-_MAX_ELEMENTS: Final = MAX_PEERS * 3 + 16
+_VERSION: Final = 4
+_MAX_ELEMENTS: Final = MAX_PEERS * 4 + 16
 
 
 class PlannedPeer(NamedTuple):
     """A peer of a plan, and where it is by its own word.
 
     `record` is what it signed and announced (dht/records.py), not verified here; empty where the
-    receiver of the request has nothing to send to it.
+    receiver of the request has nothing to send to it, or sends it by way of the client.
     """
 
     peer_id: PeerId
@@ -63,6 +65,7 @@ class TraceRequest:
     """A client's word that `host` is to run part `part_index` of this plan.
 
     `peers` are those of the whole plan by their part's index; `host` is the one of its own part.
+    What goes between it and the parts `relayed`, in both directions, the client passes on.
     Making one with a field out of range raises BadEnvelope.
     """
 
@@ -77,6 +80,7 @@ class TraceRequest:
     deadline_seconds: float
     part_sha256: bytes
     revision: int = 0
+    relayed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.trace_id) is not bytes or len(self.trace_id) != TRACE_ID_BYTES:
@@ -106,6 +110,9 @@ class TraceRequest:
             raise BadEnvelope("the hash of the part is not 32 bytes")
         if type(self.revision) is not int or not 0 <= self.revision <= MAX_REVISIONS:
             raise BadEnvelope(f"the revision of a trace is not 0 to {MAX_REVISIONS}")
+        others = [i for i in range(len(self.peers)) if i != self.part_index]
+        if not _are_ascending(self.relayed) or not set(self.relayed) <= set(others):
+            raise BadEnvelope("the relayed parts are not other parts of the plan, in their order")
 
     def sign(self, identity: Identity, now: float) -> bytes:
         """The request as its client shows it; raises BadEnvelope if `identity` isn't the client."""
@@ -123,6 +130,7 @@ class TraceRequest:
             self.deadline_seconds,
             self.part_sha256,
             self.revision,
+            self.relayed,
         ]
         return seal(
             identity,
@@ -166,9 +174,10 @@ class TraceRequest:
         except MalformedData as error:
             raise BadEnvelope(f"the trace's request can't be read: {error}") from None
         match fields:
-            case [int(version), model_id, dtype, list(peers), index, seconds, sha256, revision] if (
-                type(version) is int and version == _VERSION
+            case [version, model_id, dtype, list(peers), index, seconds, sha256, *rest] if (
+                type(version) is int and version == _VERSION and len(rest) == 2
             ):
+                revision, relayed = rest
                 request = cls(
                     client=client,
                     host=host,
@@ -181,6 +190,7 @@ class TraceRequest:
                     deadline_seconds=seconds,
                     part_sha256=sha256,
                     revision=revision,
+                    relayed=tuple(relayed) if type(relayed) is list else relayed,
                 )
                 return request, envelope
         raise BadEnvelope(
@@ -189,7 +199,10 @@ class TraceRequest:
         )
 
     def check_revises(self, before: TraceRequest) -> None:
-        """Returns if this is `before` with other peers for other parts; raises BadEnvelope."""
+        """Returns if this is `before` with other peers for other parts, or others relayed.
+
+        Raises BadEnvelope.
+        """
         if self.revision <= before.revision:
             raise BadEnvelope(
                 f"revision {self.revision} of a trace whose revision {before.revision} is in force"
@@ -199,9 +212,13 @@ class TraceRequest:
             peers=self.peers,
             revision=self.revision,
             deadline_seconds=self.deadline_seconds,
+            relayed=self.relayed,
         )
         if ours != self or len(self.peers) != len(before.peers):
-            raise BadEnvelope("a revision may name other peers for other parts, and nothing else")
+            raise BadEnvelope(
+                "a revision may name other peers for other parts, and what is relayed, and nothing "
+                "else"
+            )
 
     def check_part(self, part: bytes | bytearray | memoryview) -> None:
         """Returns if these are the bytes of the part that was signed; raises BadEnvelope."""
@@ -217,6 +234,12 @@ def _peer(row: object) -> PlannedPeer:
         case [str(peer_id), bytes(record)]:
             return PlannedPeer(PeerId(peer_id), record)
     raise BadEnvelope("a peer of the plan is not an array of id and record")
+
+
+def _are_ascending(indices: object) -> bool:
+    if type(indices) is not tuple or not all(type(one) is int for one in indices):
+        return False
+    return all(one < other for one, other in itertools.pairwise(indices))
 
 
 def _check_peer(peer: PlannedPeer) -> None:

@@ -245,7 +245,7 @@ async def test_a_host_that_is_not_on_the_plan_runs_nothing(swarm: OneHost) -> No
     request, data = swarm.request(waiting())
     peers = [list(one) for one in request.peers]
     peers[1] = [THIRD.peer_id, b""]  # which HOME is to run is another's
-    body = [3, request.model_id, "float32", peers, 1, 60.0, request.part_sha256, 0]
+    body = [4, request.model_id, "float32", peers, 1, 60.0, request.part_sha256, 0, []]
     signed = seal(
         CLIENT,
         kind="trace",
@@ -418,7 +418,9 @@ async def test_an_address_in_a_plan_is_no_request(swarm: OneHost) -> None:
         receiver=HOME.peer_id,
         request_id=request.trace_id,
         expires_at_seconds=time.time() + 30,
-        body=encode_plain([3, request.model_id, "float32", peers, 0, 60.0, request.part_sha256, 0]),
+        body=encode_plain(
+            [4, request.model_id, "float32", peers, 0, 60.0, request.part_sha256, 0, []]
+        ),
     )
     failed = decode((await news(await swarm.send(Prepare(signed), data))).header, Failed)
     assert failed == Failed(

@@ -166,6 +166,14 @@ class Replicas:
 
         return do
 
+    def part(self, one: int, other: int) -> Callable[[], None]:
+        """What has the peers of two parts never reach each other again."""
+
+        def do() -> None:
+            self.network.cut(*(self.jobs[-1].peers[index].peer_id for index in (one, other)))
+
+        return do
+
     def _watch(self) -> None:
         send, run, opened = OutgoingEdge._send, Job.run, OutgoingEdge._open
 

@@ -1,6 +1,7 @@
 """A generation outlives its peers: what others go on with is bit-equal to what was never disturbed.
 
-Hosts in this process; tests/swarm/test_generation.py has the same with processes that are killed.
+Hosts in this process; tests/swarm/test_generation.py has the same with processes that are killed,
+and test_relay.py peers that can't reach each other.
 """
 
 from __future__ import annotations
@@ -242,19 +243,6 @@ def test_streams_that_break_are_opened_again(
     assert found[0].result.replaced == ()
     assert found[0].result.retried == 0
     assert max(hive.again) >= NEW // 2 - 1
-
-
-def test_two_that_cannot_reach_each_other_are_parted(llama: tuple[Any, Replicas]) -> None:
-    """A stream that breaks again and again has one of its ends replaced."""
-    plain, hive = llama
-
-    def cut() -> None:
-        hive.network.cut(*(hive.jobs[-1].peers[part].peer_id for part in (0, 1)))
-
-    hive.after(1, NEW // 2, cut)
-    found = steered(hive.model)
-    check(plain, hive, found)
-    assert len(found[0].result.replaced) == 1
 
 
 @pytest.mark.parametrize("lost", [0, 2])

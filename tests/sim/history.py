@@ -41,6 +41,7 @@ class Operation:
     saves: dict[str, Tensor | None] = field(default_factory=dict)
     retried: int = 0
     replaced: int = 0
+    relayed: int = 0  # between how many pairs of peers
     error: BaseException | None = None
 
     @property

@@ -242,6 +242,7 @@ class User:
         try:
             result = await by_user(partial(work, progress=False, **options))
             operation.retried, operation.replaced = result.retried, len(result.replaced)
+            operation.relayed = len(result.relayed)
             operation.saves = plain(saves)
         except Exception as error:
             operation.error = error

@@ -75,6 +75,7 @@ def test_seeds_are_bad_enough(tiny: Tiny, oracle: Oracle) -> None:
     """Of what clients do in trouble, some is ok after a peer was lost, and some fails."""
     operations = [one for seed in range(12) for one in simulate(seed, tiny, oracle).operations]
     assert any(one.replaced for one in operations)
+    assert any(one.relayed for one in operations)
     assert any(one.retried for one in operations)
     assert any(one.error is not None for one in operations)
     assert {one.name for one in operations if one.error is None} == set(oracle)

@@ -143,6 +143,7 @@ def test_errors_that_it_names_have_pages(name: str) -> None:
         "Model",
         "Profile",
         "Provenance",
+        "Relayed",
         "Replaced",
         "Swarm",
         "GraphError",

@@ -56,6 +56,7 @@ from glasshive.graph.graph import Const, Graph, NodeId, Op, Read, Ref, Save, Sit
 from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
 from glasshive.graph.tensors import TensorSpec, digest
+from glasshive.peer import outgoing_edge
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
@@ -336,6 +337,28 @@ async def test_values_that_may_not_have_arrived_are_a_lost_neighbour(swarm: OneH
     failed = decode((await news(client)).header, Failed)
     assert failed.code == "NeighbourLost"
     assert swarm.other.peer_id in failed.text
+    await client.close()
+
+
+@pytest.mark.asyncio
+async def test_a_neighbour_that_nothing_is_heard_of_is_lost_before_the_trace_ends(
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one behind a router that drops what comes, whom a kernel calls for two minutes.
+
+    Seen failing, as nothing came for 20 s: with the time of the trace.
+    """
+
+    async def call(peer: PeerAddress, protocol: str, deadline_seconds: float) -> Stream:
+        await asyncio.sleep(deadline_seconds)
+        raise DeadlineExceeded(f"nothing in {deadline_seconds:g} s")
+
+    monkeypatch.setattr(outgoing_edge, "OPEN_SECONDS", 0.05)
+    monkeypatch.setattr(swarm.home, "open_stream", call)
+    client = await swarm.running(sending(swarm.served))
+    failed = decode((await news(client)).header, Failed)
+    assert failed.code == "NeighbourLost"
+    assert failed.text.endswith("was lost: nothing in 0.05 s")
     await client.close()
 
 

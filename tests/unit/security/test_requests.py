@@ -49,6 +49,7 @@ FIELDS: dict[str, Any] = {
     "deadline_seconds": 300.0,
     "part_sha256": hashlib.sha256(PART).digest(),
     "revision": 0,
+    "relayed": (),
 }
 REQUEST = TraceRequest(**FIELDS)
 SIGNED = REQUEST.sign(CLIENT, NOW)
@@ -151,6 +152,13 @@ def test_only_the_client_signs_its_request_and_only_the_host_its_result() -> Non
         ("revision", -1, "the revision of a trace is not 0 to 64"),
         ("revision", 65, "the revision of a trace is not 0 to 64"),
         ("revision", True, "the revision of a trace is not 0 to 64"),
+        ("relayed", (1,), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", (2,), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", (-1,), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", (0, 0), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", (False,), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", ("0",), "the relayed parts are not other parts of the plan, in their order"),
+        ("relayed", 0, "the relayed parts are not other parts of the plan, in their order"),
     ],
 )  # fmt: skip
 def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
@@ -159,8 +167,8 @@ def test_no_field_is_out_of_range(field: str, value: Any, text: str) -> None:
     with pytest.raises(BadEnvelope, match=text):
         TraceRequest(**changed)
     peers = [[one.peer_id, one.record] for one in changed["peers"]]
-    body = [3, changed["model_id"], changed["dtype"], peers]
-    names = ("part_index", "deadline_seconds", "part_sha256", "revision")
+    body = [4, changed["model_id"], changed["dtype"], peers]
+    names = ("part_index", "deadline_seconds", "part_sha256", "revision", "relayed")
     body += [changed[name] for name in names]
     if field == "trace_id" and type(value) is str:
         return  # an envelope holds no such id
@@ -189,8 +197,10 @@ def sealed(kind: str, body: object, request_id: bytes = b"t" * 16) -> bytes:
         b"\xc1",
         [],
         [1] * 6,
+        [3, "m", "d", [], 0, 1.0, bytes(32), 0],
         [4, "m", "d", [], 0, 1.0, bytes(32), 0],
-        [True, "m", "d", [], 0, 1.0, bytes(32), 0],
+        [5, "m", "d", [], 0, 1.0, bytes(32), 0, []],
+        [True, "m", "d", [], 0, 1.0, bytes(32), 0, []],
     ],
 )
 @pytest.mark.parametrize("kind", ["trace", "result"])
@@ -215,10 +225,13 @@ def test_another_body_is_refused(kind: str, body: object) -> None:
         ),
     ],
 )
-def test_a_revision_names_other_peers_and_nothing_else(changes: dict[str, Any], text: str) -> None:
+def test_a_revision_names_other_peers_or_what_is_relayed_and_nothing_else(
+    changes: dict[str, Any], text: str
+) -> None:
     before = TraceRequest(**FIELDS | {"revision": 3})
     others = (PlannedPeer(CLIENT.peer_id, b"r"), PlannedPeer(HOST.peer_id))
-    after = TraceRequest(**FIELDS | {"revision": 4, "peers": others, "deadline_seconds": 7.0})
+    changed = {"revision": 4, "peers": others, "deadline_seconds": 7.0, "relayed": (0,)}
+    after = TraceRequest(**FIELDS | changed)
     assert read(after.sign(CLIENT, NOW)) == after
     after.check_revises(before)
     with pytest.raises(BadEnvelope, match=text):
@@ -231,14 +244,19 @@ def test_a_request_of_the_release_before_is_told_which_version_is_wanted() -> No
         with pytest.raises(BadEnvelope) as caught:
             read(sealed("trace", [1, "ab" * 32, "float32", peers, 1, 30.0, bytes(32)]))
         assert str(caught.value) == (
-            "not a trace's request of version 3; one side needs another release of glasshive"
+            "not a trace's request of version 4; one side needs another release of glasshive"
         )
 
 
 def test_the_largest_plan_fits() -> None:
     keys = [Identity(number.to_bytes(32, "big")).peer_id for number in range(1, MAX_PEERS)]
     far = tuple(PlannedPeer(key, bytes(MAX_RECORD_BYTES)) for key in keys)
-    request = dataclasses.replace(REQUEST, peers=(*far, PlannedPeer(HOST.peer_id)), part_index=255)
+    request = dataclasses.replace(
+        REQUEST,
+        peers=(*far, PlannedPeer(HOST.peer_id)),
+        part_index=255,
+        relayed=tuple(range(MAX_PEERS - 1)),
+    )
     assert read(request.sign(CLIENT, NOW)) == request
 
 
