@@ -77,7 +77,7 @@ class Relays:
         return _pair(one, other) in self._pairs
 
     def forget(self, peer: PeerId) -> None:
-        """Whom it reaches that has the part of this peer next is not known, also if it is itself."""
+        """It was lost; whom its part's next peer reaches, be it itself, is not known."""
         self._pairs = {pair for pair in self._pairs if peer not in pair}
 
     def carry(self, one: PeerStream, other: PeerStream) -> None:
