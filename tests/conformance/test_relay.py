@@ -233,10 +233,7 @@ def test_where_relaying_fails_too_one_of_them_is_replaced(
 def test_a_relay_that_breaks_is_begun_again(
     sender: int, hive: Replicas, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the two between 0 and 2 one breaks; the other goes on behind what has come, too.
-
-    Seen failing, with a peer that is given up: with older streams that the client ends itself.
-    """
+    """Of the two between 0 and 2 one breaks; the other goes on behind what has come, too."""
     part_now(hive, (0, 2))
     send, counts = Relays._send, [0]
 
