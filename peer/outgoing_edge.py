@@ -7,7 +7,7 @@ and from what it is given, so a number is enough, also where this peer stands in
 lost (docs/adr/0016).
 
 Where the two peers can't reach each other, the client passes their frames on: by a stream that it
-opens here, in place of one to the other peer (docs/adr/0018).
+opens here, in place of one to the other peer (docs/adr/0017).
 """
 
 from __future__ import annotations

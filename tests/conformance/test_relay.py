@@ -25,7 +25,7 @@ from glasshive.client import hearing, relay
 from glasshive.client.errors import PeerLost
 from glasshive.client.relay import Relays
 from glasshive.dht.errors import StreamClosed
-from glasshive.peer import host
+from glasshive.peer import client_stream
 from glasshive.peer.served_model import ServedModel
 
 NEW = 12
@@ -55,7 +55,7 @@ def start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[int], Replicas]]:
     """So many hosts for each span, which say that they are there more often than usual."""
-    for module in (hearing, host):
+    for module in (hearing, client_stream):
         monkeypatch.setattr(module, "ALIVE_SECONDS", 0.1)
     running: list[Replicas] = []
 

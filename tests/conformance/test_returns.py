@@ -3,9 +3,9 @@
 One host for each span, in this process: nobody else could. tests/swarm/test_generation.py has the
 same with network daemons and processes that are killed.
 
-Seen failing, each alone: with no wait in `ModelRunner._stand_in`; with a record of before the loss
-that counts in `LeftOut.among`; with neighbours that are told by address in `Job._revise`; with
-revision 1 for whoever stands in.
+Seen failing, each alone: with no wait in `ModelRunner._stand_in`, or in `_another_route`; with
+neighbours that are told by address in `Job._revise`; with revision 1 for whoever stands in; with no
+`Swarm._alive`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from transformers import LlamaForCausalLM
 
 from glasshive.client import known_records, left_out
 from glasshive.client.errors import BadAnswer, PeerLost
+from glasshive.client.hop import HopReport
+from glasshive.client.job import Job
 from glasshive.dht import directory
 from glasshive.dht.errors import TransportLost
 from glasshive.peer.served_model import ServedModel
@@ -122,14 +124,9 @@ def test_a_peer_that_is_back_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(("lost", "at"), [(0, 4), (1, 4), (1, 5), (2, 5)])
-def test_who_ended_before_it_heard_of_a_loss_runs_its_part_again(
-    lost: int, at: int, hive: Replicas, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_end_is_an_end_at_a_peer_that_is_back(
+    lost: int, at: int, hive: Replicas, folder: Path
 ) -> None:
-    """At the end of a generation; such a peer is there, and has nothing to announce.
-
-    Seen failing with peers that count as lost there (without `PeerLost.is_there`).
-    """
-    monkeypatch.setattr(left_out, "RETURN_SECONDS", 5.0)
     choice = {"repetition_penalty": 2.0}  # left alone, a tiny model says the same again and again
     plain: Any = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     ids, _ = generate_hooked(plain.eval(), PROMPT, NEW, reads=[], eos_token_id=None, **choice)
@@ -142,6 +139,36 @@ def test_who_ended_before_it_heard_of_a_loss_runs_its_part_again(
         pass
     assert torch.equal(tracer.output_ids, ids[:, : PROMPT.shape[1] + 6])
     assert tracer.result.replaced or tracer.result.retried
+
+
+def test_who_ended_before_it_heard_of_a_loss_runs_its_part_again(
+    hive: Replicas, wanted: tuple[Tensor, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a peer is there, and has nothing to announce: nobody waits for it.
+
+    Seen failing without `is_there` in `Job._check_heard`.
+    """
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
+    early: list[str] = []
+    check_heard = Job._check_heard
+
+    def heard(job: Job, hop: HopReport, revision: int) -> None:
+        if hop.part.index != 1 or early:
+            return check_heard(job, hop, revision)
+        early.append(hop.peer.peer_id)
+        other = job._hop(2)
+        was = other.stands_in, other.state
+        other.stands_in, other.state = True, "preparing"  # as one that needs all again
+        try:
+            check_heard(job, hop, revision)
+        finally:
+            other.stands_in, other.state = was
+
+    monkeypatch.setattr(Job, "_check_heard", heard)
+    found = steered(hive.model)
+    check(found, wanted)
+    assert len(early) == 1
+    assert len(found[0].result.replaced) + found[0].result.retried == 1
 
 
 def test_the_same_peer_comes_back_more_than_once(

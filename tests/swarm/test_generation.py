@@ -209,8 +209,7 @@ def test_hosts_that_come_back_go_on_where_nobody_else_can(
 ) -> None:
     """Also where the directory is one of those that are lost, as in a swarm without a bootstrap.
 
-    Seen failing with a client that waits for nobody (`RETURN_SECONDS` 0), and with a host that
-    doesn't announce itself after its daemon's death.
+    Seen failing with a client that waits for nobody (`RETURN_SECONDS` 0).
     """
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 90.0)  # machines that test are busy
     hosts = {one.peer_id: one for one in hive.hosts[:3]}  # one for each span
