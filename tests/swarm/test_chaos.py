@@ -25,12 +25,7 @@ from glasshive.client.errors import NoRoute, PeerError, TraceTimeout
 from glasshive.fault_proxy import Direction, Faults
 from glasshive.testing import LocalPeer, LocalSwarm
 
-pytestmark = [
-    pytest.mark.timeout(soak.count(400, 1800)),
-    pytest.mark.skipif(
-        not soak.SOAK, reason="minutes of hosts at work: only with GLASSHIVE_SOAK=1"
-    ),
-]
+pytestmark = pytest.mark.timeout(soak.count(400, 1800))
 
 SPANS = [(0, 2), (2, 4), (4, 6)]
 KILL_EVERY_SECONDS = 5.0
