@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from glasshive.dht.messages import AT_WORK, ITS_TURN
@@ -47,7 +48,7 @@ class HopReport:
         nodes = self.part.graph.nodes.values()
         return frozenset(node.name for node in nodes if isinstance(node, Save))
 
-    @property
+    @cached_property
     def neighbours(self) -> Collection[int]:
         """The other parts with which it has an edge."""
         return {i for stage in self.part.stages for _, i in (*stage.imports, *stage.exports)}

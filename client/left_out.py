@@ -61,7 +61,7 @@ class LeftOut:
         if any(error is one for one in self._heeded):
             return
         self._heeded.append(error)
-        if isinstance(error, PeerLost) and error.is_there:
+        if isinstance(error, PeerLost) and error.is_there and not for_good:
             return
         self._in_a_row[error.peer] += isinstance(error, PeerLost)
         is_worn_out = self._in_a_row[error.peer] >= MOST_LOSSES

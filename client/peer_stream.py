@@ -85,6 +85,7 @@ class PeerStream:
                 self.signs_of_life += 1
                 if self.watch.hear(decode(frame.header, Alive)):
                     self.on_idle()
+                await asyncio.sleep(0)  # many may lie there, and others have their turns between
                 continue
             self.watch.moved()
             if is_a(frame.header, Failed):
@@ -93,6 +94,8 @@ class PeerStream:
                 part = decode(frame.header, Lost).part
                 if part not in self.hop.neighbours:
                     raise MalformedMessage(f"lost part {part}, with which it has nothing to do")
+                if self.hop.state != "running" or not self.hop.part.outlives_peers:
+                    raise MalformedMessage(f"lost part {part}, and its part doesn't outlive that")
                 self.on_lost(part)
             else:
                 return frame

@@ -274,10 +274,10 @@ class ModelRunner:
                 tries.count += job.moves
                 tries.parted = job.hearing.parted
                 tries.relay |= tries.parted | job.relays.used.keys()
+                until = time.monotonic() + _APART_SECONDS
+                self._apart = {**dict.fromkeys(tries.relay, until), **self._apart}
         for hop in job.hops:
             self._bans.served(hop.peer.peer_id)
-        until = time.monotonic() + _APART_SECONDS
-        self._apart = {**dict.fromkeys(job.relays.used, until), **self._apart}
         experiment.fill(job.saves)
         return Provenance(
             model_id=self._model_id,

@@ -162,7 +162,7 @@ def save(value: T) -> T:
 
     Returns `value`. What is no traced value needs no saving, and stays what it is. In a trace, what
     a list, set or dictionary holds when the block ends is saved; values of steps that never came,
-    because a generation ended before, are not in it any more.
+    because a generation ended before, are not in it any more, at the end of a list.
     """
     recorder = active_recorder()
     if recorder is not None and isinstance(value, list | dict | set):
@@ -181,9 +181,10 @@ def save_parts(value: object) -> None:
 
 
 def drop(value: object, gone: Collection[int]) -> bool | None:
-    """Take tensors of these ids out of lists, sets and dictionaries, with what has no other tensor.
+    """Take tensors of these ids out of sets and dictionaries, with what has no other tensor.
 
-    Returns whether `value` is gone so; None if there is no tensor in it.
+    Of lists only from the end: what stays has its place. Returns whether `value` is gone so; None
+    if there is no tensor in it.
     """
     if isinstance(value, torch.Tensor):
         return id(value) in gone
@@ -194,7 +195,10 @@ def drop(value: object, gone: Collection[int]) -> bool | None:
         for key in [key for key, (_, is_gone) in zip(value, parts, strict=True) if is_gone]:
             del value[key]
     elif isinstance(value, list):
-        value[:] = [part for part, is_gone in parts if not is_gone]
+        stays = len(parts)
+        while stays and parts[stays - 1][1]:
+            stays -= 1
+        del value[stays:]
     elif isinstance(value, set):
         value -= {part for part, is_gone in parts if is_gone}
     said = [is_gone for _, is_gone in parts if is_gone is not None]

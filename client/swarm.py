@@ -21,7 +21,7 @@ from glasshive.client.round_trips import RoundTrips
 from glasshive.client.runner import ModelRunner
 from glasshive.dht.deadline import within
 from glasshive.dht.directory import ask_directory
-from glasshive.dht.errors import TransportClosed
+from glasshive.dht.errors import SwarmError, TransportClosed, TransportLost
 from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.records import PeerRecord
@@ -229,7 +229,12 @@ class Swarm:
         self._check_open()
 
         async def run() -> None:
-            await self._alive(job.left_seconds)
+            try:
+                await self._alive(job.left_seconds)
+            except TransportClosed:
+                raise
+            except SwarmError as error:
+                raise TransportLost(f"no new network daemon starts here: {error}") from error
             await job.run()
 
         self._loop.run(run(), job.deadline_seconds + 10, on_tick)

@@ -180,9 +180,7 @@ class Executor:
         self._ends_at = self._clock() + self._stage_seconds
         self._go_on()
         device = self._model.device
-        inputs = self._inputs(
-            stage, inputs.on(device), None if tokens is None else tokens.to(device)
-        )
+        inputs = self._inputs(stage, inputs, None if tokens is None else tokens.to(device))
         hidden = None if hidden is None else hidden.to(device)
         try:
             with torch.no_grad():
@@ -203,11 +201,12 @@ class Executor:
     def _inputs(self, stage: Stage, inputs: PassInputs, tokens: Tensor | None) -> PassInputs:
         """What enters the pass. Begins a generation with its prompt."""
         if not stage.forward or (one := self._passes.passes[stage.pass_index]).group < 0:
-            return inputs
+            return inputs.on(self._model.device)
         if not one.past:
             self._generations.clear()  # a part may leave out the last steps of the one before
             try:
-                begun = Generation.begin(self._model, inputs, one, self._part.sampling)
+                prompt = inputs.on(self._model.device)
+                begun = Generation.begin(self._model, prompt, one, self._part.sampling)
             except _FAILURES as error:
                 raise _no_choice(error, None) from error
             self._generations[one.group] = begun

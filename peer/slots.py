@@ -16,7 +16,7 @@ from glasshive.security.requests import TraceRequest
 
 __all__ = ["Slots"]
 
-FORMER_SECONDS: Final = 10.0
+FORMER_SECONDS: Final = 6.0
 """In which what is left of a trace has ended when its client asks for it anew."""
 
 

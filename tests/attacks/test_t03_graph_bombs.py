@@ -40,7 +40,7 @@ from glasshive.graph.graph import (
     Save,
     Site,
 )
-from glasshive.graph.plan_codec import decode_part
+from glasshive.graph.plan_codec import VERSION, decode_part
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.served_model import ServedModel
 
@@ -266,8 +266,8 @@ def test_a_part_s_lists_are_as_long_as_its_graph() -> None:
     for stages, specs in ((b"\x91" + EMPTY, b"\x90"), (b"\x90", EMPTY)):
         with pytest.raises(BadGraph, match="no msgpack of ours: ValueError") as caught:
             decode_part(
-                b"\x99\x04\x00\x92\x00\x01" + stages + b"\x90" + specs + b"\x90\xc2"
-                + b"\xc4" + bytes([len(graph)]) + graph,
+                bytes([0x99, VERSION]) + b"\x00\x92\x00\x01" + stages + b"\x90" + specs
+                + b"\x90\xc2\xc4" + bytes([len(graph)]) + graph,
                 DEFAULT_LIMITS,
             )  # fmt: skip
         assert "more than 32784 elements" in str(caught.value.__cause__)

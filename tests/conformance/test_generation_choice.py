@@ -465,6 +465,23 @@ def test_a_saved_list_is_as_long_as_the_generation(model: Any) -> None:
         single[3].sum()
 
 
+def test_what_stays_in_a_saved_list_has_its_place(model: Any) -> None:
+    """Seen failing: with all that never came taken out, which gave one prompt another's value."""
+    layer = model.model.layers[2]
+    with model.generate(max_new_tokens=4, eos_token_id=[7]) as tracer:
+        states: list[Any] = glasshive.save([])
+        for ids, ends_at in ((ROWS[:1], 1), (ROWS[:1, :4], 9)):
+            with tracer.invoke(ids):
+                for step in tracer.iter[:]:
+                    if step == 3:
+                        states.append(layer.output)
+                    model.generator.output[:] = 7 if step == ends_at else 5
+    assert len(states) == 2
+    with pytest.raises(NotSaved, match="it is of step 3, and the generation ended at step 1"):
+        states[0].sum()
+    assert states[1].shape == (1, 1, 64)
+
+
 def test_chance_that_is_off_is_not_looked_at(model: Any, plain: Any) -> None:
     with model.generate(ROWS, max_new_tokens=4, temperature=0.0, top_p=7.0) as tracer:
         pass

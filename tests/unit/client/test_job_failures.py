@@ -36,6 +36,7 @@ from glasshive.dht.messages import (
     Alive,
     Done,
     Failed,
+    Lost,
     More,
     Need,
     Prepare,
@@ -480,6 +481,36 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
         await ran(endless, silence_seconds=5, deadline_seconds=2)
     with pytest.raises(TraceTimeout, match="not done"):  # by a timer that is quicker
         await ran(endless, silence_seconds=5, deadline_seconds=0.2, clock=lambda: 0.0)
+
+
+@pytest.mark.asyncio
+async def test_nobody_is_lost_before_a_part_runs() -> None:
+    """Seen failing: with that heard, which had the client wait for itself to the deadline."""
+
+    async def hasty(stream: Stream) -> None:
+        await stream.receive(5)
+        await stream.send(encode(Lost(1)))
+        await asyncio.Event().wait()
+
+    async def mute(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    network = MemoryNetwork()
+    homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
+    for home, peer in zip(homes, (hasty, mute), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    first = Part(0, Span(0, 2), Graph({}), (STAGE,), {}, outlives_peers=True)
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses) for home in homes],
+        (first, part_of(1, ())),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    with pytest.raises(BadAnswer, match="lost part 1, and its part doesn't outlive that"):
+        await job.run()
+    for transport in (client, *homes):
+        await transport.close()
 
 
 @pytest.mark.asyncio
