@@ -44,14 +44,14 @@ Place: TypeAlias = tuple[int, int]
 
 
 def needed_blocks(graph: Graph, outline: Outline) -> frozenset[int]:
-    """The blocks whose peers a graph needs: all up to its last read, and the homes of its modules.
+    """The blocks whose peers a graph needs: all up to its last site, and the homes of its modules.
 
     Embeddings count as block 0, norm and head as the last block.
     """
     last = outline.n_blocks - 1
     found: set[int] = set()
     for node in graph.nodes.values():
-        if isinstance(node, Read):
+        if isinstance(node, Read | Write | Skip):  # tokens that are all written are never read
             found.update(range(min(max(outline.block(event_of(node, outline)), 0), last) + 1))
         elif isinstance(node, Call | Param):
             found.add(min(max(outline.owner_block(node.module), 0), last))

@@ -213,7 +213,7 @@ def test_a_stranger_opens_no_stream_at_any_peer(hive: LocalSwarm) -> None:
     protocols = {value for name, value in vars(messages).items() if name.endswith("_PROTOCOL")} - {
         JOIN_PROTOCOL
     }
-    assert len(protocols) == 6
+    assert len(protocols) == 7
 
     async def knock() -> None:
         stranger = await HivemindTransport.create(
