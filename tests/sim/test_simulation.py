@@ -73,7 +73,7 @@ def test_a_seed_always_gives_the_same_history(seed: int, tiny: Tiny, oracle: Ora
 
 def test_seeds_are_bad_enough(tiny: Tiny, oracle: Oracle) -> None:
     """Of what clients do in trouble, some is ok after a peer was lost, and some fails."""
-    seeds = (*range(12), 35, 41)  # of which the last two have peers that are cut off from each other
+    seeds = (*range(12), 35, 41)  # in the last two, peers are cut off from each other
     operations = [one for seed in seeds for one in simulate(seed, tiny, oracle).operations]
     assert any(one.replaced for one in operations)
     assert any(one.relayed for one in operations)
