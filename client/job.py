@@ -29,14 +29,7 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import (
-    BadAnswer,
-    NoRoute,
-    PeerError,
-    PeerFailed,
-    PeerLost,
-    TraceTimeout,
-)
+from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
 from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
 from glasshive.client.left_out import LeftOut
@@ -402,8 +395,6 @@ class Job:
             try:
                 await self._prepare(hop)
             except PeerError as error:
-                if error.peer != hop.peer.peer_id:  # it has had nothing to do with others yet
-                    error = BadAnswer(str(error), peer=hop.peer.peer_id)
                 self._leave_out(hop, error)
                 continue  # then yet another
             if self._is_late(hop):

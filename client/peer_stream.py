@@ -89,7 +89,9 @@ class PeerStream:
                 continue
             self.watch.moved()
             if is_a(frame.header, Failed):
-                raise failure_of(self.hop, decode(frame.header, Failed), self.hops)
+                # Before its part runs it has had nothing to do with others, and speaks for itself.
+                others = self.hops if self.hop.state == "running" else ()
+                raise failure_of(self.hop, decode(frame.header, Failed), others)
             if is_a(frame.header, Lost):
                 part = decode(frame.header, Lost).part
                 if part not in self.hop.neighbours:

@@ -484,12 +484,24 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 
 
 @pytest.mark.asyncio
-async def test_nobody_is_lost_before_a_part_runs() -> None:
-    """Seen failing: with that heard, which had the client wait for itself to the deadline."""
+@pytest.mark.parametrize(
+    ("said", "kind", "text"),
+    [
+        (Lost(1), BadAnswer, "lost part 1, and its part doesn't outlive that"),
+        (Failed("NeighbourLost", -1, f"peer {OTHER.peer_id} (part 1) was lost"), PeerLost, "says"),
+        (Failed("NeighbourBusy", -1, f"peer {OTHER.peer_id} is busy"), PeerBusy, "says"),
+        (Failed("BadNeighbour", -1, f"peer {OTHER.peer_id} lies"), BadAnswer, "says"),
+    ],
+)
+async def test_nobody_speaks_of_others_before_its_part_runs(
+    said: object, kind: type[PeerError], text: str
+) -> None:
+    """Seen failing: with `Lost` heard, which had the client wait for itself to the deadline, and
+    with others blamed, which left out a good peer and asked the liar again."""
 
     async def hasty(stream: Stream) -> None:
         await stream.receive(5)
-        await stream.send(encode(Lost(1)))
+        await stream.send(encode(said))
         await asyncio.Event().wait()
 
     async def mute(stream: Stream) -> None:
@@ -507,8 +519,9 @@ async def test_nobody_is_lost_before_a_part_runs() -> None:
         silence_seconds=5,
         deadline_seconds=30,
     )
-    with pytest.raises(BadAnswer, match="lost part 1, and its part doesn't outlive that"):
+    with pytest.raises(kind, match=text) as caught:
         await job.run()
+    assert caught.value.peer == HOST.peer_id
     for transport in (client, *homes):
         await transport.close()
 
