@@ -98,7 +98,7 @@ class PassInput:
 
 @dataclass
 class Job:
-    """One plan on one route. Create it, `run` it once, `cancel` it at any time."""
+    """One plan on one route. Create it and `run` it once; cancelling that ends it on every peer."""
 
     transport: Transport
     identity: Identity  # the transport's
