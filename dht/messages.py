@@ -414,14 +414,16 @@ _CODES: Final[dict[int, type[Any]]] = {
     55: Granted,
 }
 _CODE_OF: Final = {kind: code for code, kind in _CODES.items()}
+_FIELDS: Final[dict[type[Any], tuple[tuple[str, str, Callable[[Any], bool]], ...]]] = {
+    kind: tuple((one.name, str(one.type), _CHECKS[str(one.type)]) for one in fields(kind))
+    for kind in _CODE_OF
+}
 
 
 def encode(message: Any) -> Header:
     """The frame header of a message."""
-    return [
-        _CODE_OF[type(message)],
-        *(getattr(message, field.name) for field in fields(message)),
-    ]
+    kind = type(message)
+    return [_CODE_OF[kind], *(getattr(message, name) for name, _, _ in _FIELDS[kind])]
 
 
 def is_a(header: Any, kind: type[Any]) -> bool:
@@ -437,22 +439,25 @@ def decode(header: Any, first: type[A], second: type[B], /) -> A | B: ...
 def decode(header: Any, first: type[A], second: type[B], third: type[C], /) -> A | B | C: ...
 def decode(header: Any, *wanted: type[Any]) -> Any:
     """The message in a frame header, which must be of a wanted kind. Raises MalformedMessage."""
-    names = " or ".join(kind.__name__ for kind in wanted)
     if not isinstance(header, list) or not header or type(header[0]) is not int:
-        raise MalformedMessage(f"no message; {names} is wanted")
+        raise MalformedMessage(f"no message; {_names(wanted)} is wanted")
     kind = _CODES.get(header[0])
     if kind is None or kind not in wanted:
         got = kind.__name__ if kind else f"code {header[0]:d}"
-        raise MalformedMessage(f"got {got:.40}; {names} is wanted here")
-    spec = fields(kind)
+        raise MalformedMessage(f"got {got:.40}; {_names(wanted)} is wanted here")
+    spec = _FIELDS[kind]
     if len(header) != len(spec) + 1:
         raise MalformedMessage(
             f"{kind.__name__} has {len(header) - 1} fields; {len(spec)} are wanted"
         )
-    for field, value in zip(spec, header[1:], strict=True):
-        if not _CHECKS[str(field.type)](value):
-            raise MalformedMessage(f"{kind.__name__}.{field.name} is no {field.type}")
+    for (name, what, is_one), value in zip(spec, header[1:], strict=True):
+        if not is_one(value):
+            raise MalformedMessage(f"{kind.__name__}.{name} is no {what}")
     return kind(*header[1:])
+
+
+def _names(kinds: tuple[type[Any], ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
 
 
 def spec_of(dtype: str, shape: list[int]) -> TensorSpec:

@@ -239,13 +239,14 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 def tensor_from_bytes(spec: TensorSpec, elements: Bytes) -> Tensor:
     """A CPU tensor with a copy of `elements`, in memory of its own. Raises BadTensor."""
     check_elements(spec, elements)
-    tensor = torch.empty(spec.shape, dtype=_TORCH_DTYPES[spec.dtype])
-    if spec.nbytes:
-        raw = tensor.view(-1).view(torch.uint8)
-        _memory(raw)[:] = memoryview(elements).cast("B")
-        if spec.dtype is DType.BOOL and bool((raw > 1).any()):
-            raise BadTensor(f"{spec} holds bytes other than 0 and 1")
-    return tensor
+    dtype = _TORCH_DTYPES[spec.dtype]
+    if not spec.nbytes:
+        return torch.empty(spec.shape, dtype=dtype)
+    # Shared for a moment: the copy lies where torch would put it, and its kernels round by that.
+    writable = elements if type(elements) is bytearray else bytearray(elements)
+    if spec.dtype is DType.BOOL and bool((torch.frombuffer(writable, dtype=torch.uint8) > 1).any()):
+        raise BadTensor(f"{spec} holds bytes other than 0 and 1")
+    return torch.frombuffer(writable, dtype=dtype).view(spec.shape).clone()
 
 
 def tensor_to_bytes(tensor: Tensor) -> memoryview:

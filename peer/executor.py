@@ -21,7 +21,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -250,6 +250,7 @@ class Executor:
                     cache=None if generation is None else generation.cache,
                     last_only=generation is not None,
                     is_edited=is_edited,
+                    before_block=self._go_on,
                 )
             except _FAILURES as error:
                 reason = str(error).split("\n", 1)[0]
@@ -299,14 +300,7 @@ class Executor:
             else:
                 after = self._output_hook(stage, event, bucket)
                 yield module.register_forward_hook(after, prepend=True)
-        for index in range(self._model.start, self._model.end):
-            block = self._model.module.get_submodule(self._model.block_path(index))
-            yield block.register_forward_pre_hook(self._before_block)
         yield from self._skip_modules(stage)  # last, so that they come before the others
-
-    def _before_block(self, module: nn.Module, args: Any) -> None:
-        if not self._is_off:
-            self._go_on()
 
     def _reaches_indices(self, node_id: NodeId) -> bool:
         """Whether the model may take for an index what this node gives it, as an embedding does.
@@ -361,7 +355,7 @@ class Executor:
         one = self._passes.passes[max(stage.pass_index, 0)]
         for path, invokes in skipped.items():
             (leaf,) = self._outline.leaves(path, "output", one.kind)
-            module = self._model.module.get_submodule(path)
+            module = self._model.at(path)
             if invokes == set(one.invokes) and leaf.path == () and leaf.batch_axis is not None:
                 give = functools.partial(self._skipped_output, path, one.invokes, leaf.batch_axis)
                 yield Bypass(module, give, lambda: self._is_off)
@@ -397,10 +391,19 @@ class Executor:
         wanted = dict(buckets)
         if stage.stop_event is not None:
             wanted.setdefault(stage.stop_event, [])
+        for event, bucket in wanted.items():
+            for path, io in self._sites_at.get(event, ()):
+                yield self._model.at(path), event, bucket, io
+
+    @functools.cached_property
+    def _sites_at(self) -> Mapping[int, Sequence[tuple[str, str]]]:
+        """Paths of modules, and "input" or "output", by the event at which these are there."""
+        found: dict[int, list[tuple[str, str]]] = {}
         for path, info in self._outline.modules.items():
             for event, io in ((info.input_event, "input"), (info.output_event, "output")):
-                if event is not None and event in wanted:
-                    yield self._model.module.get_submodule(path), event, wanted[event], io
+                if event is not None:
+                    found.setdefault(event, []).append((path, io))
+        return found
 
     def _input_hook(self, stage: Stage, event: int, bucket: Bucket) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -437,6 +440,8 @@ class Executor:
 
     def _run_bucket(self, bucket: Bucket, tree: Any = None) -> Any:
         """Run nodes in order; returns `tree` with the writes applied to it."""
+        if not bucket:
+            return tree
         replaced: dict[tuple[object, ...], Tensor] = {}
         borrowed, settled = borrowing(self._part.graph.nodes, bucket, self._users, self._kept)
         for node_id in bucket:
@@ -565,7 +570,7 @@ class Executor:
         )
 
     def _call(self, node: Call) -> Tensor:
-        module = self._model.module.get_submodule(node.module)
+        module = self._model.at(node.module)
         # Copies: a module may give its argument back, or change it in place.
         args = [copy_in_order(arg) for arg in self._values.arguments(node.args)]
         self._is_off = True
@@ -586,7 +591,7 @@ class Executor:
         return result
 
     def _param(self, node: Param) -> Tensor:
-        module = self._model.module.get_submodule(node.module)
+        module = self._model.at(node.module)
         found = dict(module.named_parameters(recurse=False)) | dict(
             module.named_buffers(recurse=False)
         )

@@ -564,7 +564,8 @@ class HostedTrace:
         order = memory_order(tensor)
         shape = list(spec.shape)
         message = Value(value, stage.pass_index, spec.dtype.value, shape, list(order))
-        out = Sendable(message, tensor_to_bytes(tensor.permute(order)))
+        lying = tensor if order == tuple(range(len(order))) else tensor.permute(order)
+        out = Sendable(message, tensor_to_bytes(lying))
         self._loop.call_soon_threadsafe(self._outgoing[receiver].put, out)
 
     def _lost(self, other: int, why: SwarmError) -> HostError:

@@ -48,7 +48,10 @@ def tensor_in_order(spec: TensorSpec, order: Sequence[int], data: bytes | bytear
 
     Raises MalformedMessage for an order that is no permutation of the axes.
     """
-    if sorted(order) != list(range(len(spec.shape))):
+    axes = list(range(len(spec.shape)))
+    if list(order) == axes:
+        return tensor_from_bytes(spec, data)
+    if sorted(order) != axes:
         raise MalformedMessage(f"{list(order)[:16]} is no order of {len(spec.shape)} axes")
     lying = TensorSpec(spec.dtype, tuple(spec.shape[i] for i in order))
     return _back(tensor_from_bytes(lying, data), order)

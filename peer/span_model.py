@@ -206,6 +206,7 @@ class SpanModel:
         )
         self._received: Tensor | None = None
         self._captured: Tensor | None = None
+        self._before_block: Callable[[], None] | None = None
         self._running = False
         self.is_looking: bool = False
         """Whether the pass that runs has the model's indices looked at, by a mode of torch."""
@@ -217,11 +218,17 @@ class SpanModel:
             )
         if not self.is_last:
             self._modules[self.block_path(end - 1)].register_forward_hook(self._capture)
+        for index in range(start, end):
+            self._modules[self.block_path(index)].register_forward_pre_hook(self._begin_block)
         self._true_here = self._probe()
 
     def block_path(self, index: int) -> str:
         """The module path of block `index`, such as `model.layers.3`."""
         return f"{self.blocks_path}.{index}"
+
+    def at(self, path: str) -> nn.Module:
+        """The module at `path`. Raises KeyError where there is none."""
+        return self._modules[path]
 
     def new_cache(self) -> SpanCache:
         """An empty cache for one batch of sequences, to be passed to every `run` of theirs.
@@ -245,6 +252,7 @@ class SpanModel:
         cache: SpanCache | None = None,
         last_only: bool = False,
         is_edited: bool = False,
+        before_block: Callable[[], None] | None = None,
     ) -> Tensor | None:
         """Run the span once.
 
@@ -254,7 +262,7 @@ class SpanModel:
         result equals the plain `model(input_ids)`. `last_only` asks for the logits of the last
         token alone, as `generate` does, where the model knows how. `is_edited` says that a hook may
         change what the model takes for indices; on a guarded span they are then looked at, wherever
-        they are used.
+        they are used. `before_block` is called before each block; what it raises ends the pass.
 
         Returns the hidden states behind block `end - 1`, on the last span the logits
         (`[batch, seq, vocabulary]`), and `None` if a hook ended the forward by `StopForward`.
@@ -273,6 +281,7 @@ class SpanModel:
         looks = self.guarded and (is_edited or tokens > self._longest_tokens)
         is_proof = not is_edited and attention_mask is None and position_ids is None
         self._received, self._captured, self._running = hidden, None, True
+        self._before_block = before_block
         self.is_looking = looks
         try:
             with GuardedOps() if looks else nullcontext():
@@ -282,6 +291,7 @@ class SpanModel:
             result = self._captured
         finally:
             self._received, self._captured, self._running = None, None, False
+            self._before_block = None
             self.is_looking = False
         if cache is not None:
             cache.advance(seq_tokens)
@@ -304,17 +314,17 @@ class SpanModel:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context the span's own two hooks do nothing, and another pass may run whole.
+        """Within this context the span's own hooks do nothing, and another pass may run whole.
 
         For what runs on the side, from inside a hook, while the span runs: calling a hosted module,
         or somebody else's pass between two blocks of this one.
         """
-        before = self._received, self._captured, self._running
-        self._received, self._captured, self._running = None, None, False
+        before = self._received, self._captured, self._running, self._before_block
+        self._received, self._captured, self._running, self._before_block = None, None, False, None
         try:
             yield
         finally:
-            self._received, self._captured, self._running = before
+            self._received, self._captured, self._running, self._before_block = before
 
     def owns(self, path: str, side: Literal["input", "output"] = "output") -> bool:
         """Whether the module at `path` runs here on the values that the whole model would give it.
@@ -414,6 +424,10 @@ class SpanModel:
         if args:
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
+
+    def _begin_block(self, block: nn.Module, args: Any) -> None:
+        if self._before_block is not None:
+            self._before_block()
 
     def _capture(self, block: nn.Module, args: Any, output: Any) -> None:
         if not self._running:
