@@ -9,7 +9,9 @@ them: a step's time is that between the first token and the last, as they came t
 divided by their number. What the prompt's step computes is that of generations of one token.
 
 The rows of 0 ms go through the same proxies: what hops cost besides. `injected_ms` is what a byte
-really takes through such a proxy, by an echo beside: timers are late as well. SmolLM2-135M in fp32
+really takes through such a proxy, by an echo beside: timers are late as well. `ratio_of_hops` is to
+what the three peers compute, and three hops of which each takes what it does in the rows of 0 ms,
+and so much longer as a byte does: whether any hop waits for more than one way. SmolLM2-135M in fp32
 with one edit a step, and a random model of few numbers, where nothing hides what hops cost.
 """
 
@@ -70,10 +72,15 @@ def measure(name: str, folder: Path, blocks: int) -> list[dict[str, Any]]:
                 found[one_way_ms].append(generate(swarm, model, blocks, NEW))
                 of_prompt[one_way_ms].append(generate(swarm, model, blocks, 1).computed)
                 injected[one_way_ms].append(echoed_ms(faults))
-    return [
+    rows = [
         _row(name, one, found[one], median(of_prompt[one]), median(injected[one]))
         for one in ONE_WAY_MS
     ]
+    for row in rows:
+        later_ms = row["injected_ms"] - rows[0]["injected_ms"]
+        hops_ms = rows[0]["over_ms"] + HOPS * later_ms
+        row["ratio_of_hops"] = row["step_ms"] / (row["compute_ms"] + hops_ms)
+    return rows
 
 
 def _row(
