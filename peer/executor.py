@@ -44,7 +44,7 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.kernels import run_op, to_torch_dtype
 from glasshive.graph.kernels_checks import GuardedOps
-from glasshive.graph.order import Pass, Passes, event_of
+from glasshive.graph.order import Passes, event_of
 from glasshive.graph.outline import GENERATOR, Leaf, Outline
 from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
 from glasshive.graph.run import Interpreter
@@ -56,6 +56,7 @@ from glasshive.peer.errors import TraceEnded
 from glasshive.peer.generation import Generation, PassInputs
 from glasshive.peer.memory_order import copy_in_order
 from glasshive.peer.sampler import Sampler
+from glasshive.peer.site_values import Replaced, SiteValues
 from glasshive.peer.span_model import SpanModel, StopForward
 
 _START = -1
@@ -132,6 +133,7 @@ class Executor:
                     self._kept.add(ref)
                 elif ref in self._users:
                     self._users[ref].add(node_id)
+        self._sites = SiteValues(model.module, outline, passes)
         self._skipped: dict[tuple[str, int], Tensor] = {}
         self._generations: dict[int, Generation] = {}  # by the pass of the prompt
         self.ended: set[int] = set()
@@ -293,7 +295,7 @@ class Executor:
 
     def _hooks(self, stage: Stage, buckets: dict[int, Bucket]) -> Iterator[Removable]:
         """What is put on the modules for this stage, each as soon as it is there."""
-        for module, event, bucket, io in self._sites(stage, buckets):
+        for module, event, bucket, io in self._hooked(stage, buckets):
             if io == "input":
                 hook = self._input_hook(stage, event, bucket)
                 yield module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -313,7 +315,7 @@ class Executor:
             return False
         if self._outline.block(event_of(node, self._outline)) < 0:
             return True
-        return not to_torch_dtype(self._leaf(node).dtype).is_floating_point
+        return not to_torch_dtype(self._sites.leaf(node).dtype).is_floating_point
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -381,11 +383,11 @@ class Executor:
         whole = leaf_of(output, leaf.path).clone()
         for invoke in invokes:
             site = Site(path, "output", leaf.path, step)
-            rows = self._rows(Read(site, invoke), whole)
+            rows = self._sites.rows(Read(site, invoke), whole)
             rows.copy_(self._skipped.pop((path, invoke)))
         return with_leaf(output, leaf.path, whole)
 
-    def _sites(
+    def _hooked(
         self, stage: Stage, buckets: dict[int, Bucket]
     ) -> Iterator[tuple[nn.Module, int, Bucket, str]]:
         wanted = dict(buckets)
@@ -442,7 +444,7 @@ class Executor:
         """Run nodes in order; returns `tree` with the writes applied to it."""
         if not bucket:
             return tree
-        replaced: dict[tuple[object, ...], Tensor] = {}
+        replaced: Replaced = {}
         borrowed, settled = borrowing(self._part.graph.nodes, bucket, self._users, self._kept)
         for node_id in bucket:
             node = self._part.graph.nodes[node_id]
@@ -454,16 +456,17 @@ class Executor:
                         value = copy_in_order(value)
                     self._values.put(node_id, value)
                 elif isinstance(node, Read):
-                    rows = self._rows(node, leaf_of(tree, self._path(node)))
+                    rows = self._sites.read(node, tree)
                     if node_id not in borrowed:
                         rows = copy_in_order(rows)
                     self._values.put(node_id, rows)
                 elif isinstance(node, Write):
                     self._last_write = node_id
-                    tree = self._write(node, tree, replaced)
+                    value = self._values.take(node.value.node)
+                    tree = self._sites.write(node, value, tree, replaced)
                 elif isinstance(node, Skip):
                     value = self._values.take(node.value.node)
-                    self._check_fits(node, value)
+                    self._sites.check_fits(node, value)
                     self._skipped[node.module, node.invoke] = value
                 elif isinstance(node, Const):
                     self._values.put(node_id, self._consts[node.digest])
@@ -478,96 +481,6 @@ class Executor:
                     error.node = node_id
                 raise
         return tree
-
-    def _pass(self, node: Read | Write | Skip) -> Pass:
-        return self._passes.passes[self._passes.at(node)]
-
-    def _leaf(self, node: Read | Write | Skip) -> Leaf:
-        kind = self._pass(node).kind
-        if isinstance(node, Skip):
-            (leaf,) = self._outline.leaves(node.module, "output", kind)
-            return leaf
-        return self._outline.leaf(node.site, kind)
-
-    def _check_fits(self, node: Skip, value: Tensor) -> None:
-        """Raise ShapeMismatch unless `value` is what the skipped module would give."""
-        first, last = self._passes.rows(node.invoke)
-        wanted = self._pass(node).spec(self._leaf(node), last - first)
-        if (tuple(value.shape), value.dtype) != (wanted.shape, to_torch_dtype(wanted.dtype)):
-            raise ShapeMismatch(
-                f"a value of shape {list(value.shape)}, {value.dtype}, is given for "
-                f"{node.module}.output, which has shape {list(wanted.shape)} and "
-                f"{wanted.dtype.value}"
-            )
-
-    def _path(self, node: Read | Write) -> tuple[int | str, ...]:
-        path = node.site.leaf
-        if node.site.io == "output":
-            return path
-        return ("args", *path) if isinstance(path[0], int) else ("kwargs", *path)
-
-    def _rows(self, node: Read | Write, whole: Tensor) -> Tensor:
-        """The view of the invoke's rows in the tensor at a site."""
-        one = self._pass(node)
-        leaf = self._leaf(node)
-        expected = one.spec(leaf).shape
-        if tuple(whole.shape) != expected:
-            raise NotASite(
-                f"{node.site} has shape {list(whole.shape)} here, wanted {list(expected)}; this "
-                "model's rows cannot be told apart for this input"
-            )
-        if leaf.batch_axis is None:
-            if isinstance(node, Write) and len(one.invokes) > 1:
-                raise NotASite(f"{node.site} is one tensor for all rows, which no invoke can edit")
-            return whole
-        first, last = self._passes.rows(node.invoke)
-        return whole.narrow(leaf.batch_axis, first, last - first)
-
-    def _write(self, node: Write, tree: Any, replaced: dict[tuple[object, ...], Tensor]) -> Any:
-        """`tree` with one write applied. `replaced` holds the memory of leaves that were set."""
-        path = self._path(node)
-        whole = leaf_of(tree, path)
-        value = self._values.take(node.value.node)
-        rows = self._rows(node, whole)
-        if tuple(value.shape) != tuple(rows.shape) or value.dtype != rows.dtype:
-            raise ShapeMismatch(
-                f"a value of shape {list(value.shape)}, {value.dtype}, is written to {node.site}, "
-                f"which has shape {list(rows.shape)} and {rows.dtype}"
-            )
-        if node.mode == "inplace":
-            memory = replaced.get(path, whole)
-            self._check_memory(node, memory)
-            self._rows(node, memory).copy_(value)
-        elif path not in replaced:
-            # A copy with the same strides, so that the kernels after it are the same ones.
-            replaced[path] = whole
-            whole = whole.clone()
-            tree = with_leaf(tree, path, whole)
-        if path in replaced:
-            self._rows(node, whole).copy_(value)
-        return tree
-
-    def _check_memory(self, node: Write, memory: Tensor) -> None:
-        """Raise NotASite for memory that an edit in place must not change."""
-        if memory.untyped_storage().data_ptr() in self._own_memory:
-            raise NotASite(f"{node.site} is a part of the model's weights, which are read-only")
-        if any(
-            size > 1 and not step for size, step in zip(memory.shape, memory.stride(), strict=True)
-        ):
-            raise NotASite(
-                f"several elements of {node.site} are one place in memory, so it cannot be edited "
-                "in place; assign a changed copy"
-            )
-
-    @functools.cached_property
-    def _own_memory(self) -> frozenset[int]:
-        """Where the model's weights and buffers lie."""
-        module = self._model.module
-        return frozenset(
-            tensor.untyped_storage().data_ptr()
-            for source in (module.parameters, module.buffers)
-            for tensor in source()
-        )
 
     def _call(self, node: Call) -> Tensor:
         module = self._model.at(node.module)

@@ -228,7 +228,8 @@ class SpanModel:
 
     def at(self, path: str) -> nn.Module:
         """The module at `path`. Raises KeyError where there is none."""
-        return self._modules[path]
+        module: nn.Module = self._modules[path]
+        return module
 
     def new_cache(self) -> SpanCache:
         """An empty cache for one batch of sequences, to be passed to every `run` of theirs.
