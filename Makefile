@@ -70,15 +70,16 @@ contracts: $(VENV)/.installed
 # than cores, as some tests wait. All but the tests with processes of their own, in one go: starting
 # pytest and what it imports takes long.
 QUICK := unit attacks conformance sim
+SLOWEST := --durations=20 --durations-min=5
 quick: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK:%=tests/%) -n 3 --dist worksteal $(SLOWEST)
 
 $(QUICK): $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$@ -n 3 --dist worksteal
 
 # Its hosts are processes of their own, and tests of one file share a swarm.
 swarm: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/$@ -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/$@ -n 2 --dist loadfile $(SLOWEST)
 
 bench: $(VENV)/.installed
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
