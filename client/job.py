@@ -147,6 +147,7 @@ class Job:
         self._mending = Mending(
             *(self._streams, self._given, self.relays, self._revise),
             start=lambda work: self._tasks.create_task(work),
+            clock=self.clock,
         )
 
     @property

@@ -1,19 +1,23 @@
 """Edges between two peers of a job that break, though the client hears both: they are begun anew.
 
 When that doesn't last, what goes between the two is relayed, and when that doesn't either, one of
-them is taken for lost.
+them is taken for lost. What lasts until both have got further has been good: the next break of that
+edge is a first one again, however long the generation is.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, final
 
 from glasshive.client.hop import HopReport
 from glasshive.client.peer_stream import PeerStream
 from glasshive.client.relay import Relays
+from glasshive.dht.messages import ALIVE_SECONDS
 
 __all__ = ["Mending"]
 
@@ -24,6 +28,16 @@ MENDS_BEFORE_RELAYING: Final = 1
 dial into nowhere takes 12 s (peer/outgoing_edge.py)."""
 MOST_MENDS: Final = 3
 """So often it is while that is relayed, before one of the two is taken for lost."""
+MOVED_SECONDS: Final = 2 * ALIVE_SECONDS
+"""A stage that is said to be done so long after a break was done after it."""
+
+
+@dataclass(slots=True)
+class _Breaks:
+    """Of one edge: how many since both of its ends got further, and when the last one was."""
+
+    count: int = 0
+    last_at: float = -math.inf
 
 
 @final
@@ -43,15 +57,17 @@ class Mending:
         revise: Callable[[HopReport, int], Awaitable[None]],
         *,
         start: Callable[[Coroutine[None, None, None]], object],
+        clock: Callable[[], float],
     ) -> None:
         self._streams = streams
         self._given = given
         self._relays = relays
         self._revise = revise
         self._start = start
+        self._clock = clock
         # Edges, by the parts of both ends and how often these had been given.
         self._under_way: set[frozenset[tuple[int, int]]] = set()
-        self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
+        self._breaks: defaultdict[frozenset[int], _Breaks] = defaultdict(_Breaks)  # by both parts
         self._accused: set[tuple[int, int]] = set()
 
     def mend(self, hop: HopReport, other: HopReport) -> None:
@@ -66,14 +82,15 @@ class Mending:
 
         Their stream may hang.
         """
-        edge = frozenset((good.part.index, bad.part.index))
-        self._mended[edge] = max(self._mended[edge], self._so_often(good, bad))
+        breaks = self._breaks[frozenset((good.part.index, bad.part.index))]
+        breaks.count = max(breaks.count, self._so_often(good, bad))
+        breaks.last_at = self._clock()  # they have got no further
         self.mend(good, bad)
 
     def forget(self, part: int) -> None:
         """Another peer has that part now."""
-        for edge in [one for one in self._mended if part in one]:
-            del self._mended[edge]
+        for edge in [one for one in self._breaks if part in one]:
+            del self._breaks[edge]
 
     def carry(self, one: HopReport, other: HopReport) -> None:
         """Pass on what goes between two parts, if their peers can't reach each other."""
@@ -90,17 +107,20 @@ class Mending:
         self, hop: HopReport, other: HopReport, ends: frozenset[tuple[int, int]]
     ) -> None:
         """Have both ends of an edge try again, if neither is seen to be gone by then."""
-        edge = frozenset((hop.part.index, other.part.index))
         await asyncio.sleep(MEND_AFTER_SECONDS)
         while "preparing" in (hop.state, other.state):  # noqa: ASYNC110 (of either, more than once)
             await asyncio.sleep(MEND_AFTER_SECONDS)
         self._under_way.discard(ends)
         if self._ends(hop, other) != ends or hop.state == "done":
             return
-        self._mended[edge] += 1
-        is_enough = self._mended[edge] > self._so_often(hop, other)
+        breaks = self._breaks[frozenset((hop.part.index, other.part.index))]
+        if min(hop.advanced_at, other.advanced_at) > breaks.last_at + MOVED_SECONDS:
+            breaks.count = 0
+        breaks.count += 1
+        breaks.last_at = self._clock()
+        is_enough = breaks.count > self._so_often(hop, other)
         if is_enough and other.state != "done" and self._relays.add(hop, other):
-            self._mended[edge] = 0
+            breaks.count = 0
         elif is_enough or other.state == "done":
             # One of them is lost. Whoever finds nobody in the same place is to blame itself.
             accused = hop.part.index, other.part.index
@@ -108,7 +128,7 @@ class Mending:
             if other.state == "done":
                 to_blame, good = hop, other
             self._accused.add(accused)
-            why = f"it and {good} lost each other {self._mended[edge]} times"
+            why = f"it and {good} lost each other {breaks.count} times"
             self._streams[to_blame.part.index].give_up(why)
             return
         await self._revise(hop, other.part.index)
