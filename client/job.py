@@ -29,7 +29,14 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.errors import (
+    NoRoute,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
 from glasshive.client.left_out import LeftOut
@@ -362,7 +369,8 @@ class Job:
     async def _replace(self, hop: HopReport, lost: PeerLost) -> None:
         """Have another peer accept the part of one that is lost, or that one when it is back.
 
-        Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it.
+        Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it; with what
+        the last one said that was asked, and didn't take it.
         """
         if self.stand_in is None or not hop.part.outlives_peers:
             raise lost
@@ -370,6 +378,7 @@ class Job:
         self._leave_out(hop, lost)
         began, gone = self.clock(), hop.peer.peer_id
         hop.state, hop.stands_in = "preparing", True
+        said = ""
         while self.moves < self.most_moves and not self._is_late(hop):
             self._streams[hop.part.index].stream.reset()
             try:
@@ -390,6 +399,8 @@ class Job:
                 await self._prepare(hop)
             except PeerError as error:
                 self._leave_out(hop, error)
+                did = "refused" if isinstance(error, PeerFailed | PeerBusy) else "could not"
+                said = f"; {hop.peer.peer_id}, asked to stand in, {did}: {error}"
                 continue  # then yet another
             if self._is_late(hop):
                 break
@@ -399,6 +410,7 @@ class Job:
                 Replaced(str(hop.part.span), lost=gone, by=hop.peer.peer_id, seconds=seconds)
             )
             return
+        lost.args = (f"{lost}{said}",)
         raise lost
 
     def _leave_out(self, hop: HopReport, error: PeerError) -> None:
