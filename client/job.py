@@ -414,11 +414,11 @@ class Job:
         raise lost
 
     def _leave_out(self, hop: HopReport, error: PeerError) -> None:
-        """Whoever is to blame may come back; not who was given up, or has had its revisions."""
+        """Who is lost may come back, but not who did too little, or has had its revisions."""
         stream = self._streams.get(hop.part.index)
-        given_up = stream is not None and stream.peer_id == error.peer and bool(stream.given_up)
+        is_bad = stream is not None and stream.peer_id == error.peer and not stream.may_return
         worn_out = self._revisions[error.peer] >= MAX_REVISIONS
-        self._left_out.heed(error, for_good=given_up or worn_out)
+        self._left_out.heed(error, for_good=is_bad or worn_out)
 
     def _is_late(self, hop: HopReport) -> bool:
         """Whether a neighbour of a part is done, and so has given up what it had sent."""

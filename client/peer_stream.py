@@ -57,6 +57,8 @@ class PeerStream:
     """How often this peer said that it is there."""
     given_up: str = ""
     """Why this peer is taken for lost though it is there."""
+    may_return: bool = True
+    """Whether it may take its part again, once it has announced itself."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -102,9 +104,12 @@ class PeerStream:
             else:
                 return frame
 
-    def give_up(self, why: str) -> None:
-        """Take this peer for lost, as whoever reads from it will see."""
-        self.given_up = why
+    def give_up(self, why: str, *, may_return: bool = False) -> None:
+        """Take this peer for lost, as whoever reads from it will see.
+
+        It `may_return` where that is all that is held against it.
+        """
+        self.given_up, self.may_return = why, may_return
         self.stream.reset()
 
     async def cancel(self) -> None:

@@ -138,7 +138,8 @@ class Relays:
         except SwarmError as error:
             # Who was to send would wait for it to the end; who was to receive is told on by that.
             if blamed is not None and not isinstance(error, StreamBusy):
-                blamed.give_up(f"no stream to it could be opened on which to relay: {error}")
+                why = f"no stream to it could be opened on which to relay: {error}"
+                blamed.give_up(why, may_return=True)  # its process may just have ended
             raise
         return stream
 

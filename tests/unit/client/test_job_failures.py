@@ -14,6 +14,7 @@ from askers import Sent, done_of, prepare_of
 from glasshive.client.errors import (
     BadAnswer,
     ClientError,
+    NoRoute,
     PeerBusy,
     PeerError,
     PeerFailed,
@@ -540,6 +541,37 @@ async def test_a_client_that_stood_still_blames_nobody() -> None:
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)
     assert job.state == "done"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("may_return", [True, False])
+async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
+    """As by a relay that is first to see that it has died; not who is given up for what it did."""
+    network = MemoryNetwork()
+    home, client = network.transport(HOST), network.transport(CLIENT)
+
+    async def waits(stream: Stream) -> None:
+        await prepared(stream)
+        job._streams[0].give_up("no stream to it could be opened", may_return=may_return)
+        await asyncio.Event().wait()
+
+    async def nobody(part: int, receivers: object) -> Any:
+        raise NoRoute("nobody else")
+
+    await home.serve(TRACE_PROTOCOL, waits)
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses)],
+        (dataclasses.replace(part_of(0, ()), outlives_peers=True),),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    job.stand_in, job.most_moves = nobody, 1
+    with pytest.raises(PeerLost, match="no stream to it could be opened"):
+        await job.run()
+    assert (job._left_out.left_seconds(home.peer_id) > 0) == may_return
+    for transport in (client, home):
+        await transport.close()
 
 
 # Peers that are there and do nothing -----------------------------------------------------------

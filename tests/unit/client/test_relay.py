@@ -35,7 +35,7 @@ class Two:
         self.network = MemoryNetwork()
         self.transports = [self.network.transport(Identity.generate()) for _ in range(3)]
         self.came: list[asyncio.Queue[Stream]] = [asyncio.Queue(), asyncio.Queue()]
-        self.given_up: list[str] = []
+        self.given_up: list[tuple[str, bool]] = []
         self.passed_bytes: list[int] = []
         peers = [PeerAddress(one.peer_id, one.addresses) for one in self.transports[:2]]
         parts = (
@@ -47,7 +47,7 @@ class Two:
                 hop=HopReport(peer, part),
                 request=SimpleNamespace(trace_id=TRACE),
                 revision=3 + part.index,
-                give_up=self.given_up.append,
+                give_up=lambda why, *, may_return: self.given_up.append((why, may_return)),
             )
             for peer, part in zip(peers, parts, strict=True)
         ]
@@ -164,4 +164,6 @@ async def test_who_can_not_be_asked_to_send_is_lost(two: Two) -> None:
     async with asyncio.timeout(5):
         while not two.given_up:  # noqa: ASYNC110 (it comes in another task)
             await asyncio.sleep(0.005)
-    assert two.given_up[0].startswith("no stream to it could be opened on which to relay: ")
+    why, may_return = two.given_up[0]
+    assert why.startswith("no stream to it could be opened on which to relay: ")
+    assert may_return
