@@ -457,6 +457,7 @@ class Job:
                 stream.give_up(f"{MAX_REVISIONS} times it was told of other peers; no more are")
                 return
             stream.revision += 1
+            stream.renewed[part] = stream.revision
             self._revisions[stream.peer_id] = stream.revision
             if is_news:
                 stream.told[part] = self._given[part], stream.revision

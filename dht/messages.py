@@ -213,10 +213,12 @@ class Alive:
 class Lost:
     """Peer to client: the stream with that other part of the plan is gone, or could not be opened.
 
-    The peer goes on, and waits for a `Revise`.
+    The peer goes on, and waits for a `Revise`. That `revision` of the request is in force there: a
+    `Revise` about the part that is still on its way is what it waits for.
     """
 
     part: Count
+    revision: Count
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,9 @@ class EdgeStreams:
         if refusal := trace.refusal(opening, stream.peer_id):
             await stream.refuse(refusal)
             return
+        renewed = trace.renewed[opening.sender]
         try:
             await trace.receive_from(opening, stream)
         except (MalformedMessage, TransportError) as error:
-            await trace.lose(opening.sender, error)
+            await trace.lose(opening.sender, error, renewed)
             raise

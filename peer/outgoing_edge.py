@@ -161,8 +161,9 @@ class OutgoingEdge:
             except SwarmError as error:
                 if self._on_lost is None or isinstance(error, MalformedMessage):
                     raise
-                await self._on_lost(self.receiver, error)
-                await moved
+                if not self._moved.is_set():  # else a new stream is to be opened anyway
+                    await self._on_lost(self.receiver, error)
+                    await moved
             finally:
                 for task in (sending, moved):
                     task.cancel()

@@ -249,7 +249,7 @@ async def test_a_revision_that_is_still_on_its_way_is_waited_for(
     (trace,) = swarm.host._traces.values()
     request = trace.request
     if is_sender:  # nobody takes its values there
-        assert decode((await news(client)).header, Lost) == Lost(1)
+        assert decode((await news(client)).header, Lost) == Lost(1, 0)
     stream = await relay(swarm, Relay(swarm.trace_id, 0, 1, 1))
     later = await relay(swarm, Relay(swarm.trace_id, 0, 1, 2))
     changed = dataclasses.replace(request, revision=1, relayed=(1 - part.index,))

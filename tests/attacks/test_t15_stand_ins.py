@@ -115,7 +115,7 @@ async def test_what_has_come_is_not_taken_again(swarm: OneHost) -> None:
     (trace,) = swarm.host._traces.values()
     await until(lambda: trace._came[0] == 1)
     edge.reset()
-    assert decode((await news(client)).header, Lost) == Lost(0)
+    assert decode((await news(client)).header, Lost) == Lost(0, 0)
     edge = await swarm.edge(opening=Opening(swarm.trace_id, 0, 1, 1))
     assert decode((await edge.receive(5)).header, Resume) == Resume(1)
     await push(edge, SECOND)

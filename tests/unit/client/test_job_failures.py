@@ -488,7 +488,7 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 @pytest.mark.parametrize(
     ("said", "kind", "text"),
     [
-        (Lost(1), BadAnswer, "lost part 1, and its part doesn't outlive that"),
+        (Lost(1, 0), BadAnswer, "lost part 1, and its part doesn't outlive that"),
         (Failed("NeighbourLost", -1, f"peer {OTHER.peer_id} (part 1) was lost"), PeerLost, "says"),
         (Failed("NeighbourBusy", -1, f"peer {OTHER.peer_id} is busy"), PeerBusy, "says"),
         (Failed("BadNeighbour", -1, f"peer {OTHER.peer_id} lies"), BadAnswer, "says"),
@@ -541,6 +541,44 @@ async def test_a_client_that_stood_still_blames_nobody() -> None:
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)
     assert job.state == "done"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (Lost(1, 1), "lost part 1 in revision 1 of its request, of which 0 is the last"),
+        (Lost(2, 0), "lost part 2, with which it has nothing to do"),
+    ],
+)
+async def test_a_loss_that_can_not_be_is_a_bad_answer(said: Lost, text: str) -> None:
+    async def confused(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(said))
+        await asyncio.Event().wait()
+
+    async def mute(stream: Stream) -> None:
+        await prepared(stream)
+        await asyncio.Event().wait()
+
+    network = MemoryNetwork()
+    homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
+    for home, peer in zip(homes, (confused, mute), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    stage = Stage(0, (), exports=((HIDDEN, 1),))
+    first = Part(0, Span(0, 2), Graph({}), (stage,), {}, outlives_peers=True)
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses) for home in homes],
+        (first, part_of(1, ())),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    with pytest.raises(BadAnswer, match=text) as caught:
+        await job.run()
+    assert caught.value.peer == HOST.peer_id
+    for transport in (client, *homes):
+        await transport.close()
 
 
 @pytest.mark.asyncio
