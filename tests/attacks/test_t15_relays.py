@@ -113,8 +113,14 @@ async def check_saved(client: Stream) -> None:
     assert is_a((await news(client)).header, Done)
 
 
+async def taken(stream: Stream) -> None:
+    """Part 1 takes what comes by this stream."""
+    assert is_a((await stream.receive(5)).header, Relay)
+
+
 async def pass_on(swarm: OneHost, stream: Stream, again: int = 0) -> None:
     """What the client passes on to part 1."""
+    await taken(stream)
     await stream.send(encode(Opening(swarm.trace_id, 0, 1, again)))
     if again:
         assert decode((await stream.receive(5)).header, Resume) == Resume(0)
@@ -230,6 +236,7 @@ async def test_a_relay_is_for_one_trace(swarm: OneHost) -> None:
     client = await relayed(swarm, waiting())
     for trace in (other, bytes(16)):
         stream = await relay(swarm)
+        await taken(stream)
         await stream.send(encode(Opening(trace, 0, 1, 0)))
         assert "no such trace here" in await refusal(stream)
     await pass_on(swarm, await relay(swarm))

@@ -331,23 +331,24 @@ def test_nothing_is_open_after_it(hive: Replicas) -> None:
     assert all(stream.closed for stream in transport._streams)
 
 
+@pytest.mark.parametrize("end", [0, 1], ids=["sender", "receiver"])
 def test_a_peer_that_is_busy_for_a_moment_is_asked_again(
-    hive: Replicas, plain: Any, monkeypatch: pytest.MonkeyPatch
+    end: int, hive: Replicas, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay, "BUSY_SECONDS", 0.05)
     part_now(hive, (0, 1))
     traced(hive.model)
-    edges = hive.hosts[0].host._edges
+    host = hive.hosts[end].host
     refused: list[Any] = []
 
     async def busy(stream: Any) -> None:
         await stream.receive(5)
         refused.append(stream)
         if len(refused) == 2:
-            await hive.hosts[0].host._transport.serve(relay.RELAY_PROTOCOL, edges.answer_relay)
+            await host._transport.serve(relay.RELAY_PROTOCOL, host._edges.answer_relay)
         await stream.refuse("busy: many streams are open here")
 
-    serving = hive.hosts[0].host._transport.serve(relay.RELAY_PROTOCOL, busy)
+    serving = host._transport.serve(relay.RELAY_PROTOCOL, busy)
     hive.loop.run(serving, 10)
     found = traced(hive.model)
     check_traced(plain, found)
