@@ -213,6 +213,18 @@ def test_peers_that_lose_each_other_in_the_middle(
     assert (found[0].result.retried, found[0].result.replaced) == (0, ())
 
 
+def test_a_stand_in_that_its_neighbour_may_not_dial(hive: Replicas, plain: Any) -> None:
+    """Its address is no host's business to dial. Seen failing where that ends the trace."""
+    generated(hive.model)  # so that a route is known, and taken
+    away = hive.add(hive.served[1], addresses=("/ip4/203.0.113.7/tcp/22",))
+    hive.after(1, NEW // 2, hive.kill(1))
+    found = generated(hive.model)
+    check_generated(plain, found)
+    assert [one.by for one in found[0].result.replaced] == [away.peer_id]
+    assert relayed(found[0]) == said((0, 1))
+    assert found[0].result.retried == 0
+
+
 def test_where_relaying_fails_too_one_of_them_is_replaced(
     start: Callable[[int], Replicas], plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
