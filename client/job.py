@@ -139,7 +139,9 @@ class Job:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
         self.replaced: list[Replaced] = []
-        self._left_out = self.left_out or LeftOut(now=self.transport.now, clock=self.clock)
+        self._left_out = self.left_out or LeftOut(
+            now=self.transport.now, tried_at=self.clock, clock=self.clock
+        )
         self.moves = 0  # how often a part was given to another peer or given anew, or was to be
         self._given = [1] * len(self.peers)  # by part: how often it was given to a peer
         self._revisions: Counter[PeerId] = Counter()  # the highest one that each peer was shown

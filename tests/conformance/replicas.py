@@ -145,8 +145,9 @@ class Replicas:
         async def lose(serving: Serving) -> None:
             peer = serving.record.peer_id
             self.network.kill(peer)
+            began = job.clock()
             async with asyncio.timeout(30):
-                while peer not in job._left_out.among(()):  # noqa: ASYNC110
+                while job._left_out.gone_seconds(peer) > job.clock() - began:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.01)  # a record's time is in whole milliseconds
             await come_back(serving)
