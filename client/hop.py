@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ class HopReport:
     stages_done: int = 0
     moves: int = 0
     waits_for: int = AT_WORK
+    advanced_at: float = -math.inf  # by the job's clock: when it said that one more stage was done
 
     def __str__(self) -> str:
         return f"peer {self.peer.peer_id} (blocks {self.part.span})"

@@ -29,10 +29,18 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import NoRoute, PeerError, PeerFailed, PeerLost, TraceTimeout
+from glasshive.client.errors import (
+    NoRoute,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+    TraceTimeout,
+)
 from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
 from glasshive.client.left_out import LeftOut
+from glasshive.client.mending import Mending
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Pair, Relayed, Relays
@@ -68,16 +76,8 @@ from glasshive.security.keys import Identity, PeerId
 from glasshive.security.requests import MAX_REVISIONS, PlannedPeer, TraceRequest
 from glasshive.security.results import SavesDigest, TraceResult
 
-MEND_AFTER_SECONDS: Final = 0.5
-"""After which a peer that another has lost, and that is there, is tried again by that one."""
 OWN_DAEMON_SECONDS: Final = 0.2
 """Within which the loss of our own network daemon is seen, after that of what went through it."""
-MENDS_BEFORE_RELAYING: Final = 1
-"""So often a stream between two peers is opened anew, before what goes between them is relayed. A
-dial into nowhere takes 12 s (peer/outgoing_edge.py)."""
-MOST_MENDS: Final = 3
-"""So often it is while that is relayed, before one of the two is taken for lost."""
-
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
 
@@ -139,21 +139,24 @@ class Job:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
         self.replaced: list[Replaced] = []
-        self._left_out = self.left_out or LeftOut(now=self.transport.now, clock=self.clock)
-        self._accused: set[tuple[int, int]] = set()
+        self._left_out = self.left_out or LeftOut(
+            now=self.transport.now, tried_at=self.clock, clock=self.clock
+        )
         self.moves = 0  # how often a part was given to another peer or given anew, or was to be
         self._given = [1] * len(self.peers)  # by part: how often it was given to a peer
         self._revisions: Counter[PeerId] = Counter()  # the highest one that each peer was shown
         self._streams: dict[int, PeerStream] = {}  # by the part's index
-        # Edges, by the parts of both ends and how often these had been given.
-        self._mending: set[frozenset[tuple[int, int]]] = set()
-        self._mended: Counter[frozenset[int]] = Counter()  # by the parts of both ends
         self.hearing = Hearing(self._streams, self.silence_seconds, self.clock)
         here = {peer.peer_id for peer in self.peers}
         self.relays = Relays(
             *(self.transport, [pair for pair in self.relay if pair <= here], self.silence_seconds),
             left_seconds=lambda: self.left_seconds,
             on_bytes=self._count_relayed,
+        )
+        self._mending = Mending(
+            *(self._streams, self._given, self.relays, self._revise),
+            start=lambda work: self._tasks.create_task(work),
+            clock=self.clock,
         )
 
     @property
@@ -178,7 +181,7 @@ class Job:
                 await self._together(self._prepare(hop) for hop in self.hops)
                 self.state = "running"
                 for one, other in itertools.combinations(self.hops, 2):
-                    self._carry(one, other)
+                    self._mending.carry(one, other)
                 await self._together(self._run_hop(hop) for hop in self.hops)
                 if self.plan.passes.are_generation:
                     self._check_complete()
@@ -368,7 +371,8 @@ class Job:
     async def _replace(self, hop: HopReport, lost: PeerLost) -> None:
         """Have another peer accept the part of one that is lost, or that one when it is back.
 
-        Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it.
+        Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it; with what
+        the last one said that was asked, and didn't take it.
         """
         if self.stand_in is None or not hop.part.outlives_peers:
             raise lost
@@ -376,6 +380,7 @@ class Job:
         self._leave_out(hop, lost)
         began, gone = self.clock(), hop.peer.peer_id
         hop.state, hop.stands_in = "preparing", True
+        said = ""
         while self.moves < self.most_moves and not self._is_late(hop):
             self._streams[hop.part.index].stream.reset()
             try:
@@ -396,24 +401,26 @@ class Job:
                 await self._prepare(hop)
             except PeerError as error:
                 self._leave_out(hop, error)
+                did = "refused" if isinstance(error, PeerFailed | PeerBusy) else "could not"
+                said = f"; {hop.peer.peer_id}, asked to stand in, {did}: {error}"
                 continue  # then yet another
             if self._is_late(hop):
                 break
-            for edge in [one for one in self._mended if hop.part.index in one]:
-                del self._mended[edge]
+            self._mending.forget(hop.part.index)
             seconds = self.clock() - began
             self.replaced.append(
                 Replaced(str(hop.part.span), lost=gone, by=hop.peer.peer_id, seconds=seconds)
             )
             return
+        lost.args = (f"{lost}{said}",)
         raise lost
 
     def _leave_out(self, hop: HopReport, error: PeerError) -> None:
-        """Whoever is to blame may come back; not who was given up, or has had its revisions."""
+        """Who is lost may come back, but not who did too little, or has had its revisions."""
         stream = self._streams.get(hop.part.index)
-        given_up = stream is not None and stream.peer_id == error.peer and bool(stream.given_up)
+        is_bad = stream is not None and stream.peer_id == error.peer and not stream.may_return
         worn_out = self._revisions[error.peer] >= MAX_REVISIONS
-        self._left_out.heed(error, for_good=given_up or worn_out)
+        self._left_out.heed(error, for_good=is_bad or worn_out)
 
     def _is_late(self, hop: HopReport) -> bool:
         """Whether a neighbour of a part is done, and so has given up what it had sent."""
@@ -452,6 +459,7 @@ class Job:
                 stream.give_up(f"{MAX_REVISIONS} times it was told of other peers; no more are")
                 return
             stream.revision += 1
+            stream.renewed[part] = stream.revision
             self._revisions[stream.peer_id] = stream.revision
             if is_news:
                 stream.told[part] = self._given[part], stream.revision
@@ -463,48 +471,7 @@ class Job:
 
     def _mend(self, hop: HopReport, part: int) -> None:
         """The peer of a part says that its stream with another is gone."""
-        other = self._hop(part)
-        ends = self._ends(hop, other)
-        if ends not in self._mending:
-            self._mending.add(ends)
-            self._tasks.create_task(self._mend_soon(hop, other, ends))
-
-    def _ends(self, *hops: HopReport) -> frozenset[tuple[int, int]]:
-        return frozenset((one.part.index, self._given[one.part.index]) for one in hops)
-
-    async def _mend_soon(
-        self, hop: HopReport, other: HopReport, ends: frozenset[tuple[int, int]]
-    ) -> None:
-        """Have both ends of an edge try again, if neither is seen to be gone by then."""
-        edge = frozenset((hop.part.index, other.part.index))
-        await asyncio.sleep(MEND_AFTER_SECONDS)
-        while "preparing" in (hop.state, other.state):  # noqa: ASYNC110 (of either, more than once)
-            await asyncio.sleep(MEND_AFTER_SECONDS)
-        self._mending.discard(ends)
-        if self._ends(hop, other) != ends or hop.state == "done":
-            return
-        self._mended[edge] += 1
-        is_relayed = self.relays.are_relayed(hop, other)
-        is_enough = self._mended[edge] > (MOST_MENDS if is_relayed else MENDS_BEFORE_RELAYING)
-        if is_enough and other.state != "done" and self.relays.add(hop, other):
-            self._mended[edge] = 0
-        elif is_enough or other.state == "done":
-            # One of them is lost. Whoever finds nobody in the same place is to blame itself.
-            accused = hop.part.index, other.part.index
-            to_blame, good = (hop, other) if accused in self._accused else (other, hop)
-            if other.state == "done":
-                to_blame, good = hop, other
-            self._accused.add(accused)
-            why = f"it and {good} lost each other {self._mended[edge]} times"
-            self._streams[to_blame.part.index].give_up(why)
-            return
-        await self._revise(hop, other.part.index)
-        await self._revise(other, hop.part.index)
-        self._carry(hop, other)
-
-    def _carry(self, one: HopReport, other: HopReport) -> None:
-        """Pass on what goes between two parts, if their peers can't reach each other."""
-        self.relays.carry(self._streams[one.part.index], self._streams[other.part.index])
+        self._mending.mend(hop, self._hop(part))
 
     def _count_relayed(self, n_bytes: int) -> None:
         self.received_bytes += n_bytes
@@ -527,12 +494,7 @@ class Job:
         is_turned = self.trace_id[0] % 2 == 1
         good, bad = sorted((hop, other), key=lambda one: one.part.index, reverse=is_turned)
         if hop.part.outlives_peers and other.state == "running":
-            # Before that the client relays, or opens their edge anew: the stream may hang.
-            edge = frozenset((good.part.index, bad.part.index))
-            is_relayed = self.relays.are_relayed(good, bad)
-            so_often = MOST_MENDS if is_relayed else MENDS_BEFORE_RELAYING
-            self._mended[edge] = max(self._mended[edge], so_often)
-            self._mend(good, bad.part.index)
+            self._mending.mend_at_once(good, bad)
             return
         why = f"for {seconds:.3g} s it and {good} have not agreed on what has come"
         if bad.state == "done":

@@ -46,6 +46,8 @@ class KnownRecords:
         self._lock = threading.Lock()
         self.now: list[PeerRecord] = []
         self._asked_at = -math.inf  # on the monotonic clock
+        self.tried_at = -math.inf
+        """When the last look-up began that has ended by now, answered or not; on that clock."""
 
     @property
     def are_fresh(self) -> bool:
@@ -74,7 +76,8 @@ class KnownRecords:
             if not fresh and self.are_fresh:
                 return list(self.now)
             would_do = bool(self.now) and all(map(self.is_valid, self.now)) and not fresh
-            left_seconds = max(ends_at - time.monotonic(), 0.0)
+            began = time.monotonic()
+            left_seconds = max(ends_at - began, 0.0)
             try:
                 self._learn(
                     self._swarm.records(
@@ -89,6 +92,8 @@ class KnownRecords:
             except SwarmError:
                 if not would_do:
                     raise
+            finally:
+                self.tried_at = began
             return list(self.now)
 
     async def ask(self) -> None:
@@ -96,12 +101,15 @@ class KnownRecords:
 
         Raises ShutOut, which no later answer takes back.
         """
+        began = time.monotonic()
         try:
             self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS))
         except ShutOut:
             raise
         except SwarmError as error:
             log.debug("directory_silent", extra={"error": str(error)})
+        finally:
+            self.tried_at = began
 
     async def until(self, choose: Callable[[], T], left_seconds: Callable[[], float]) -> T:
         """What `choose` gives of what is known, asked for again and again while it raises NoRoute.

@@ -1,8 +1,15 @@
 """Whom one trace leaves out: for good, or until they have announced themselves anew.
 
 A peer that is lost may come back: its process or its network daemon is started again, under the
-same key. That is seen in its record, which it signs anew when it is there. A record of before the
-loss says nothing, also where a directory still gives it.
+same key. That is seen in its record, which it signs anew when it is there, and every 20 s. A record
+of before the loss says nothing, though a directory may still give it, or for the first time. When
+it was signed says its peer's clock, which others let be up to 10 s ahead, or behind. So a record
+counts if it is of after the loss by that clock, and newer than what was known of the peer after the
+first look-up that followed the loss at once: nobody is back so soon. Hence
+
+- a clock that is ahead brings nobody back by a record of before the loss, unless nobody looked for
+  that within a second of it;
+- who is back so soon, or has a clock that is behind, is seen to be by a later record.
 """
 
 from __future__ import annotations
@@ -11,7 +18,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple, final
+from dataclasses import dataclass
+from typing import Final, final
 
 from glasshive.client.errors import PeerBusy, PeerError, PeerLost
 from glasshive.dht.records import PeerRecord
@@ -22,19 +30,27 @@ __all__ = ["RETURN_SECONDS", "LeftOut"]
 RETURN_SECONDS: Final = 25.0
 """So long a trace waits for a lost peer to come back, or for another of its kind. Peers announce
 themselves every 20 s, so that by then all who are there have been seen."""
+SOON_SECONDS: Final = 1.0
+"""So soon after a loss what a look-up gives of the peer is of before the loss."""
 MOST_LOSSES: Final = 3
 """So often in a row a peer is lost before it is left out for good, if nothing was gained between:
 what it is given may be what ends it."""
 
 
-class _Loss(NamedTuple):
+@dataclass(slots=True)
+class _Loss:
     at: float  # swarm time; infinite: for good
     seen_at: float  # by the clock
+    newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
+    is_newest: bool = False  # that was looked for after the loss
 
 
 @final
 class LeftOut:
-    """Of one trace, all of its tries. `now` gives swarm time.
+    """Of one trace, all of its tries.
+
+    `now` gives swarm time, and `tried_at` when, by the clock, the last look-up began of those that
+    have ended, answered or not.
 
     It may be used on two threads, one after the other.
     """
@@ -44,9 +60,11 @@ class LeftOut:
         for_good: Iterable[PeerId] = (),
         *,
         now: Callable[[], float],
+        tried_at: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._now = now
+        self._tried_at = tried_at
         self._clock = clock
         self._losses = {peer: _Loss(math.inf, -math.inf) for peer in for_good}
         self._heeded: list[PeerError] = []
@@ -81,15 +99,25 @@ class LeftOut:
         """What was given to peers that came back has got further than before."""
         self._in_a_row.clear()
 
+    def __contains__(self, peer: PeerId) -> bool:
+        """Whether it is left out unless it has announced itself since."""
+        return peer in self._losses
+
     def among(self, records: Iterable[PeerRecord]) -> set[PeerId]:
-        """Who is left out, but those of these that announced themselves since they were lost."""
-        back = {
-            one.peer_id
-            for one in records
-            if one.peer_id in self._losses
-            and one.announced_at_seconds > self._losses[one.peer_id].at
-        }
-        return self._losses.keys() - back
+        """Who is left out, but those that announced themselves since they were lost.
+
+        `records` are all that are known.
+        """
+        announced_at = {one.peer_id: one.announced_at_seconds for one in records}
+        tried_at, out = self._tried_at(), set()
+        for peer, loss in self._losses.items():
+            at = announced_at.get(peer, -math.inf)
+            if not loss.is_newest and tried_at < loss.seen_at + SOON_SECONDS:
+                loss.newest_at = max(loss.newest_at, at)
+            loss.is_newest |= tried_at >= loss.seen_at
+            if at <= max(loss.at, loss.newest_at):
+                out.add(peer)
+        return out
 
     def left_seconds(self, peer: PeerId) -> float:
         """How much longer it is waited for; 0 or less if it is not."""

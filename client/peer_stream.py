@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -34,7 +35,8 @@ class PeerStream:
     """The trace stream to one peer.
 
     `Failed` may come in place of any other frame, also of a tensor's next slice, and so may `Lost`:
-    `on_lost` is told of which part. `on_idle` is called when an `Alive` shows that the peer has got
+    `on_lost` is told of which part, unless the peer has yet to hear that their edges begin anew.
+    `on_idle` is called when an `Alive` shows that the peer has got
     no further for too long.
     """
 
@@ -51,12 +53,16 @@ class PeerStream:
     """How often each part had been given to another peer, or to the same one anew, when this one
     was told of it, and in which revision of the request that was."""
     revision: int
+    renewed: Counter[int] = field(default_factory=Counter)
+    """By another part: the last revision by which this peer was to begin the edges with it anew."""
     revisions: dict[bytes, TraceRequest] = field(default_factory=dict)
     """The request as it was signed anew, by the hash of each."""
     signs_of_life: int = 0
     """How often this peer said that it is there."""
     given_up: str = ""
     """Why this peer is taken for lost though it is there."""
+    may_return: bool = True
+    """Whether it may take its part again, once it has announced itself."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -93,18 +99,28 @@ class PeerStream:
                 others = self.hops if self.hop.state == "running" else ()
                 raise failure_of(self.hop, decode(frame.header, Failed), others)
             if is_a(frame.header, Lost):
-                part = decode(frame.header, Lost).part
+                lost = decode(frame.header, Lost)
+                part = lost.part
                 if part not in self.hop.neighbours:
                     raise MalformedMessage(f"lost part {part}, with which it has nothing to do")
                 if self.hop.state != "running" or not self.hop.part.outlives_peers:
                     raise MalformedMessage(f"lost part {part}, and its part doesn't outlive that")
-                self.on_lost(part)
+                if lost.revision > self.revision:
+                    raise MalformedMessage(
+                        f"lost part {part} in revision {lost.revision} of its request, of which "
+                        f"{self.revision} is the last"
+                    )
+                if lost.revision >= self.renewed[part]:
+                    self.on_lost(part)
             else:
                 return frame
 
-    def give_up(self, why: str) -> None:
-        """Take this peer for lost, as whoever reads from it will see."""
-        self.given_up = why
+    def give_up(self, why: str, *, may_return: bool = False) -> None:
+        """Take this peer for lost, as whoever reads from it will see.
+
+        It `may_return` where that is all that is held against it.
+        """
+        self.given_up, self.may_return = why, may_return
         self.stream.reset()
 
     async def cancel(self) -> None:

@@ -16,7 +16,7 @@ from glasshive.client.hop import HopReport
 from glasshive.client.peer_stream import PeerStream
 from glasshive.dht.errors import StreamBusy, SwarmError
 from glasshive.dht.framing import Frame, FrameLimits, Stream
-from glasshive.dht.messages import RELAY_PROTOCOL, SLICE_BYTES, Relay, encode
+from glasshive.dht.messages import RELAY_PROTOCOL, SLICE_BYTES, Relay, decode, encode
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.security.keys import PeerId
 
@@ -61,7 +61,7 @@ class Relays:
         self._silence_seconds = silence_seconds
         self._left_seconds = left_seconds
         self._on_bytes = on_bytes
-        self._carriers: set[asyncio.Task[None]] = set()
+        self._carriers: dict[asyncio.Task[None], frozenset[int]] = {}  # with both parts
         self.used: dict[Pair, Relayed] = {}
         """Between whom something was passed on, also where it isn't any more."""
 
@@ -83,16 +83,20 @@ class Relays:
     def carry(self, one: PeerStream, other: PeerStream) -> None:
         """Pass on what goes between two parts, on new streams, if their peers are such a pair.
 
-        `one` and `other` are their trace streams, on which both have been told of it. Older streams
-        are the peers' to end, when they hear of that: before, it would be another loss to them.
+        `one` and `other` are their trace streams, on which both have been told of it: that older
+        streams end here is no other loss to them.
         """
+        parts = frozenset((one.hop.part.index, other.hop.part.index))
+        for carrier, carried in self._carriers.items():
+            if carried == parts:
+                carrier.cancel()
         if not self.are_relayed(one.hop, other.hop):
             return
         for sender, receiver in ((one, other), (other, one)):
             if receiver.hop.part.index in sender.hop.part.receivers:
                 carrier = asyncio.create_task(self._carry(_Edge(sender, receiver)))
-                self._carriers.add(carrier)
-                carrier.add_done_callback(self._carriers.discard)
+                self._carriers[carrier] = parts
+                carrier.add_done_callback(self._carriers.pop)
 
     async def close(self) -> None:
         """End every stream. Never raises."""
@@ -103,8 +107,9 @@ class Relays:
     async def _carry(self, edge: _Edge) -> None:
         # What breaks one stream ends both, and each peer says by its trace stream what it lost.
         with contextlib.ExitStack() as ends, contextlib.suppress(SwarmError):
-            near, first = await self._asked(edge, ends)
-            far = await self._open(edge.far, ends)
+            near, first = await self._asked(edge.near, ends, edge.sender)
+            far, said = await self._asked(edge.far, ends)
+            decode(said.header, Relay)  # so it takes what comes; before, nothing is passed on
             await self._send(first, far, edge)
             both = [
                 asyncio.create_task(self._pass_on(*way, edge)) for way in ((near, far), (far, near))
@@ -116,16 +121,21 @@ class Relays:
                     task.cancel()
                 await asyncio.gather(*both, return_exceptions=True)
 
-    async def _asked(self, edge: _Edge, ends: contextlib.ExitStack) -> tuple[Stream, Frame]:
-        """A stream on which a peer sends, and what it says first: when it has something."""
+    async def _asked(
+        self, at: _Asked, ends: contextlib.ExitStack, blamed: PeerStream | None = None
+    ) -> tuple[Stream, Frame]:
+        """A stream at a peer, and what it says first: who sends, when it has something.
+
+        One that is busy is asked again and again.
+        """
         while True:
             with contextlib.suppress(StreamBusy):
-                near = await self._open(edge.near, ends, edge.sender)
-                return near, await near.receive(self._left_seconds())
+                stream = await self._open(at, ends, blamed)
+                return stream, await stream.receive(self._left_seconds())
             await asyncio.sleep(BUSY_SECONDS)
 
     async def _open(
-        self, at: _Asked, ends: contextlib.ExitStack, blamed: PeerStream | None = None
+        self, at: _Asked, ends: contextlib.ExitStack, blamed: PeerStream | None
     ) -> Stream:
         """A stream for an edge at one of its peers; one who takes none may be taken for lost."""
         try:
@@ -138,7 +148,8 @@ class Relays:
         except SwarmError as error:
             # Who was to send would wait for it to the end; who was to receive is told on by that.
             if blamed is not None and not isinstance(error, StreamBusy):
-                blamed.give_up(f"no stream to it could be opened on which to relay: {error}")
+                why = f"no stream to it could be opened on which to relay: {error}"
+                blamed.give_up(why, may_return=True)  # its process may just have ended
             raise
         return stream
 

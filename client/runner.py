@@ -132,7 +132,7 @@ class ModelRunner:
             except PeerError as error:
                 tries.left_out.heed(error)
                 is_busy = isinstance(error, PeerBusy)
-                if error.peer in tries.left_out.among(()):
+                if error.peer in tries.left_out:
                     self._bans.trouble(error.peer, BUSY_SECONDS if is_busy else LOST_SECONDS)
                 if tries.count == options.retries:
                     self._advise(
@@ -330,7 +330,7 @@ class ModelRunner:
         were known may still be there. Where there is nobody else, that host itself may come back.
         """
         lost, records = hosts[part], self._records
-        if lost.peer_id in left_out.among(()):
+        if lost.peer_id in left_out:
             self._bans.trouble(lost.peer_id, LOST_SECONDS)
 
         def choose(*, also_banned: bool = False) -> PeerRecord:
@@ -338,7 +338,7 @@ class ModelRunner:
                 if receiver.peer_id not in records.signed and not records.is_valid(receiver):
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
             known = self._usable(records.now, options, also_banned=also_banned)
-            seconds, avoid = self._seconds(demand), left_out.among(known)
+            seconds, avoid = self._seconds(demand), left_out.among(records.now)
             return choose_stand_in(known, lost, avoid, seconds)
 
         def choose_any() -> PeerRecord:
@@ -392,8 +392,13 @@ class ModelRunner:
             raise
 
     def _tries(self, options: TraceOptions) -> _Tries:
-        now = self._swarm.transport.now
-        return _Tries(LeftOut(options.avoid, now=now, clock=time.monotonic))
+        left_out = LeftOut(
+            options.avoid,
+            now=self._swarm.transport.now,
+            tried_at=lambda: self._records.tried_at,
+            clock=time.monotonic,
+        )
+        return _Tries(left_out)
 
     def _another_route(
         self,

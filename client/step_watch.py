@@ -90,6 +90,8 @@ class StepWatch:
         now = self._clock()
         passed_seconds = min(now - self._heard_at, _MOST_BETWEEN_SECONDS)
         self._heard_at = now
+        if said.stages > hop.stages_done:
+            hop.advanced_at = now
         hop.stages_done, hop.moves, hop.waits_for = said.stages, said.moves, said.waits_for
         is_owing, self.at_odds_with = self._owes()
         moves = hop.moves

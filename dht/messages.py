@@ -213,10 +213,12 @@ class Alive:
 class Lost:
     """Peer to client: the stream with that other part of the plan is gone, or could not be opened.
 
-    The peer goes on, and waits for a `Revise`.
+    The peer goes on, and waits for a `Revise`. That `revision` of the request is in force there: a
+    `Revise` about the part that is still on its way is what it waits for.
     """
 
     part: Count
+    revision: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +237,9 @@ class Relay:
     """Client to peer, first on a relay stream: what follows is what goes from a part to another.
 
     To the sender's peer, which says on it what it would say on an edge stream of its own; and to
-    the receiver's, to which the client passes that on. It waits until that `revision` of its
-    request is in force, by which the two are relayed.
+    the receiver's, which says the same back once it takes what comes, and to which the client then
+    passes that on. Each waits until that `revision` of its request is in force, by which the two
+    are relayed.
     """
 
     trace_id: TraceId

@@ -7,7 +7,7 @@ from typing import final
 
 from glasshive.dht.errors import MalformedMessage, TransportError
 from glasshive.dht.framing import Stream
-from glasshive.dht.messages import Opening, Relay, decode
+from glasshive.dht.messages import Opening, Relay, decode, encode
 from glasshive.peer.hosted_trace import HostedTrace
 
 __all__ = ["EdgeStreams"]
@@ -46,6 +46,7 @@ class EdgeStreams:
         elif relay.sender == trace.part.index:
             await trace.send_by(relay.receiver, stream)
         else:
+            await stream.send(encode(relay))  # what is passed on to one that refuses would be lost
             await self._receive(stream, relay.trace_id)
 
     def _runs(self, trace: HostedTrace) -> bool:
@@ -61,8 +62,9 @@ class EdgeStreams:
         if refusal := trace.refusal(opening, stream.peer_id):
             await stream.refuse(refusal)
             return
+        renewed = trace.renewed[opening.sender]
         try:
             await trace.receive_from(opening, stream)
         except (MalformedMessage, TransportError) as error:
-            await trace.lose(opening.sender, error)
+            await trace.lose(opening.sender, error, renewed)
             raise

@@ -44,12 +44,8 @@ from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import GraphError, StepNeverRan
 from glasshive.graph.graph import NodeId, Read, Skip, Write, refs
-from glasshive.graph.kernels import (
-    spec_of as spec_of_tensor,
-)
-from glasshive.graph.kernels import (
-    tensor_to_bytes,
-)
+from glasshive.graph.kernels import spec_of as spec_of_tensor
+from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
@@ -66,7 +62,7 @@ from glasshive.peer.errors import (
 from glasshive.peer.executor import Aside, Executor, GiveWay
 from glasshive.peer.generation import PassInputs
 from glasshive.peer.memory_order import memory_order, tensor_in_order
-from glasshive.peer.outgoing_edge import OutgoingEdge, Sendable
+from glasshive.peer.outgoing_edge import OPEN_SECONDS, OutgoingEdge, Sendable
 from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import PeerId
@@ -78,7 +74,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TELL_SECONDS: Final = 10.0  # in which the client is told of an end
-REOPENED_SECONDS: Final = 0.25
+REOPENED_SECONDS: Final = 0.25  # unasked; by a revision, OPEN_SECONDS
 
 RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -162,6 +158,8 @@ class HostedTrace:
         self._incoming: dict[int, Stream] = {}  # by the sender's part
         self.revised = asyncio.Event()
         """Set by the next revision of the request, or the end of the trace."""
+        self.renewed: Counter[int] = Counter()
+        """By another part: the last revision by which the edges with it begin anew."""
         self._came: Counter[int] = Counter()  # how many values, by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
@@ -258,7 +256,7 @@ class HostedTrace:
             return f"the plan has no edge from part {sender} to part {here}"
         if opening.again and not self.part.outlives_peers:
             return "the plan has this edge once"
-        if not opening.again and not any(map(self._is_awaited, awaited)):
+        if not opening.again and not self._awaits(sender):
             return f"nothing more is taken from part {sender}"
         return ""
 
@@ -311,9 +309,9 @@ class HostedTrace:
         is_relayed = sender in self.request.relayed
         return self.client.peer_id if is_relayed else self.peers[sender].peer_id
 
-    def _is_awaited(self, key: _Key) -> bool:
-        parked = self._arrived.get(key)
-        return parked is not None and not parked.done()
+    def _awaits(self, sender: int) -> bool:
+        parked = map(self._arrived.get, self._keys_from[sender])
+        return any(one is not None and not one.done() for one in parked)
 
     async def _next_value(
         self, sender: int, stream: Stream
@@ -355,17 +353,25 @@ class HostedTrace:
     def _has_come(self, data: bytearray) -> None:
         self._moves += 1
 
-    async def lose(self, sender: int, why: SwarmError) -> None:
+    async def lose(self, sender: int, why: SwarmError, renewed: int) -> None:
         """The stream on which the peer of the part `sender` pushed has broken.
 
-        What waits for it fails, or goes on to wait where the part outlives its peers.
+        It was opened when their edges had been `renewed` so. What waits for it fails, or goes on to
+        wait where the part outlives its peers.
         """
         if self.part.outlives_peers and not isinstance(why, MalformedMessage):
-            # A sender that opens another stream ends this one first.
-            await asyncio.sleep(REOPENED_SECONDS)
-            if sender not in self._incoming and any(map(self._is_awaited, self._keys_from[sender])):
-                await self._tell_lost(sender, why)
-            return
+            # A sender that opens another stream ends this one first. Where it was told to, it says
+            # itself if it can't: here that is only waited for.
+            ends_at = self.clock() + REOPENED_SECONDS
+            while sender not in self._incoming and self._awaits(sender):
+                if renewed < self.renewed[sender]:
+                    renewed, ends_at = self.renewed[sender], self.clock() + OPEN_SECONDS
+                if (left_seconds := ends_at - self.clock()) <= 0:
+                    return await self._tell_lost(sender, why)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_seconds):
+                        await self.revised.wait()
+            return None
         for key in self._keys_from[sender]:
             parked = self._arrived.get(key)
             if parked is not None and not parked.done():
@@ -375,7 +381,8 @@ class HostedTrace:
     async def _tell_lost(self, other: int, why: SwarmError) -> None:
         log.info("neighbour_lost", extra={"part": other, "error": repr(why)[:200]})
         deadline_seconds = self.left_seconds + TELL_SECONDS
-        await self.client.send(encode(Lost(other)), deadline_seconds=deadline_seconds)
+        lost = Lost(other, self.request.revision)
+        await self.client.send(encode(lost), deadline_seconds=deadline_seconds)
 
     def revise(
         self,
@@ -392,6 +399,7 @@ class HostedTrace:
             if before.peer_id != now.peer_id and (stream := self._incoming.pop(other, None)):
                 stream.reset()
         self.peers = peers
+        self.renewed[part] = request.revision
         if (edge := self._outgoing.get(part)) is not None:
             edge.go_on_at(self._address(part))
         self.revised.set()

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias, final
 
-from glasshive.dht.errors import MalformedMessage, SwarmError
+from glasshive.dht.errors import MalformedMessage, PeerUnreachable, SwarmError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
@@ -161,8 +161,9 @@ class OutgoingEdge:
             except SwarmError as error:
                 if self._on_lost is None or isinstance(error, MalformedMessage):
                     raise
-                await self._on_lost(self.receiver, error)
-                await moved
+                if not self._moved.is_set():  # else a new stream is to be opened anyway
+                    await self._on_lost(self.receiver, error)
+                    await moved
             finally:
                 for task in (sending, moved):
                     task.cancel()
@@ -195,6 +196,8 @@ class OutgoingEdge:
     async def _stream(self) -> tuple[Stream, asyncio.Event]:
         if self._address is None:
             return await self._relays.get()
+        if not self._address.addresses:  # nor is the network asked where it may be
+            raise PeerUnreachable(f"{self._address.peer_id} names no address that this peer dials")
         patience_seconds = min(self._left_seconds(), OPEN_SECONDS)
         stream = await self._transport.open_stream(self._address, EDGE_PROTOCOL, patience_seconds)
         return stream, asyncio.Event()

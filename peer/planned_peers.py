@@ -40,9 +40,10 @@ def find_peers(
 
     Whom it reaches by way of the client needs none.
     Who is `known` at its place in the plan is where it was, where its record says nothing newer.
-    Raises RecordRefused for another one whose record is missing, not its own, of another swarm or
-    model, expired or without an address that a host with this `transport` dials
-    (dht/addresses.py). `go_on` is called between two of them.
+    Who is new there, beside others who are known, and names no address that a host with this
+    `transport` dials (dht/addresses.py), gets none: the client may reach it.
+    Raises RecordRefused for another one whose record names none, is missing, not its own, of
+    another swarm or model, or expired. `go_on` is called between two of them.
     """
     receivers = part.receivers
     found = []
@@ -52,7 +53,9 @@ def find_peers(
         addresses = before.addresses if before is not None and is_known else ()
         if index in receivers and index not in request.relayed:
             try:  # one that is known may have come back at another address
-                addresses = _where(peer, request, now, transport)
+                addresses = _where(peer, request, now, transport) or addresses
+                if not (addresses or known):
+                    raise RecordRefused(_why_nowhere(peer, transport))
             except RecordRefused:
                 if not is_known:
                     raise
@@ -74,12 +77,13 @@ def _where(
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of {record.peer_id}")
     if record.model != request.model_id:
         raise RecordRefused(f"the record of {peer.peer_id} in the plan is of another model")
+    return dialable(record.addresses, transport.addresses, members_only=transport.members_only)
+
+
+def _why_nowhere(peer: PlannedPeer, transport: Transport) -> str:
     members_only = transport.members_only
-    addresses = dialable(record.addresses, transport.addresses, members_only=members_only)
-    if not addresses:
-        kinds = "public, private and loopback ones" if members_only else "loopback and private ones"
-        raise RecordRefused(
-            f"the record of {peer.peer_id} in the plan names no address that this peer dials: "
-            f"{kinds} only where it is at such an address itself; announce both hosts alike"
-        )
-    return addresses
+    kinds = "public, private and loopback ones" if members_only else "loopback and private ones"
+    return (
+        f"the record of {peer.peer_id} in the plan names no address that this peer dials: "
+        f"{kinds} only where it is at such an address itself; announce both hosts alike"
+    )

@@ -26,7 +26,7 @@ from replicas import Replicas, load
 from tiny_llama import save_llama
 from torch import Tensor
 
-from glasshive.client import job, runner, step_watch
+from glasshive.client import mending, runner, step_watch
 from glasshive.client.job import Job
 from glasshive.client.step_watch import StepLimits
 from glasshive.dht.framing import Stream
@@ -56,7 +56,7 @@ def hive(
     """Peers that say more often what they do, and are believed for a shorter time."""
     monkeypatch.setattr(client_stream, "ALIVE_SECONDS", 0.05)
     monkeypatch.setattr(step_watch, "_MOST_BETWEEN_SECONDS", 0.1)
-    monkeypatch.setattr(job, "MEND_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(mending, "MEND_AFTER_SECONDS", 0.05)
     monkeypatch.setattr(runner, "Job", partial(Job, step_limits=StepLimits(least_seconds=1.0)))
     # Of each two attempts one has it that the first of two is to blame.
     ids = (bytes([i]) * 16 for i in itertools.count())

@@ -113,8 +113,14 @@ async def check_saved(client: Stream) -> None:
     assert is_a((await news(client)).header, Done)
 
 
+async def taken(stream: Stream) -> None:
+    """Part 1 takes what comes by this stream."""
+    assert is_a((await stream.receive(5)).header, Relay)
+
+
 async def pass_on(swarm: OneHost, stream: Stream, again: int = 0) -> None:
     """What the client passes on to part 1."""
+    await taken(stream)
     await stream.send(encode(Opening(swarm.trace_id, 0, 1, again)))
     if again:
         assert decode((await stream.receive(5)).header, Resume) == Resume(0)
@@ -230,6 +236,7 @@ async def test_a_relay_is_for_one_trace(swarm: OneHost) -> None:
     client = await relayed(swarm, waiting())
     for trace in (other, bytes(16)):
         stream = await relay(swarm)
+        await taken(stream)
         await stream.send(encode(Opening(trace, 0, 1, 0)))
         assert "no such trace here" in await refusal(stream)
     await pass_on(swarm, await relay(swarm))
@@ -249,7 +256,7 @@ async def test_a_revision_that_is_still_on_its_way_is_waited_for(
     (trace,) = swarm.host._traces.values()
     request = trace.request
     if is_sender:  # nobody takes its values there
-        assert decode((await news(client)).header, Lost) == Lost(1)
+        assert decode((await news(client)).header, Lost) == Lost(1, 0)
     stream = await relay(swarm, Relay(swarm.trace_id, 0, 1, 1))
     later = await relay(swarm, Relay(swarm.trace_id, 0, 1, 2))
     changed = dataclasses.replace(request, revision=1, relayed=(1 - part.index,))

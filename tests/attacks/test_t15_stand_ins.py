@@ -24,11 +24,13 @@ from glasshive.dht.errors import StreamRefused
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import (
     EDGE_PROTOCOL,
+    RELAY_PROTOCOL,
     Done,
     Failed,
     Lost,
     Opening,
     Received,
+    Relay,
     Resume,
     Revise,
     Saved,
@@ -115,7 +117,7 @@ async def test_what_has_come_is_not_taken_again(swarm: OneHost) -> None:
     (trace,) = swarm.host._traces.values()
     await until(lambda: trace._came[0] == 1)
     edge.reset()
-    assert decode((await news(client)).header, Lost) == Lost(0)
+    assert decode((await news(client)).header, Lost) == Lost(0, 0)
     edge = await swarm.edge(opening=Opening(swarm.trace_id, 0, 1, 1))
     assert decode((await edge.receive(5)).header, Resume) == Resume(1)
     await push(edge, SECOND)
@@ -200,6 +202,33 @@ async def test_a_revision_sends_nobody_to_a_victim(swarm: OneHost) -> None:
         assert failed.code == "RecordRefused"
         assert text in failed.text
         await until(lambda: not swarm.host._traces)
+
+
+@pytest.mark.asyncio
+async def test_who_may_not_be_dialled_is_lost_and_can_be_relayed(swarm: OneHost) -> None:
+    """And nobody is asked where it is instead. Seen failing: with an edge to no address that is
+    opened all the same, and with a record that ends the trace."""
+    dialled: list[Stream] = []
+
+    async def note(stream: Stream) -> None:
+        dialled.append(stream)
+
+    await swarm.third.serve(EDGE_PROTOCOL, note)
+    client, request = await start(swarm, sending())
+    record = record_of(THIRD, [VICTIM], model=ModelId(swarm.served.manifest.model_id))
+    peers = (request.peers[0], PlannedPeer(THIRD.peer_id, record), *request.peers[2:])
+    request = await revise(client, request, 1, peers=peers)
+    while (lost := decode((await news(client)).header, Lost)) != Lost(1, 1):
+        assert lost == Lost(1, 0)  # who was to have it before takes nothing either
+    await revise(client, request, 1, relayed=(1,))
+    stream = await swarm.client.open_stream(swarm.address, RELAY_PROTOCOL, 5)
+    await stream.send(encode(Relay(swarm.trace_id, 0, 1, 2)))
+    assert decode((await stream.receive(5)).header, Opening).again == 1
+    await stream.send(encode(Resume(0)))
+    assert [decode((await stream.receive(5)).header, Value).value for _ in range(2)] == [0, 1]
+    await stream.send(encode(Received()))
+    assert is_a((await news(client)).header, Done)
+    assert dialled == []
 
 
 @pytest.mark.asyncio

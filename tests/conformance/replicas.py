@@ -81,22 +81,22 @@ class Replicas:
             host.host.close()
         self.loop.close()
 
-    def add(self, served: ServedModel, backend: str = "") -> PeerAddress:
-        """One more host, which may say that it is of another class of hardware."""
+    def add(self, served: ServedModel, **says: Any) -> PeerAddress:
+        """One more host, which may say something else of itself: these fields of its record."""
 
         async def start() -> PeerAddress:
-            serving = await self._start(served, Identity.generate(), SeenRequests(), backend)
+            serving = await self._start(served, Identity.generate(), SeenRequests(), **says)
             return PeerAddress(serving.record.peer_id, serving.record.addresses)
 
         return self.loop.run(start(), 60)
 
     async def _start(
-        self, served: ServedModel, identity: Identity, seen: SeenRequests, backend: str = ""
+        self, served: ServedModel, identity: Identity, seen: SeenRequests, **says: Any
     ) -> Serving:
         transport = self.network.transport(identity)
         serving = Serving(transport, identity, served, seen=seen)
-        if backend:
-            object.__setattr__(serving.record, "backend", backend)
+        for name, value in says.items():
+            object.__setattr__(serving.record, name, value)
         await serving.start()
         self.hosts.append(serving)
         self._served[identity.peer_id] = served
@@ -145,8 +145,9 @@ class Replicas:
         async def lose(serving: Serving) -> None:
             peer = serving.record.peer_id
             self.network.kill(peer)
+            began = job.clock()
             async with asyncio.timeout(30):
-                while peer not in job._left_out.among(()):  # noqa: ASYNC110
+                while job._left_out.gone_seconds(peer) > job.clock() - began:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.01)  # a record's time is in whole milliseconds
             await come_back(serving)

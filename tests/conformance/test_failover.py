@@ -26,8 +26,10 @@ from glasshive.client import left_out, runner, step_watch
 from glasshive.client.errors import PeerLost
 from glasshive.client.job import Job
 from glasshive.client.step_watch import StepLimits
+from glasshive.graph.errors import OverBudget
 from glasshive.graph.plan import Stage
 from glasshive.peer import client_stream
+from glasshive.peer.errors import Busy
 from glasshive.peer.executor import Executor
 from glasshive.peer.served_model import ServedModel
 
@@ -348,6 +350,31 @@ def test_where_nobody_serves_the_same_blocks_all_is_run_again(
     hive.after(1, NEW // 2, hive.kill(1))
     with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*no other route: nobody serves blocks 2:4"):
         steered(hive.model)
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_why_nobody_stood_in_is_told(
+    is_busy: bool, llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By who was asked, beside the loss that it was asked for."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
+    _, hive = llama
+    steered(hive.model)  # so that a route is known
+    used = hive.jobs[-1].peers[1].peer_id
+    (other,) = [one for one in hive.hosts if one.record.start == 2 and one.record.peer_id != used]
+
+    async def refuse(*args: object) -> None:
+        raise (Busy if is_busy else OverBudget)("the cellar is full")
+
+    monkeypatch.setattr(other.host, "_prepare", refuse)
+    hive.after(1, NEW // 2, hive.kill(1))
+    text = (
+        rf"{used} \(blocks 2:4\) was lost while it ran its part: .*; {other.record.peer_id}, asked "
+        r"to stand in, refused: .*the cellar is full; no other route: nobody serves blocks 2:4"
+    )
+    with pytest.raises(PeerLost, match=text) as caught:
+        steered(hive.model)
+    assert caught.value.peer == used
 
 
 def test_other_hardware_only_if_it_is_allowed(

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
+import simulation
 import torch
 from experiments import oracle_of
 from simulation import Plan, Tiny, plan_of, simulate
@@ -17,6 +20,12 @@ from tiny_llama import save_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from weather import Weather
+
+from glasshive.client.hop import HopReport
+from glasshive.client.job import Job
+from glasshive.dht.framing import Stream
+from glasshive.peer.hosted_trace import HostedTrace
+from glasshive.peer.outgoing_edge import OutgoingEdge
 
 N_SEEDS = count(100, 5_000)
 PER_TEST = 10  # so that several processes share them
@@ -69,6 +78,56 @@ def test_a_seed_always_gives_the_same_history(seed: int, tiny: Tiny, oracle: Ora
     assert one.events == other.events
     assert (one.heard, one.digest()) == (other.heard, other.digest())
     assert simulate(seed + 1, tiny, oracle).digest() != one.digest()
+
+
+@pytest.mark.parametrize("sees_first", ["sender", "receiver"])
+@pytest.mark.parametrize("latency_seconds", [0.02, 0.4])
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_break_is_mended_once_however_long_the_way(
+    part: int,
+    latency_seconds: float,
+    sees_first: str,
+    tiny: Tiny,
+    oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the two streams between two peers one breaks, and both are opened anew.
+
+    Seen failing, each alone: with losses that count whenever they were said; with a receiver that
+    waits no longer for a stream that was to be opened anew.
+    """
+    monkeypatch.setattr(simulation, "Weather", partial(Weather, latency_seconds=latency_seconds))
+    send, next_value, revise = OutgoingEdge._send, HostedTrace._next_value, Job._revise
+    counts, revised = {"sender": 0, "receiver": 0}, []
+
+    def breaks(stream: Stream, end: str) -> None:
+        counts[end] += 1
+        if counts[end] == 4 and sees_first == end:
+            stream.reset()
+
+    async def sending(edge: OutgoingEdge, stream: Stream, *value: Any) -> None:
+        if edge._request.part_index == part:
+            breaks(stream, "sender")
+        await send(edge, stream, *value)
+
+    async def taking(trace: HostedTrace, sender: int, stream: Stream) -> Any:
+        if sender == part:
+            breaks(stream, "receiver")
+        return await next_value(trace, sender, stream)
+
+    async def telling(job: Job, hop: HopReport, about: int, **options: Any) -> None:
+        revised.append((hop.part.index, about))
+        await revise(job, hop, about, **options)
+
+    monkeypatch.setattr(OutgoingEdge, "_send", sending)
+    monkeypatch.setattr(HostedTrace, "_next_value", taking)
+    monkeypatch.setattr(Job, "_revise", telling)
+    two = replace(CALM, layouts=(((0, 3), (3, 6)),), last="generate")
+    history = simulate(0, tiny, oracle, two)
+    assert not history.faults, "\n".join(history.faults)
+    done = history.operations[-1]
+    assert sorted(revised) == [(0, 1), (1, 0)]
+    assert (done.relayed, done.replaced, done.retried) == (0, 0, 0)
 
 
 def test_seeds_are_bad_enough(tiny: Tiny, oracle: Oracle) -> None:

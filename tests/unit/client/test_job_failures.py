@@ -14,6 +14,7 @@ from askers import Sent, done_of, prepare_of
 from glasshive.client.errors import (
     BadAnswer,
     ClientError,
+    NoRoute,
     PeerBusy,
     PeerError,
     PeerFailed,
@@ -487,7 +488,7 @@ async def test_a_deadline_names_who_was_still_at_work() -> None:
 @pytest.mark.parametrize(
     ("said", "kind", "text"),
     [
-        (Lost(1), BadAnswer, "lost part 1, and its part doesn't outlive that"),
+        (Lost(1, 0), BadAnswer, "lost part 1, and its part doesn't outlive that"),
         (Failed("NeighbourLost", -1, f"peer {OTHER.peer_id} (part 1) was lost"), PeerLost, "says"),
         (Failed("NeighbourBusy", -1, f"peer {OTHER.peer_id} is busy"), PeerBusy, "says"),
         (Failed("BadNeighbour", -1, f"peer {OTHER.peer_id} lies"), BadAnswer, "says"),
@@ -540,6 +541,75 @@ async def test_a_client_that_stood_still_blames_nobody() -> None:
 
     job = await ran(heard, silence_seconds=0.5, deadline_seconds=30)
     assert job.state == "done"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (Lost(1, 1), "lost part 1 in revision 1 of its request, of which 0 is the last"),
+        (Lost(2, 0), "lost part 2, with which it has nothing to do"),
+    ],
+)
+async def test_a_loss_that_can_not_be_is_a_bad_answer(said: Lost, text: str) -> None:
+    async def confused(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(said))
+        await asyncio.Event().wait()
+
+    async def mute(stream: Stream) -> None:
+        await prepared(stream)
+        await asyncio.Event().wait()
+
+    network = MemoryNetwork()
+    homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
+    for home, peer in zip(homes, (confused, mute), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    stage = Stage(0, (), exports=((HIDDEN, 1),))
+    first = Part(0, Span(0, 2), Graph({}), (stage,), {}, outlives_peers=True)
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses) for home in homes],
+        (first, part_of(1, ())),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    with pytest.raises(BadAnswer, match=text) as caught:
+        await job.run()
+    assert caught.value.peer == HOST.peer_id
+    for transport in (client, *homes):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("may_return", [True, False])
+async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
+    """As by a relay that is first to see that it has died; not who is given up for what it did."""
+    network = MemoryNetwork()
+    home, client = network.transport(HOST), network.transport(CLIENT)
+
+    async def waits(stream: Stream) -> None:
+        await prepared(stream)
+        job._streams[0].give_up("no stream to it could be opened", may_return=may_return)
+        await asyncio.Event().wait()
+
+    async def nobody(part: int, receivers: object) -> Any:
+        raise NoRoute("nobody else")
+
+    await home.serve(TRACE_PROTOCOL, waits)
+    job = job_of(
+        client,
+        [PeerAddress(home.peer_id, home.addresses)],
+        (dataclasses.replace(part_of(0, ()), outlives_peers=True),),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    job.stand_in, job.most_moves = nobody, 1
+    with pytest.raises(PeerLost, match="no stream to it could be opened"):
+        await job.run()
+    assert (job._left_out.left_seconds(home.peer_id) > 0) == may_return
+    for transport in (client, home):
+        await transport.close()
 
 
 # Peers that are there and do nothing -----------------------------------------------------------

@@ -383,6 +383,7 @@ def test_a_lost_peer_that_came_back_is_asked_where_nobody_else_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
+    monkeypatch.setattr(left_out, "SOON_SECONDS", 0.0)
     swarm = Swarm()
     swarm.known.pop()
     model: Any = runner_of(swarm)

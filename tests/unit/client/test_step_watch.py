@@ -113,6 +113,18 @@ def test_a_value_of_an_earlier_step_may_have_come_long_ago() -> None:
     assert swarm.watches[0].at_odds_with is swarm.hops[1]
 
 
+def test_when_a_stage_was_said_to_be_done_is_known() -> None:
+    """As opposed to a slice that came, and to a word that says the same again."""
+    swarm = Swarm()
+    swarm.hear(Alive(0, 0, AT_WORK), Alive(0, 0, 0))
+    assert swarm.hops[0].advanced_at < 0
+    swarm.hear(Alive(1, 1, AT_WORK), Alive(0, 1, 0))
+    then = swarm.now
+    swarm.hear(Alive(1, 2, AT_WORK), Alive(0, 2, 0), times=3)
+    assert swarm.hops[0].advanced_at == then
+    assert swarm.hops[1].advanced_at < 0
+
+
 def test_who_has_nothing_to_wait_for_waits_for_nobody() -> None:
     """Such as one that names an honest peer in its own place."""
     swarm = Swarm()

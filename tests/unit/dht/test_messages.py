@@ -50,7 +50,7 @@ SAMPLES: list[Any] = [
     Cancel(),
     Opening(b"\4" * 16, 0, 1, 0),
     Resume(7),
-    Lost(2),
+    Lost(2, 1),
     Revise(b"signed", 2),
     Received(),
     Value(-1, 0, "float32", [1, 4, 8], [0, 1, 2]),
