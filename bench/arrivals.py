@@ -70,12 +70,12 @@ def watched(
     seen: list[Arrivals] = []
     run_job = swarm.run_job
 
-    def run(job: Job, on_tick: Any = None) -> None:
+    def run(job: Job, *rest: Any) -> None:
         arrivals = Arrivals(job)
         seen.append(arrivals)
         job.saves, job.replaced = _Saves(arrivals, on_token), _Replacements(arrivals)
         on_job(job)
-        run_job(job, on_tick)
+        run_job(job, *rest)
 
     swarm.run_job = run  # type: ignore[method-assign]
     try:

@@ -8,6 +8,7 @@ GlasshiveError
     ├── NoRoute                 no chain of peers covers the blocks that a trace needs
     ├── BadModelFiles           a configuration or tokenizer that does not fit the model's id
     ├── TraceTimeout            the trace's deadline passed
+    ├── TraceCancelled          it was cancelled by `tracer.cancel()`
     ├── PeerError               one peer of the route is to blame
     │   ├── PeerLost            it cannot be reached, or was lost on the way
     │   ├── PeerBusy            it has as much to do as it allows
@@ -97,6 +98,10 @@ class BadPrompt(ClientError):
 
 class TraceTimeout(ClientError):
     """The trace's deadline passed."""
+
+
+class TraceCancelled(ClientError):
+    """The trace was cancelled by `tracer.cancel()`."""
 
 
 class NotInATrace(ClientError):

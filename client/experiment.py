@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.errors import TraceError
 from glasshive.client.job import PassInput
 from glasshive.client.prompts import Tokens
@@ -165,6 +166,7 @@ class Experiment:
     sampling: Sampling | None = None
     chosen: Chosen | None = None  # of a generation
     containers: Sequence[object] = ()  # that the user saved, with all that they hold
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
     @property
     def digest(self) -> bytes:
@@ -273,6 +275,7 @@ def finish(
     tokens: Sequence[Tokens],
     calls: Calls,
     options: TraceOptions,
+    cancellation: Cancellation,
     *,
     sampling: Sampling | None = None,
     tell: Callable[[Chosen], None] | None = None,
@@ -369,6 +372,7 @@ def finish(
         sampling,
         chosen,
         recorder.containers,
+        cancellation,
     )
 
 

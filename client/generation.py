@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import TraceError
+from glasshive.client.cancellation import Cancellation
+from glasshive.client.errors import TraceCancelled, TraceError
 from glasshive.client.experiment import Chosen, Experiment, TraceOptions, finish
 from glasshive.client.functional import DeadCell, intern_layout
 from glasshive.client.prompts import Prompt, Tokens
@@ -90,6 +91,8 @@ class Generation(Tracer):
     After the block, `output_ids` has all tokens, and what was saved at each step holds its tensor.
     """
 
+    KIND = "a generation"
+
     def __init__(
         self,
         model: Model,
@@ -101,8 +104,6 @@ class Generation(Tracer):
         choice: Mapping[str, object],
     ) -> None:
         super().__init__(model, prompt, options)
-        self.title = f"a generation of {model.name}"
-        self.sites.recorder.title = self.title
         steps = model.outline.steps()  # raises UnsupportedModel
         self._sampling, configured, self._chunk_tokens = sampling_of(
             model.generation_config, choice, seed, model.outline.vocabulary_tokens
@@ -272,13 +273,23 @@ class Generation(Tracer):
             self.tokens,
             self.model.calls,
             self.options,
+            self._cancellation,
             sampling=self._sampling,
-            tell=None if self._streamer is None else _Streaming(self._streamer, self.tokens),
+            tell=None
+            if self._streamer is None
+            else _Streaming(self._streamer, self.tokens, self._cancellation),
             left_out=list(self._results.values()),
         )
 
     def _run(self, experiment: Experiment) -> Provenance:
-        result = super()._run(experiment)
+        try:
+            result = super()._run(experiment)
+        except TraceCancelled as error:
+            self._chosen = experiment.chosen
+            made = sum(self._made(invoke).shape[1] for invoke in self._invokes())
+            wanted = sum(one.n_steps for one in self.sites.invokes)
+            error.args = (f"{error}; tracer.new_tokens has {made} of {wanted} steps",)
+            raise
         self._chosen = experiment.chosen
         for invoke, tensor in self._results.items():
             if self.sites.recorder.was_saved(tensor):
@@ -298,7 +309,10 @@ class Generation(Tracer):
 
     @property
     def new_tokens(self) -> Any:
-        """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes."""
+        """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes.
+
+        Of one that was cancelled while it ran those that had come, as in `output_ids` and `text`.
+        """
         ids = [saved(self._made(invoke)) for invoke in self._invokes()]
         return ids if self._prompt is None else ids[0]
 
@@ -331,7 +345,9 @@ class Generation(Tracer):
 
     def _made(self, invoke: int) -> Tensor:
         chosen = self._chosen
-        return torch.empty(0) if chosen is None else chosen.tokens(invoke)
+        if chosen is None or not chosen.steps(invoke):  # cancelled before the first came
+            return torch.empty((len(self.tokens[invoke].input_ids), 0), dtype=torch.int64)
+        return chosen.tokens(invoke)
 
     def _ids(self, invoke: int) -> Tensor:
         return torch.cat([self.tokens[invoke].input_ids, self._made(invoke)], 1)
@@ -379,22 +395,27 @@ class _AtStep:
 class _Streaming:
     """Gives tokens to a streamer of transformers' kind as they come: prompts first, then steps."""
 
-    def __init__(self, streamer: Any, tokens: Sequence[Tokens]) -> None:
+    def __init__(self, streamer: Any, tokens: Sequence[Tokens], cancellation: Cancellation) -> None:
         if len(tokens) != 1:
             raise TraceError(
                 f"streamer= in a generation of {len(tokens)} invokes; a streamer takes one",
                 line=here(),
             )
         self._streamer = streamer
+        self._cancellation = cancellation
         self._prompt = tokens[0].input_ids
         self._told = -1
 
     def __call__(self, chosen: Chosen) -> None:
-        """Tell what is new. A generation that is run again makes the same tokens once more."""
+        """Tell what is new. A generation that is run again makes the same tokens once more.
+
+        Raises TraceCancelled, also where the streamer has just cancelled it.
+        """
         if self._told < 0:
             self._streamer.put(self._prompt)
             self._told = 0
         steps = chosen.steps(0)
         for tokens in steps[self._told :]:
+            self._cancellation.check()
             self._streamer.put(tokens)
         self._told = max(self._told, len(steps))

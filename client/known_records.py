@@ -7,9 +7,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.errors import NoRoute
 from glasshive.dht.errors import ShutOut, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
@@ -30,6 +32,8 @@ FRESH_SECONDS: Final = 15.0
 """For so long what is known of the peers is not asked for again."""
 ASK_AGAIN_SECONDS: Final = 1.0
 """Between two questions of who waits for somebody. A directory keeps an answer for as long."""
+LOOK_SECONDS: Final = 0.05
+"""After which who waits while another thread asks looks whether it was cancelled."""
 
 
 @final
@@ -67,12 +71,19 @@ class KnownRecords:
         """The records of all, as they signed them."""
         return {one.peer_id: one.signed for one in self.now}
 
-    def get(self, *, fresh: bool, ends_at: float = math.inf) -> list[PeerRecord]:
+    def get(
+        self,
+        *,
+        fresh: bool,
+        ends_at: float = math.inf,
+        cancellation: Cancellation | None = None,
+    ) -> list[PeerRecord]:
         """The peers as known of late, or else asked for again, until `ends_at` (monotonic).
 
         Those whose records are still valid do where the directory can't be asked, unless `fresh`.
+        Raises TraceCancelled, also while another thread asks.
         """
-        with self._lock:
+        with self._turn(cancellation):
             if not fresh and self.are_fresh:
                 return list(self.now)
             would_do = bool(self.now) and all(map(self.is_valid, self.now)) and not fresh
@@ -80,9 +91,10 @@ class KnownRecords:
             left_seconds = max(ends_at - began, 0.0)
             try:
                 self._learn(
-                    self._swarm.records(
+                    self._swarm.look_up(
                         self._model_id,
                         min(left_seconds, ASK_SECONDS) if would_do else left_seconds,
+                        cancellation,
                     )
                 )
             except UnknownModel:  # its last peer withdrew: the route says what is missing
@@ -95,6 +107,17 @@ class KnownRecords:
             finally:
                 self.tried_at = began
             return list(self.now)
+
+    @contextmanager
+    def _turn(self, cancellation: Cancellation | None) -> Iterator[None]:
+        """Inside it no other thread asks."""
+        while not self._lock.acquire(timeout=LOOK_SECONDS):
+            if cancellation is not None:
+                cancellation.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     async def ask(self) -> None:
         """Ask the directory again, on the loop, and keep what is known if it doesn't answer.

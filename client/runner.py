@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.demand import Demand, demand_of
 from glasshive.client.errors import (
@@ -92,7 +93,8 @@ class ModelRunner:
         A trace is a pure function of its request, so after a lost peer, or one whose own limits
         are too narrow for it, all of it is run again on a route without that peer, `retries` times
         at most and within the one deadline. Where there is no other, it waits for that one to come
-        back. And it is run again when this process' own network daemon was lost.
+        back. And it is run again when this process' own network daemon was lost. Raises
+        TraceCancelled as soon as the experiment's cancellation says so, whatever it waits for.
         """
         ends_at = time.monotonic() + options.deadline_seconds
         tries = self._tries(options)
@@ -109,6 +111,7 @@ class ModelRunner:
             tries.backends = frozenset(one.backend for one in route.records)
         refused: PeerFailed | None = None
         while True:
+            experiment.cancellation.check()  # it may have been while a peer was lost
             left_seconds = max(ends_at - time.monotonic(), 0.0)
             try:
                 return self._run_once(experiment, options, route, left_seconds, tries)
@@ -269,7 +272,7 @@ class ModelRunner:
                     experiment.chosen.hear(dict(job.saves))
 
             try:
-                self._swarm.run_job(job, tick)
+                self._swarm.run_job(job, tick, experiment.cancellation)
             finally:
                 tries.count += job.moves
                 tries.parted = job.hearing.parted
@@ -443,7 +446,10 @@ class ModelRunner:
 
         if (seconds := left_seconds()) > 0:
             try:
-                return self._swarm.run(self._records.until(choose, left_seconds), seconds + 10)
+                return self._swarm.run(
+                    *(self._records.until(choose, left_seconds), seconds + 10),
+                    experiment.cancellation,
+                )
             except NoRoute as error:
                 none = error if isinstance(none, NoRoute) else none
         gone_seconds = left_out.gone_seconds(lost.peer)
@@ -466,7 +472,8 @@ class ModelRunner:
         """
         needed = needed_blocks(experiment.graph, experiment.outline)
         demand = demand_of(experiment)
-        known = self._records.get(fresh=False, ends_at=ends_at)
+        get = partial(self._records.get, ends_at=ends_at, cancellation=experiment.cancellation)
+        known = get(fresh=False)
         left_out = self._left_out(known, tries)
         candidates = [
             one
@@ -474,13 +481,13 @@ class ModelRunner:
             if one.peer_id not in left_out
             and (options.route is None or one.peer_id in options.route)
         ]
-        self._measure(rivals(candidates, needed, self._n_blocks), ends_at)
+        self._measure(rivals(candidates, needed, self._n_blocks), ends_at, experiment.cancellation)
         choose = partial(
             self._choose, needed=needed, demand=demand, tries=tries, only=options.route
         )
         with contextlib.suppress(NoRoute):  # what is known may be old
             return choose(known)
-        known = self._records.get(fresh=True, ends_at=ends_at)
+        known = get(fresh=True)
         with contextlib.suppress(NoRoute):
             return choose(known)
         return choose(known, also_banned=True)
@@ -524,13 +531,18 @@ class ModelRunner:
                 "with across_hardware=True"
             ) from none
 
-    def _measure(self, records: Sequence[PeerRecord], ends_at: float = math.inf) -> None:
+    def _measure(
+        self,
+        records: Sequence[PeerRecord],
+        ends_at: float = math.inf,
+        cancellation: Cancellation | None = None,
+    ) -> None:
         """Learn how far away these peers are, unless that is known; takes a second at most."""
         patience_seconds = min(PATIENCE_SECONDS, ends_at - time.monotonic())
         to_ask = self._swarm.round_trips.to_ask(records)
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
-                self._swarm.measure(to_ask, patience_seconds)
+                self._swarm.measure(to_ask, patience_seconds, cancellation)
 
 
 def _compute_seconds(plan: Plan, route: Route) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.coverage import kinds_text
 from glasshive.client.errors import NoRoute
 from glasshive.client.files import (
@@ -139,9 +140,14 @@ class Swarm:
         Raises what `ask_directory` raises: UnknownModel, AmbiguousModel, DirectoryUnavailable,
         ShutOut, DeadlineExceeded.
         """
-        self._check_open()
+        return self.look_up(model, within_seconds)
+
+    def look_up(
+        self, model: str | None, within_seconds: float, cancellation: Cancellation | None = None
+    ) -> list[PeerRecord]:
+        """`records`, for a trace that may be cancelled meanwhile."""
         seconds = min(within_seconds, _DIRECTORY_SECONDS)
-        return self._loop.run(self.ask_records(model, seconds), seconds + 5)
+        return self.run(self.ask_records(model, seconds), seconds + 5, cancellation)
 
     async def ask_records(self, model: str | None, seconds: float) -> list[PeerRecord]:
         """`records`, on the loop of the connection."""
@@ -149,20 +155,44 @@ class Swarm:
         hosts = self._where.hosts
         return await ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
 
-    def measure(self, records: Sequence[PeerRecord], within_seconds: float) -> None:
-        """Ask these peers how far away they are; `round_trips` has it then. Raises SwarmError."""
-        self._check_open()
+    def measure(
+        self,
+        records: Sequence[PeerRecord],
+        within_seconds: float,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Ask these peers how far away they are; `round_trips` has it then.
+
+        Raises SwarmError, and what `run` raises.
+        """
 
         async def ask() -> None:
             await self._alive(within_seconds)
             await self.round_trips.ask(self._transport, records, within_seconds)
 
-        self._loop.run(ask(), within_seconds + 5)
+        self.run(ask(), within_seconds + 5, cancellation)
 
-    def run(self, coroutine: Coroutine[Any, Any, T], within_seconds: float) -> T:
-        """Its result, on the loop of the connection; from another thread."""
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        within_seconds: float,
+        cancellation: Cancellation | None = None,
+        on_tick: Callable[[], None] | None = None,
+    ) -> T:
+        """Its result, on the loop of the connection; from another thread, as `LoopThread.run`.
+
+        Raises TraceCancelled, having cancelled it, once `cancellation` says so.
+        """
+        if self._closed:
+            coroutine.close()
         self._check_open()
-        return self._loop.run(coroutine, within_seconds)
+        watch = None if cancellation is None else cancellation.watch
+        try:
+            return self._loop.run(coroutine, within_seconds, on_tick, watch)
+        except TransportClosed:
+            if cancellation is not None:
+                cancellation.check()
+            raise
 
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.
@@ -221,12 +251,17 @@ class Swarm:
             ),
         )
 
-    def run_job(self, job: Job, on_tick: Callable[[], None] | None = None) -> None:
-        """Run a job to its end, from the caller's thread. An interrupt cancels it on every peer.
+    def run_job(
+        self,
+        job: Job,
+        on_tick: Callable[[], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Run a job to its end, from the caller's thread.
 
-        The caller's thread calls `on_tick` four times a second meanwhile.
+        An interrupt of that, or `cancellation`, cancels it on every peer. The caller's thread calls
+        `on_tick` four times a second meanwhile. Raises what `Job.run` and `run` raise.
         """
-        self._check_open()
 
         async def run() -> None:
             try:
@@ -237,7 +272,7 @@ class Swarm:
                 raise TransportLost(f"no new network daemon starts here: {error}") from error
             await job.run()
 
-        self._loop.run(run(), job.deadline_seconds + 10, on_tick)
+        self.run(run(), job.deadline_seconds + 10, cancellation, on_tick)
 
     async def _alive(self, within_seconds: float) -> None:
         """The connection is there: a network daemon that has died is started again.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.errors import TraceError
 from glasshive.client.experiment import Experiment, TraceOptions, finish
 from glasshive.client.profile import Profile
@@ -84,10 +85,13 @@ class Tracer:
     After the block, what was saved holds its tensor, and `result` says where it came from.
     """
 
+    KIND: ClassVar = "a trace"
+
     def __init__(self, model: Model, prompt: Prompt | None, options: TraceOptions) -> None:
         self.model = model
         self.options = options
-        self.title = f"a trace of {model.name}"
+        self.title = f"{self.KIND} of {model.name}"
+        self._cancellation = Cancellation(self.title)
         self.sites = Sites(model.outline, model.constants, self.title)
         self.tokens: list[Tokens] = []
         self.notes: set[str] = set()  # what the body was given that is None, for an error's text
@@ -131,9 +135,12 @@ class Tracer:
             error.add_note("torch.from_numpy(array) makes a tensor of a NumPy array")
         try:
             if error is None or isinstance(error, _Stop):
+                self._cancellation.check()
                 experiment = self._finish()
         finally:
             self._stack.close()
+            if experiment is None:
+                self._cancellation.end()
         if experiment is None:
             return False  # nothing is sent
         try:
@@ -144,7 +151,8 @@ class Tracer:
         return True
 
     def _run(self, experiment: Experiment) -> Provenance:
-        return self.model.run(experiment, self.options)
+        with self._cancellation.running():
+            return self.model.run(experiment, self.options)
 
     @contextlib.contextmanager
     def invoke(self, prompt: Prompt | None = None) -> Iterator[Tracer]:
@@ -183,6 +191,15 @@ class Tracer:
         """End the body here. What was recorded is run; the blocks after the last read are not."""
         self._require_open("tracer.stop()")
         raise _Stop
+
+    def cancel(self) -> bool:
+        """Cancel the trace, from any thread: its block ends with TraceCancelled.
+
+        Returns at once. False if it had ended before, and then nothing happens; True otherwise,
+        also when it is called again. What runs of the trace is ended at every peer, and nothing is
+        sent any more; before the end of the block, nothing ever is.
+        """
+        return self._cancellation.cancel()
 
     def barrier(self, n_participants: int = 0) -> Callable[[], None]:
         """A function that does nothing, for code written for NNsight.
@@ -280,7 +297,7 @@ class Tracer:
                 "`with tracer.invoke(prompt):` inside the block",
                 line=here(),
             )
-        return finish(self.sites, self.tokens, self.model.calls, self.options)
+        return finish(self.sites, self.tokens, self.model.calls, self.options, self._cancellation)
 
     # For modules ------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -42,12 +43,15 @@ class LoopThread:
         coroutine: Coroutine[Any, Any, T],
         deadline_seconds: float,
         on_tick: Callable[[], None] | None = None,
+        on_start: Callable[[concurrent.futures.Future[T]], None] | None = None,
     ) -> T:
         """The coroutine's result, or its exception; cancels it after `deadline_seconds`.
 
         Also cancels it when the calling thread is interrupted. While it waits, the calling thread
-        calls `on_tick` four times a second. Raises DeadlineExceeded, or TransportClosed after
-        `close`. Not to be called from the loop's own thread.
+        calls `on_tick` four times a second. `on_start` is given the future of the result: whoever
+        cancels that, from any thread, cancels the coroutine, and the wait ends at once. Raises
+        DeadlineExceeded, or TransportClosed after that or `close`. Not to be called from the loop's
+        own thread.
         """
         if threading.current_thread() is self._thread:
             coroutine.close()
@@ -55,13 +59,17 @@ class LoopThread:
         future = self.submit(coroutine)
         ends_at = time.monotonic() + deadline_seconds
         try:
+            if on_start is not None:
+                on_start(future)
             while on_tick is not None and time.monotonic() + TICK_SECONDS < ends_at:
                 on_tick()
-                if concurrent.futures.wait([future], TICK_SECONDS).done:
+                # `concurrent.futures.wait` sees a cancelled future only when its coroutine is over.
+                with contextlib.suppress(TimeoutError):
+                    future.exception(TICK_SECONDS)
                     break
             return future.result(max(ends_at - time.monotonic(), 0.0))
         except concurrent.futures.CancelledError:
-            raise TransportClosed("the loop was closed while the call ran") from None
+            raise TransportClosed("the call was cancelled, or its loop closed") from None
         except TimeoutError:
             if future.done() and not future.cancelled():
                 raise  # the coroutine's own

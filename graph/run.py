@@ -62,6 +62,10 @@ class Interpreter:
         if left == 0:
             self._values.pop(node_id, None)
 
+    def clear(self) -> None:
+        """Forget every value; nothing is run any more."""
+        self._values.clear()
+
     def run(self, node_id: NodeId, node: Op) -> Any:
         """The value of one op, not kept yet. An error of the kernel names the node."""
         try:

@@ -7,8 +7,7 @@
   the model a new tensor, `inplace` copies into the one that it has (torch hooks do the same).
 - Weights are never written: an in-place edit of memory that belongs to the model is refused.
 - What the model may take for an index is looked at before an accelerator sees it.
-- A stage that is cancelled or takes too long ends at the next node or block: a kernel can't be
-  interrupted.
+- A stage that is cancelled or takes too long ends at the next node or block, not in a kernel.
 - A step of a generation runs with the cache that its prompt's pass has begun, which may be a chunk
   of the prompt; the last span chooses the next tokens, and what is read or written of them comes
   after everything else of the pass.
@@ -90,9 +89,9 @@ def _no_choice(error: Exception, node: NodeId | None) -> GraphError:
 class Executor:
     """One trace on one peer. `consts` are the user's tensors by digest.
 
-    No node is begun later than `stage_seconds` by `clock` after its stage was. `on_step` is called
-    before each, and before each block; `give_way` is too, and may run stages of other traces on the
-    same model inside the context that it is given: what they take is not this stage's time.
+    No node begins later than `stage_seconds` by `clock` after its stage. Before each, and each
+    block, `on_step` is called, and `give_way`, which may run other traces' stages on the same model
+    inside the context that it is given: what they take is not this stage's time.
     """
 
     def __init__(
@@ -145,6 +144,12 @@ class Executor:
     def cancel(self) -> None:
         """End the run at the next node, or module that the part names. From any thread."""
         self._cancelled = True
+
+    def forget(self) -> None:
+        """Let go of every tensor; no stage is run any more. Not while one is."""
+        for held in (self._values, self._skipped, self._generations):
+            held.clear()
+        self._consts = {}
 
     def put(self, value: NodeId, tensor: Tensor) -> None:
         """Give in a value that another peer computed, from any device."""

@@ -248,7 +248,7 @@ class Host:
                             )
                     finally:
                         # A stage that can't be interrupted still has its memory.
-                        self._torch.after(request.trace_id, partial(self._memory.release, client))
+                        self._torch.after(request.trace_id, partial(self._release, client))
             # The slot is free before the client hears of it: its next trace may follow at once.
             await client.send(encode(Done(result.sign(self._identity, self._transport.now()))))
             log.info(
@@ -268,6 +268,16 @@ class Host:
             # A bug of ours or of the model's code: the client is told that, and nothing more.
             log.exception("host_failed", extra={"client": client.peer_id})
             await self._fail(client, HostFailed("an error inside the host; its own log says what"))
+
+    def _release(self, client: ClientStream) -> None:
+        self._memory.release(client)
+        if log.isEnabledFor(logging.DEBUG):
+            asyncio.get_running_loop().call_soon(self._say_held)  # its place is free by then, too
+
+    def _say_held(self) -> None:
+        """Write down what this host holds now that one more trace has ended."""
+        held = {"traces": len(self._slots), "promised_bytes": self._memory.promised_bytes}
+        log.debug("trace_freed", extra={**held, "tasks": len(asyncio.all_tasks())})
 
     def _alive(self, trace_id: bytes) -> Alive:
         trace = self._traces.get(trace_id)
@@ -299,6 +309,7 @@ class Host:
         finally:
             del self._traces[request.trace_id]
             trace.end()
+            self._torch.after(request.trace_id, trace.forget)
 
     def _check_generations(self, client: ClientStream) -> None:
         """Raise Busy, or NotAllowed if there may be none, for one more generation of a client's."""

@@ -197,6 +197,15 @@ class HostedTrace:
         self.revised.set()
         self._arrived.clear()
 
+    def forget(self) -> None:
+        """After the end, and when nothing of the trace runs: let go of what it held.
+
+        It refers to itself, and Python would come upon its tensors much later.
+        """
+        self._executor.forget()
+        self._saves = asyncio.Queue()
+        self.inputs.clear()
+
     async def run(self) -> TraceResult:
         """Run every stage and send everything; returns what the client is told, to be signed.
 

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import glasshive
 from glasshive.client.provenance import Provenance
+from glasshive.testing import LocalSwarm
 
 N_BLOCKS = 6
 NEW = 20
@@ -55,6 +57,17 @@ def questions(folder: Path) -> list[Question]:
                 Question(f"generation {i}", _generation_of(prompt), _generated(plain, prompt))
             )
     return found
+
+
+@contextmanager
+def two_of_each(
+    folder: Path, spans: Sequence[tuple[int, int]], cache: Path, **options: Any
+) -> Iterator[LocalSwarm]:
+    """A swarm in which two hosts serve each span, on one thread each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSHIVE_CACHE", str(cache))
+        with LocalSwarm(folder, spans, replicas=2, threads=1, **options) as running:
+            yield running
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loud import be_loud
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -37,11 +38,6 @@ WORDS = {"xyzzyword": 61_337, "plughword": 62_718, "frotzword": 63_141}
 PROMPT = " ".join(WORDS)
 VALUE = 31_415.9265
 INDEX = 67_283
-LOUD = """
-import logging
-stock = logging.Logger.setLevel
-logging.Logger.setLevel = lambda self, level: stock(self, logging.DEBUG)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +57,6 @@ def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     words = Tokenizer(WordLevel({"[UNK]": 0, **WORDS}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
-    loud = tmp_path_factory.mktemp("loud")
-    (loud / "sitecustomize.py").write_text(LOUD)
     root = root_now()
     whitelist = whitelist_now(1, first_root(root), swarm="quiet")
     # The hosts' own rule, which no client knows before it is refused.
@@ -71,7 +65,7 @@ def hive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("GLASSHIVE_DATA", str(tmp_path_factory.mktemp("data")))
-        patch.setenv("PYTHONPATH", str(loud))
+        be_loud(patch, tmp_path_factory.mktemp("loud"))
         with LocalSwarm(folder, [(0, 1), (1, 2)], trust=trust, threads=1) as running:
             yield running
 

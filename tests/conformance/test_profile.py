@@ -267,10 +267,10 @@ def test_a_busy_peer_is_left_out_for_a_moment(
     busy = trace(twice.model).result.hops[1].peer
     run_job = Swarm.run_job
 
-    def refuse(self: Swarm, job: Any, tick: Any = None) -> None:
+    def refuse(self: Swarm, job: Any, *rest: Any) -> None:
         if busy in [one.peer_id for one in job.peers]:
             raise PeerBusy("16 traces are running here", peer=busy)
-        run_job(self, job, tick)
+        run_job(self, job, *rest)
 
     monkeypatch.setattr(Swarm, "run_job", refuse)
     result = trace(twice.model).result

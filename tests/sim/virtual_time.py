@@ -214,6 +214,7 @@ class UserLoop:
         coroutine: Coroutine[Any, Any, T],
         deadline_seconds: float,
         on_tick: Callable[[], None] | None = None,
+        on_start: object = None,
     ) -> T:
         user = threading.current_thread()
         assert isinstance(user, _User)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import soak
-from steady_clients import N_BLOCKS, Answer, Question, SteadyClient, p95, questions
-from tiny_llama import save_llama
+from steady_clients import Answer, Question, SteadyClient, p95, two_of_each
 from waits import wait_for
 
 import glasshive
@@ -40,22 +39,11 @@ NAMED = (PeerError, TraceTimeout, NoRoute)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama", N_BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def asked(folder: Path) -> list[Question]:
-    return questions(folder)
-
-
-@pytest.fixture(scope="module")
 def hive(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     """Each third of the blocks by two hosts, all of them behind fault proxies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSHIVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with LocalSwarm(folder, SPANS, replicas=2, threads=1, faults=True) as running:
-            yield running
+    cache = tmp_path_factory.mktemp("cache")
+    with two_of_each(folder, SPANS, cache, faults=True) as running:
+        yield running
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from soak import count
-from tiny_llama import save_llama
 from transformers import LlamaForCausalLM
 from waits import wait_for
 
@@ -29,11 +28,6 @@ PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35], [1, 2, 3, 4, 5, 6, 7]])
 NEW = 64
 RESUMED_SECONDS = 5.0  # in which others go on in the place of peers that were killed
 PENALTY = 1.5  # left alone, a tiny model says one token again and again
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama", 6)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Coroutine
+import threading
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import pytest
 from glasshive.client import known_records, left_out, runner
 from glasshive.client import swarm as client_swarm
 from glasshive.client.bans import Bans
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.demand import Demand
 from glasshive.client.errors import (
     BadAnswer,
@@ -23,6 +25,7 @@ from glasshive.client.errors import (
     PeerError,
     PeerFailed,
     PeerLost,
+    TraceCancelled,
     TraceTimeout,
 )
 from glasshive.client.experiment import TraceOptions
@@ -30,10 +33,11 @@ from glasshive.client.round_trips import RoundTrips
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
 from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, ShutOut, UnknownModel
+from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.plan import Span
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 
@@ -46,6 +50,9 @@ class Experiment:
     """As much of one as choosing a route needs: it takes every block."""
 
     graph = outline = None
+
+    def __init__(self) -> None:
+        self.cancellation = Cancellation()
 
     def line_of(self, node: object) -> None:
         return None
@@ -67,6 +74,9 @@ class Swarm:
         self.measured: list[list[PeerRecord]] = []
         self.known = [self._record() for _ in range(3)]
 
+    def look_up(self, model: str, within_seconds: float, *rest: object) -> list[PeerRecord]:
+        return self.records(model, within_seconds)
+
     def records(self, model: str, within_seconds: float) -> list[PeerRecord]:
         self.given_seconds.append(within_seconds)
         if not self.known:
@@ -76,10 +86,10 @@ class Swarm:
     async def ask_records(self, model: str, seconds: float) -> list[PeerRecord]:
         return self.records(model, seconds)
 
-    def run(self, coroutine: Coroutine[Any, Any, T], within_seconds: float) -> T:
+    def run(self, coroutine: Coroutine[Any, Any, T], *rest: object) -> T:
         return asyncio.run(coroutine)
 
-    def measure(self, records: list[PeerRecord], within_seconds: float) -> None:
+    def measure(self, records: list[PeerRecord], *rest: object) -> None:
         self.measured.append(records)
 
     def _record(self, start: int = 0, end: int = BLOCKS) -> PeerRecord:
@@ -514,3 +524,129 @@ def test_a_lost_peer_when_the_deadline_is_over(monkeypatch: pytest.MonkeyPatch) 
         then=lambda: clock.append(clock.pop() + 6),
     )
     assert text.endswith(f"gone; the deadline left no time for another route (deadline=){ADVICE}")
+
+
+# Cancelled from another thread, whatever it waits for --------------------------------------------
+
+
+class RealCalls(Swarm):
+    """One whose calls run on a loop, as a swarm's do; what `waits` has never comes to an end.
+
+    `begun` is set when that is waited for.
+    """
+
+    run = client_swarm.Swarm.run
+    look_up = client_swarm.Swarm.look_up
+    measure = client_swarm.Swarm.measure
+    _check_open = client_swarm.Swarm._check_open
+    _closed = False
+
+    def __init__(self, loop: LoopThread) -> None:
+        super().__init__()
+        self._loop, self._transport = loop, self.transport
+        self.waits = ""
+        self.begun = threading.Event()
+        self.n_asked = 0
+
+    async def ask_records(self, model: str, seconds: float) -> list[PeerRecord]:
+        self.n_asked += 1
+        await self._maybe_wait("directory")
+        if self.n_asked > 2:
+            self.begun.set()
+        return self.known
+
+    async def _alive(self, within_seconds: float) -> None:
+        await self._maybe_wait("network daemon")
+
+    async def _maybe_wait(self, what: str) -> None:
+        if self.waits == what:
+            self.begun.set()
+            await asyncio.Event().wait()
+
+
+@pytest.fixture
+def swarm() -> Iterator[RealCalls]:
+    with LoopThread() as loop:
+        yield RealCalls(loop)
+
+
+def check_is_cancelled_once_it_waits(swarm: RealCalls, model: Any, experiment: Any) -> None:
+    """Without `running`, which would make TraceCancelled of any error that comes in the end."""
+
+    def cancel() -> None:
+        assert swarm.begun.wait(20)
+        assert experiment.cancellation.cancel()
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    with pytest.raises(TraceCancelled):
+        model.run(experiment, TraceOptions(deadline_seconds=120))
+    other.join()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("waits", ["directory", "network daemon"])
+def test_a_trace_is_cancelled_while_its_route_is_sought(
+    waits: str, swarm: RealCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is when round trips are measured, for longer than this test may take."""
+    monkeypatch.setattr(runner, "PATIENCE_SECONDS", 200.0)
+    swarm.waits = waits
+    model: Any = runner_of(swarm)
+    tried: list[object] = []
+    monkeypatch.setattr(model, "_run_once", lambda *rest: tried.append(rest))
+    check_is_cancelled_once_it_waits(swarm, model, Experiment())
+    assert tried == []
+
+
+def test_a_trace_is_cancelled_while_another_one_asks(swarm: RealCalls) -> None:
+    swarm.waits = "directory"
+    model: Any = runner_of(swarm)
+    first = Experiment()
+
+    def ask() -> None:
+        with pytest.raises(TraceCancelled):
+            model.run(first, TraceOptions(deadline_seconds=120))
+
+    other = threading.Thread(target=ask)
+    other.start()
+    assert swarm.begun.wait(20)
+    check_is_cancelled_once_it_waits(swarm, model, Experiment())
+    assert swarm.n_asked == 1
+    first.cancellation.cancel()
+    other.join()
+
+
+def test_a_trace_is_cancelled_while_it_waits_for_a_lost_peer(
+    swarm: RealCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 90.0)
+    monkeypatch.setattr(known_records, "ASK_AGAIN_SECONDS", 0.01)
+    del swarm.known[1:]
+    model: Any = runner_of(swarm)
+    tried: list[PeerId] = []
+
+    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+        tried.append(route.records[0].peer_id)
+        raise PeerLost("gone", peer=tried[-1])
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    check_is_cancelled_once_it_waits(swarm, model, Experiment())
+    assert tried == [swarm.known[0].peer_id]
+
+
+def test_a_trace_that_was_cancelled_as_its_peer_was_lost_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = runner_of(Swarm())
+    tried: list[PeerId] = []
+
+    def lose(experiment: Any, options: object, route: Route, *rest: object) -> None:
+        experiment.cancellation.cancel()
+        tried.append(route.records[0].peer_id)
+        raise PeerLost("gone", peer=tried[-1])
+
+    monkeypatch.setattr(model, "_run_once", lose)
+    with pytest.raises(TraceCancelled):
+        model.run(Experiment(), TraceOptions())
+    assert len(tried) == 1

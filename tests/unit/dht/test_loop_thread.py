@@ -1,10 +1,13 @@
 """The loop thread: results, exceptions, deadlines, an orderly end."""
 
 import asyncio
+import concurrent.futures
 import threading
+from typing import Any
 
 import pytest
 
+from glasshive.dht import loop_thread
 from glasshive.dht.errors import DeadlineExceeded, TransportClosed
 from glasshive.dht.loop_thread import LoopThread
 
@@ -36,6 +39,33 @@ def test_a_deadline_cancels_the_coroutine() -> None:
         with pytest.raises(DeadlineExceeded):
             loop.run(wait(), 0.02)
         assert cancelled.wait(5)
+
+
+def test_whoever_has_the_future_cancels_the_coroutine_and_the_wait_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not at the next tick, nor when the coroutine is over: seen failing with futures.wait."""
+    monkeypatch.setattr(loop_thread, "TICK_SECONDS", 60.0)
+    cancelled, is_awake, over = threading.Event(), threading.Event(), threading.Event()
+    futures: list[concurrent.futures.Future[Any]] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+            if await asyncio.to_thread(is_awake.wait, 20):
+                over.set()
+
+    with LoopThread() as loop:
+        caller = threading.Timer(0.05, lambda: futures[0].cancel())
+        caller.start()
+        with pytest.raises(TransportClosed, match="was cancelled"):
+            loop.run(wait(), 300, lambda: None, futures.append)
+        is_awake.set()
+        assert cancelled.wait(5)
+        assert over.wait(5)
+        caller.join()
 
 
 def test_closing_cancels_what_runs_and_ends_the_thread() -> None:

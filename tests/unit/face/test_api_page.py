@@ -34,6 +34,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "save": glasshive.save,
     "invoke": glasshive.Tracer.invoke,
     "barrier": glasshive.Tracer.barrier,
+    "cancel": glasshive.Tracer.cancel,
     "estimate": glasshive.Tracer.estimate,
     "profile": glasshive.Tracer.profile,
     "stop": glasshive.Tracer.stop,
