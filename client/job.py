@@ -219,10 +219,16 @@ class Job:
         return self.saves
 
     async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
-        try:
+        async def run() -> None:
             async with asyncio.TaskGroup() as self._tasks:
                 for one in several:
                     self._tasks.create_task(one)
+
+        try:
+            # A task of its own: until Python 3.13 a group that fails leaves whoever waits for it
+            # counted as cancelled, and a timeout around it then ends as if it were none
+            # (github.com/python/cpython/issues/116720).
+            await asyncio.create_task(run())
         except BaseExceptionGroup as group:
             error = min(group.exceptions, key=how_little_it_says)
             await self._check_own_daemon(error)

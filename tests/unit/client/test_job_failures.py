@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from askers import Sent, done_of, prepare_of
 
+from glasshive.client import job as job_module
 from glasshive.client.errors import (
     BadAnswer,
     ClientError,
@@ -318,6 +319,21 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
     assert job.saves.get("hers") is None or job.saves["hers"].tolist() == [1, 2]
     for transport in (client, liar, honest):
         await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_deadline_that_passes_right_after_a_loss_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen to end as a cancellation by nobody, while the client looked at its own daemon."""
+    monkeypatch.setattr(job_module, "OWN_DAEMON_SECONDS", 60.0)
+
+    async def leaves(stream: Stream) -> None:
+        await prepared(stream)
+        stream.reset()
+
+    with pytest.raises(TraceTimeout, match=r"not done in the 0\.5 s that it had"):
+        await ran(leaves, silence_seconds=5, deadline_seconds=0.5)
 
 
 @pytest.mark.asyncio
