@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from torch import Tensor
 
@@ -35,13 +35,10 @@ from glasshive.dht.messages import (
     Resume,
     Saved,
     Value,
-    decode,
     encode,
-    spec_of,
 )
-from glasshive.dht.tensor_frames import receive_tensor, send_tensor
+from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import GraphError, StepNeverRan
 from glasshive.graph.graph import NodeId, Read, Skip, Write, refs
 from glasshive.graph.kernels import spec_of as spec_of_tensor
@@ -49,8 +46,8 @@ from glasshive.graph.kernels import tensor_to_bytes
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
 from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
-from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.accounts import Account
+from glasshive.peer.awaited_values import AwaitedValues, awaited_as, too_early
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.errors import (
     BadNeighbour,
@@ -61,7 +58,7 @@ from glasshive.peer.errors import (
 )
 from glasshive.peer.executor import Aside, Executor, GiveWay
 from glasshive.peer.generation import PassInputs
-from glasshive.peer.memory_order import memory_order, tensor_in_order
+from glasshive.peer.memory_order import memory_order
 from glasshive.peer.outgoing_edge import OPEN_SECONDS, OutgoingEdge, Sendable
 from glasshive.peer.pace import HostPace
 from glasshive.peer.span_model import SpanModel
@@ -77,23 +74,6 @@ TELL_SECONDS: Final = 10.0  # in which the client is told of an end
 REOPENED_SECONDS: Final = 0.25  # unasked; by a revision, OPEN_SECONDS
 
 RunOnTorch = Callable[[Callable[[], None]], Awaitable[None]]
-
-
-_Key: TypeAlias = tuple[NodeId, int | None]
-
-
-def _key(value: NodeId, pass_index: int) -> _Key:
-    """By what a value that travels is known: hidden states and tokens are there in every pass."""
-    return value, pass_index if value in (HIDDEN, TOKENS) else None
-
-
-def _too_early(pass_index: int) -> str:
-    return f"hidden states of pass {pass_index} are dropped too early"
-
-
-def _made_in(value: NodeId, stage: Stage) -> int:
-    """The pass in which hidden states or tokens that a stage imports were made."""
-    return stage.pass_index - (value == TOKENS)
 
 
 @dataclass
@@ -124,17 +104,7 @@ class HostedTrace:
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._expected = {
-            _key(value, _made_in(value, stage)): (sender, stage.pass_index)
-            for stage in self.part.stages
-            for value, sender in stage.imports
-        }
-        self._keys_from: dict[int, list[_Key]] = {}
-        for key, (sender, _) in self._expected.items():
-            self._keys_from.setdefault(sender, []).append(key)
-        self._arrived: dict[_Key, asyncio.Future[Tensor | None]] = {  # None: it never comes
-            key: self._loop.create_future() for key in self._expected
-        }
+        self._awaited = AwaitedValues(self.part, self.passes, self.outline)
         self._never_made: set[NodeId] = set()
         self._is_done = False
         self._wait_seconds = 0.0  # for what stages import
@@ -160,7 +130,6 @@ class HostedTrace:
         """Set by the next revision of the request, or the end of the trace."""
         self.renewed: Counter[int] = Counter()
         """By another part: the last revision by which the edges with it begin anew."""
-        self._came: Counter[int] = Counter()  # how many values, by the sender's part
         self._executor = Executor(
             *(self.model, self.outline, self.part, self.passes, self.consts, self),
             stage_seconds=self.stage_seconds,
@@ -195,7 +164,7 @@ class HostedTrace:
         for edge in self._outgoing.values():
             edge.forget()
         self.revised.set()
-        self._arrived.clear()
+        self._awaited.clear()
 
     def forget(self) -> None:
         """After the end, and when nothing of the trace runs: let go of what it held.
@@ -226,8 +195,8 @@ class HostedTrace:
                     edge.finish()
                 # What others send of steps that never ran here: they would take an end of their
                 # streams before it for a loss.
-                for key, parked in self._arrived.items():
-                    self._waits_for, _ = self._expected[key]
+                for sender, parked in self._awaited.left():
+                    self._waits_for = sender
                     await self._soon(parked)
                 self._waits_for = AT_WORK
                 await saving
@@ -260,12 +229,11 @@ class HostedTrace:
             return "the plan gives this edge to another peer"
         if opening.receiver != here:
             return f"this is part {here} of the plan, not part {opening.receiver}"
-        awaited = self._keys_from.get(sender)
-        if not awaited:
+        if not self._awaited.count(sender):
             return f"the plan has no edge from part {sender} to part {here}"
         if opening.again and not self.part.outlives_peers:
             return "the plan has this edge once"
-        if not opening.again and not self._awaits(sender):
+        if not opening.again and not self._awaited.has_from(sender):
             return f"nothing more is taken from part {sender}"
         return ""
 
@@ -298,15 +266,15 @@ class HostedTrace:
         self._incoming[sender] = stream
         try:
             if opening.again:
-                came = encode(Resume(self._came[sender]))
+                came = encode(Resume(self._awaited.came[sender]))
                 await stream.send(came, b"", self.left_seconds)
-            while self._came[sender] < len(self._keys_from[sender]):
-                parked, value = await self._next_value(sender, stream)
+            while self._awaited.came[sender] < self._awaited.count(sender):
+                key, value = await self._awaited.receive(
+                    sender, stream, self.left_seconds, self._has_come
+                )
                 if self._incoming.get(sender) is not stream:
                     raise StreamClosed(f"part {sender} comes by another stream now")
-                if not parked.done():  # whoever waited may have been cancelled meanwhile
-                    parked.set_result(value)
-                self._came[sender] += 1
+                self._awaited.park(sender, key, value)
         finally:
             # Its end may be the trace's, and this is still to arrive.
             if self._incoming.get(sender) is stream:
@@ -317,47 +285,6 @@ class HostedTrace:
         """On whose streams the values of a part come."""
         is_relayed = sender in self.request.relayed
         return self.client.peer_id if is_relayed else self.peers[sender].peer_id
-
-    def _awaits(self, sender: int) -> bool:
-        parked = map(self._arrived.get, self._keys_from[sender])
-        return any(one is not None and not one.done() for one in parked)
-
-    async def _next_value(
-        self, sender: int, stream: Stream
-    ) -> tuple[asyncio.Future[Tensor | None], Tensor | None]:
-        """The next value on a stream, or None for one that never comes, and who waits for it."""
-        frame = await stream.receive(self.left_seconds)
-        message = decode(frame.header, Value, Dropped)
-        value = NodeId(message.value)
-        key = _key(value, message.pass_index)
-        expected, needed_in = self._expected.get(key, (None, 0))
-        parked = self._arrived.get(key)
-        if expected != sender or parked is None or parked.done():
-            raise MalformedMessage(f"value {message.value} from part {sender} is not expected")
-        if key[1] is None and (message.pass_index, sender) >= (needed_in, self.part.index):
-            # What a stage imports was made before it: in an earlier pass, or by an earlier part.
-            raise MalformedMessage(
-                f"value {message.value} from part {sender} in pass {message.pass_index} comes "
-                f"after part {self.part.index} needs it, in pass {needed_in}"
-            )
-        if isinstance(message, Dropped):
-            if not self.passes.are_generation:
-                raise MalformedMessage(f"value {value} is dropped, and nothing ends early")
-            if value == HIDDEN and self.passes.passes[message.pass_index].step <= 0:
-                raise MalformedMessage(_too_early(message.pass_index))
-            return parked, None
-        spec = spec_of(message.dtype, message.shape)
-        wanted = self._spec(*key)
-        if spec != wanted:
-            raise MalformedMessage(
-                f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
-            )
-        data = await receive_tensor(stream, frame, spec, self.left_seconds, self._has_come)
-        tensor = tensor_in_order(spec, message.order, data)
-        if value == TOKENS and not self.outline.are_tokens(tensor.tolist()):
-            # On an accelerator an embedding of such a one would end the process.
-            raise MalformedMessage(f"tokens of pass {message.pass_index} outside the vocabulary")
-        return parked, tensor
 
     def _has_come(self, data: bytearray) -> None:
         self._moves += 1
@@ -372,7 +299,7 @@ class HostedTrace:
             # A sender that opens another stream ends this one first. Where it was told to, it says
             # itself if it can't: here that is only waited for.
             ends_at = self.clock() + REOPENED_SECONDS
-            while sender not in self._incoming and self._awaits(sender):
+            while sender not in self._incoming and self._awaited.has_from(sender):
                 if renewed < self.renewed[sender]:
                     renewed, ends_at = self.renewed[sender], self.clock() + OPEN_SECONDS
                 if (left_seconds := ends_at - self.clock()) <= 0:
@@ -381,11 +308,7 @@ class HostedTrace:
                     async with asyncio.timeout(left_seconds):
                         await self.revised.wait()
             return None
-        for key in self._keys_from[sender]:
-            parked = self._arrived.get(key)
-            if parked is not None and not parked.done():
-                parked.set_exception(self._lost(sender, why))
-                parked.exception()  # whoever waits is told; nobody else has to be
+        self._awaited.fail(sender, self._lost(sender, why))
 
     async def _tell_lost(self, other: int, why: SwarmError) -> None:
         log.info("neighbour_lost", extra={"part": other, "error": repr(why)[:200]})
@@ -418,27 +341,19 @@ class HostedTrace:
         """Where the peer of a part is; None if the client relays what goes to it."""
         return None if part in self.request.relayed else self.peers[part]
 
-    def _spec(self, value: NodeId, pass_index: int | None) -> TensorSpec:
-        if pass_index is None:
-            return self.part.specs[value]
-        one = self.passes.passes[pass_index]
-        if value == TOKENS:
-            return TensorSpec(DType.INT64, (one.batch,))
-        return self.outline.hidden_spec(one.batch, one.seq)
-
     async def _run_stage(self, stage: Stage) -> None:
         group = self.passes.passes[stage.pass_index].group if stage.forward else -1
-        arriving = {_key(value, _made_in(value, stage)): value for value, _ in stage.imports}
         # First what says whether the stage runs at all.
         carried: dict[NodeId, Tensor] = {}
-        for key, value in sorted(arriving.items(), key=lambda one: one[1] >= 0):
+        for value, sender in sorted(stage.imports, key=lambda one: one[0] >= 0):
             if value < 0 and group in self._executor.ended:
                 continue  # nobody waits for it; it is taken at the end
             began = self.clock()
-            self._waits_for, _ = self._expected[key]
-            tensor = await self._soon(self._arrived[key])
+            self._waits_for = sender
+            key = awaited_as(value, stage)
+            tensor = await self._soon(self._awaited.parked(key))
             self._wait_seconds += self.clock() - began
-            del self._arrived[key]
+            self._awaited.take(key)
             if tensor is not None:
                 carried[value] = tensor
             elif value < 0:
@@ -472,8 +387,8 @@ class HostedTrace:
     def _check_end(self, stage: Stage, value: NodeId, group: int) -> None:
         """Raise BadNeighbour for the end of a generation from one who can't know of it."""
         if value == HIDDEN and self.part.sampling is not None and group not in self._executor.ended:
-            sender, _ = self._expected[_key(value, stage.pass_index)]
-            raise self._lost(sender, MalformedMessage(_too_early(stage.pass_index)))
+            sender = next(sender for made, sender in stage.imports if made == value)
+            raise self._lost(sender, MalformedMessage(too_early(stage.pass_index)))
 
     def _what_runs(self, stage: Stage, *, has_ended: bool) -> Stage:
         """The stage without what needs a step that never comes, of which others are told.
