@@ -30,8 +30,15 @@ from glasshive.client.left_out import LeftOut
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.relay import Pair
-from glasshive.client.round_trips import PATIENCE_SECONDS
-from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in, rivals
+from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
+from glasshive.client.route import (
+    Route,
+    Seconds,
+    best_few,
+    choose_route,
+    choose_stand_in,
+    rivals,
+)
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
@@ -85,6 +92,7 @@ class ModelRunner:
         self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
         self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
+        self._demand = Demand()  # of the last trace
 
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
@@ -94,6 +102,27 @@ class ModelRunner:
         at most and within the one deadline. Where there is no other, it waits for that one to come
         back. And it is run again when this process' own network daemon was lost.
         """
+        with self._swarm.warm.in_use(self.refresh):
+            return self._run(experiment, options)
+
+    async def refresh(self) -> None:
+        """Ask what the next trace will need, on the loop: who serves the model, and how far away
+        the best few of each span are.
+
+        What isn't answered is left as it is. Raises ShutOut, and SwarmError for this process' own
+        network daemon.
+        """
+        lost = self._swarm.transport.lost
+        if lost.is_set():  # a trace that runs has to see that; the next one starts a new daemon
+            return
+        await self._records.ask()
+        known = [one for one in self._records.now if self._records.is_valid(one)]
+        few = best_few(self._usable(known, TraceOptions()), self._seconds(self._demand))
+        to_ask = self._swarm.round_trips.to_ask(few, AHEAD_SECONDS)
+        if to_ask and not lost.is_set():
+            await self._swarm.ask_round_trips(to_ask, PATIENCE_SECONDS)
+
+    def _run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         ends_at = time.monotonic() + options.deadline_seconds
         tries = self._tries(options)
         try:
@@ -460,7 +489,7 @@ class ModelRunner:
         `ends_at`, on the monotonic clock, is until when others may be asked.
         """
         needed = needed_blocks(experiment.graph, experiment.outline)
-        demand = demand_of(experiment)
+        demand = self._demand = demand_of(experiment)
         known = self._records.get(fresh=False, ends_at=ends_at)
         left_out = self._left_out(known, tries)
         candidates = [
@@ -469,7 +498,7 @@ class ModelRunner:
             if one.peer_id not in left_out
             and (options.route is None or one.peer_id in options.route)
         ]
-        self._measure(rivals(candidates, needed, self._n_blocks), ends_at)
+        self._measure(self._unknown(rivals(candidates, needed, self._n_blocks), demand), ends_at)
         choose = partial(
             self._choose, needed=needed, demand=demand, tries=tries, only=options.route
         )
@@ -518,6 +547,15 @@ class ModelRunner:
                 f"results are bit-equal; there is one on {' and '.join(sorted(other))}: allow it "
                 "with across_hardware=True"
             ) from none
+
+    def _unknown(self, records: Sequence[PeerRecord], demand: Demand) -> list[PeerRecord]:
+        """The best few of the spans of which no peer's round trip is known.
+
+        Where one is, a trace needn't wait: the others are measured ahead (`refresh`).
+        """
+        few, way = best_few(records, self._seconds(demand)), self._swarm.round_trips.of
+        known = {(one.start, one.end) for one in few if way(one.peer_id) is not None}
+        return [one for one in few if (one.start, one.end) not in known]
 
     def _measure(self, records: Sequence[PeerRecord], ends_at: float = math.inf) -> None:
         """Learn how far away these peers are, unless that is known; takes a second at most."""
