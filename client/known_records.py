@@ -122,12 +122,13 @@ class KnownRecords:
     async def ask(self) -> None:
         """Ask the directory again, on the loop, and keep what is known if it doesn't answer.
 
-        Raises ShutOut, which no later answer takes back.
+        Raises ShutOut, which no later answer takes back. Then the next trace asks, and tells of it.
         """
         began = time.monotonic()
         try:
             self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS))
         except ShutOut:
+            self._asked_at = -math.inf
             raise
         except SwarmError as error:
             log.debug("directory_silent", extra={"error": str(error)})

@@ -1,9 +1,10 @@
 """How long a message to a peer and the answer to it take, as this client has measured.
 
 What happens anyway says so: the answer to a `Prepare` comes no sooner than a round trip. It comes
-later by what the peer has to check, so where several peers compete those that were not asked of
-late are asked two small questions each, all at once, and the second answer is timed. That also
-opens the connection, which the network daemon then keeps for a while. What peers measure between
+later by what the peer has to check, so peers are asked two small questions each, several at once,
+and the second answer is timed: ahead of the traces of a model in use (warm_routes.py), and by a
+trace that finds peers that compete and of which nobody was asked. That also opens the connection,
+which the network daemon then keeps for a while. What peers measure between
 each other isn't known here. A peer that answers before it is asked seems nearer than it is, as one
 seems faster that says so: this chooses among honest peers.
 """
@@ -31,6 +32,9 @@ MOST_ASKED: Final = 16
 KNOWN_SECONDS: Final = 300.0
 MISSED_SECONDS: Final = 30.0
 MOST_PEERS: Final = 512
+
+AHEAD_SECONDS: Final = 20.0
+"""What is forgotten within so long is measured anew by who asks ahead."""
 
 _ASKED_FOR: Final = "config.json"  # the smallest file that every peer has
 
@@ -61,10 +65,13 @@ class RoundTrips:
         """An exchange with a peer took so long."""
         self._keep(peer, seconds, KNOWN_SECONDS)
 
-    def to_ask(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers that were not asked of late: the fastest ones, and not too many."""
-        now = self._clock()
-        due = [one for one in records if now >= self._asked_until.get(one.peer_id, 0.0)]
+    def to_ask(self, records: Iterable[PeerRecord], ahead_seconds: float = 0.0) -> list[PeerRecord]:
+        """Those of the peers that were not asked of late: the fastest ones, and not too many.
+
+        Also those of which that will be so in `ahead_seconds`.
+        """
+        then = self._clock() + ahead_seconds
+        due = [one for one in records if then >= self._known_until(one.peer_id)]
         due.sort(key=lambda one: -one.throughput_tokens_per_second)
         return due[:MOST_ASKED]
 
@@ -86,10 +93,10 @@ class RoundTrips:
             answers = await asyncio.gather(*tasks.values(), return_exceptions=True)
         for peer, seconds in zip(tasks, answers, strict=True):
             if isinstance(seconds, float):
-                self.saw(peer, seconds)
+                self._keep(peer, seconds, KNOWN_SECONDS, AHEAD_SECONDS)
                 _put(self._asked_until, peer, self._clock() + KNOWN_SECONDS)
             else:
-                self._keep(peer, patience_seconds, MISSED_SECONDS)
+                self._keep(peer, patience_seconds, MISSED_SECONDS, AHEAD_SECONDS)
                 _put(self._asked_until, peer, self._clock() + MISSED_SECONDS)
 
     async def _answer(self, transport: Transport, record: PeerRecord) -> float | None:
@@ -115,10 +122,18 @@ class RoundTrips:
             return None
         return seconds
 
-    def _keep(self, peer: PeerId, seconds: float, for_seconds: float) -> None:
-        known = self.of(peer)
-        if known is None or seconds <= known:
-            _put(self._measured, peer, _Measured(seconds, self._clock() + for_seconds))
+    def _known_until(self, peer: PeerId) -> float:
+        """Until when a peer's round trip is known because it was asked."""
+        found = self._measured.get(peer)
+        return 0.0 if found is None else min(found.until, self._asked_until.get(peer, 0.0))
+
+    def _keep(
+        self, peer: PeerId, seconds: float, for_seconds: float, ahead_seconds: float = 0.0
+    ) -> None:
+        """Keep it in place of a longer one, or of one that is forgotten in `ahead_seconds`."""
+        found, now = self._measured.get(peer), self._clock()
+        if found is None or seconds <= found.seconds or now + ahead_seconds >= found.until:
+            _put(self._measured, peer, _Measured(seconds, now + for_seconds))
 
 
 def _put(table: dict[PeerId, T], peer: PeerId, value: T) -> None:

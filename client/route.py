@@ -35,6 +35,11 @@ MIXED_FACTOR: Final = 10.0
 Seconds: TypeAlias = Callable[[PeerRecord, int], float]
 """How much longer a route takes for a peer of which so many blocks run forward; 0 or more."""
 
+FEW: Final = 3
+"""Of the peers that could run the same part, so many are kept in mind."""
+MOST_KEPT: Final = 48
+"""And so many of all spans together."""
+
 _MOST_NAMED = 8
 _ANYTHING = Wanted()
 _OF_A_TOKEN: Final[Seconds] = Demand().seconds
@@ -123,6 +128,19 @@ def rivals(
             if any(block in wanted and served[block] > 1 for block in range(one.start, one.end)):
                 found.append(one)
     return found
+
+
+def best_few(records: Iterable[PeerRecord], seconds: Seconds = _OF_A_TOKEN) -> list[PeerRecord]:
+    """Of those that could stand in for each other the fastest `FEW`, `MOST_KEPT` in all.
+
+    The fastest of each span come first, then the second ones.
+    """
+    ranked: list[tuple[int, PeerRecord]] = []
+    for same in _grouped(records, _kind_of):
+        same.sort(key=lambda one: (seconds(one, one.end - one.start), one.load))
+        ranked += enumerate(same[:FEW])
+    ranked.sort(key=lambda one: one[0])
+    return [one for _, one in ranked[:MOST_KEPT]]
 
 
 def choose_stand_in(

@@ -24,6 +24,7 @@ from glasshive.client.errors import (
     PeerLost,
     TraceTimeout,
 )
+from glasshive.client.estimate import estimate_of
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.known_records import KnownRecords
@@ -31,13 +32,20 @@ from glasshive.client.left_out import LeftOut
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.relay import Pair
-from glasshive.client.round_trips import PATIENCE_SECONDS
-from glasshive.client.route import Route, Seconds, choose_route, choose_stand_in, rivals
+from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
+from glasshive.client.route import (
+    Route,
+    Seconds,
+    best_few,
+    choose_route,
+    choose_stand_in,
+    rivals,
+)
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
 from glasshive.graph.order import Passes
-from glasshive.graph.plan import HIDDEN, TOKENS, Plan, Stage
+from glasshive.graph.plan import Plan, Stage
 from glasshive.graph.split import needed_blocks, split
 from glasshive.security.keys import PeerId
 
@@ -86,6 +94,7 @@ class ModelRunner:
         self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
         self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
+        self._demand = Demand()  # of the last trace
 
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
@@ -96,6 +105,27 @@ class ModelRunner:
         back. And it is run again when this process' own network daemon was lost. Raises
         TraceCancelled as soon as the experiment's cancellation says so, whatever it waits for.
         """
+        with self._swarm.warm.in_use(self.refresh):
+            return self._run(experiment, options)
+
+    async def refresh(self) -> None:
+        """Ask what the next trace will need, on the loop: who serves the model, and how far away
+        the best few of each span are.
+
+        What isn't answered is left as it is. Raises ShutOut, and SwarmError for this process' own
+        network daemon.
+        """
+        lost = self._swarm.transport.lost
+        if lost.is_set():  # a trace that runs has to see that; the next one starts a new daemon
+            return
+        await self._records.ask()
+        known = [one for one in self._records.now if self._records.is_valid(one)]
+        few = best_few(self._usable(known, TraceOptions()), self._seconds(self._demand))
+        to_ask = self._swarm.round_trips.to_ask(few, AHEAD_SECONDS)
+        if to_ask and not lost.is_set():
+            await self._swarm.ask_round_trips(to_ask, PATIENCE_SECONDS)
+
+    def _run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         ends_at = time.monotonic() + options.deadline_seconds
         tries = self._tries(options)
         try:
@@ -169,19 +199,7 @@ class ModelRunner:
         """What it would take on the route that it would get now."""
         route = self._route(experiment, options, self._tries(options))
         plan = self._plan(experiment, route, outlives_peers=False)
-        return {
-            "route": [f"{one.start}:{one.end} {one.peer_id}" for one in route.records],
-            "hops": len(plan.parts),
-            "passes": len(plan.passes.passes),
-            "rows": sum(one.batch for one in plan.passes.passes),
-            "compute_seconds": _compute_seconds(plan, route),
-            "expected_seconds": route.expected_seconds,
-            "hop_bytes": sum(self._edge_bytes(experiment, plan)),
-            "saved_bytes": experiment.bill.saved_bytes,
-            "peak_bytes": experiment.bill.peak_bytes,
-            "flops": experiment.bill.flops,
-            "sent_bytes": sum(tensor.nbytes for tensor in experiment.consts.values()),
-        }
+        return estimate_of(experiment, plan, route)
 
     def describe(self) -> str:
         """Who serves which blocks, and the route that a trace of all of them would take now."""
@@ -218,18 +236,6 @@ class ModelRunner:
         error.args = (
             f"{error}; {why}; run the trace again when `{status}` shows its blocks as served",
         )
-
-    def _edge_bytes(self, experiment: Experiment, plan: Plan) -> list[int]:
-        sizes = []
-        for edge in plan.edges():
-            one = plan.passes.passes[max(edge.pass_index, 0)]
-            if edge.value == HIDDEN:
-                sizes.append(experiment.outline.hidden_spec(one.batch, one.seq).nbytes)
-            elif edge.value == TOKENS:
-                sizes.append(8 * one.batch)
-            else:
-                sizes.append(experiment.specs[edge.value].nbytes)
-        return sizes
 
     def _run_once(
         self,
@@ -471,7 +477,7 @@ class ModelRunner:
         `ends_at`, on the monotonic clock, is until when others may be asked.
         """
         needed = needed_blocks(experiment.graph, experiment.outline)
-        demand = demand_of(experiment)
+        demand = self._demand = demand_of(experiment)
         get = partial(self._records.get, ends_at=ends_at, cancellation=experiment.cancellation)
         known = get(fresh=False)
         left_out = self._left_out(known, tries)
@@ -481,7 +487,8 @@ class ModelRunner:
             if one.peer_id not in left_out
             and (options.route is None or one.peer_id in options.route)
         ]
-        self._measure(rivals(candidates, needed, self._n_blocks), ends_at, experiment.cancellation)
+        rivalling = rivals(candidates, needed, self._n_blocks)
+        self._measure(self._unknown(rivalling, demand), ends_at, experiment.cancellation)
         choose = partial(
             self._choose, needed=needed, demand=demand, tries=tries, only=options.route
         )
@@ -531,6 +538,15 @@ class ModelRunner:
                 "with across_hardware=True"
             ) from none
 
+    def _unknown(self, records: Sequence[PeerRecord], demand: Demand) -> list[PeerRecord]:
+        """The best few of the spans of which no peer's round trip is known.
+
+        Where one is, a trace needn't wait: the others are measured ahead (`refresh`).
+        """
+        few, way = best_few(records, self._seconds(demand)), self._swarm.round_trips.of
+        known = {(one.start, one.end) for one in few if way(one.peer_id) is not None}
+        return [one for one in few if (one.start, one.end) not in known]
+
     def _measure(
         self,
         records: Sequence[PeerRecord],
@@ -543,16 +559,6 @@ class ModelRunner:
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
                 self._swarm.measure(to_ask, patience_seconds, cancellation)
-
-
-def _compute_seconds(plan: Plan, route: Route) -> float:
-    """The peers' time for the forward passes, at the speeds that they announce."""
-    seconds = 0.0
-    for part in plan.parts:
-        passes = [plan.passes.passes[one.pass_index] for one in part.stages if one.forward]
-        tokens = sum(one.batch * one.seq for one in passes)
-        seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
-    return seconds
 
 
 def _stage_seconds(

@@ -20,6 +20,7 @@ from glasshive.client.job import Job
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.runner import ModelRunner
+from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.deadline import within
 from glasshive.dht.directory import ask_directory
 from glasshive.dht.errors import SwarmError, TransportClosed, TransportLost
@@ -92,6 +93,7 @@ class Swarm:
         self._closed = False
         self._rebuilding: asyncio.Task[None] | None = None
         self.round_trips = RoundTrips()  # of whatever model
+        self.warm = WarmRoutes(loop.submit)
 
     def __repr__(self) -> str:
         peers = f"{len(self._bootstraps)} bootstrap peer{'s'[: len(self._bootstraps) != 1]}"
@@ -113,6 +115,7 @@ class Swarm:
         self._loop.close()
 
     async def _close(self) -> None:
+        await self.warm.close()
         if self._rebuilding is not None:
             self._rebuilding.cancel()
             await asyncio.wait({self._rebuilding})
@@ -165,12 +168,13 @@ class Swarm:
 
         Raises SwarmError, and what `run` raises.
         """
+        ask = self.ask_round_trips(records, within_seconds)
+        self.run(ask, within_seconds + 5, cancellation)
 
-        async def ask() -> None:
-            await self._alive(within_seconds)
-            await self.round_trips.ask(self._transport, records, within_seconds)
-
-        self.run(ask(), within_seconds + 5, cancellation)
+    async def ask_round_trips(self, records: Sequence[PeerRecord], seconds: float) -> None:
+        """`measure`, on the loop of the connection."""
+        await self._alive(seconds)
+        await self.round_trips.ask(self._transport, records, seconds)
 
     def run(
         self,
@@ -233,23 +237,21 @@ class Swarm:
         )
         config = read_config(folder)
         twin = build_twin(config, to_torch_dtype(DType.from_name(mine[0].dtype)), mine[0].attention)
-        return Model(
-            name=mine[0].model_name,
-            model_id=model_id,
-            config=config,
-            generation_config=read_generation_config(folder, config),
-            tokenizer=read_tokenizer(folder),
-            twin=twin,
-            outline=outline_of(twin, config),
-            runner=ModelRunner(
-                self,
-                model_id,
-                mine[0].model_name,
-                mine[0].dtype,
-                mine[0].attention,
-                _blocks(config),
-            ),
+        runner = ModelRunner(
+            *(self, model_id, mine[0].model_name, mine[0].dtype, mine[0].attention),
+            _blocks(config),
         )
+        with self.warm.in_use(runner.refresh, at_once=True):  # its first trace finds it ready
+            return Model(
+                name=mine[0].model_name,
+                model_id=model_id,
+                config=config,
+                generation_config=read_generation_config(folder, config),
+                tokenizer=read_tokenizer(folder),
+                twin=twin,
+                outline=outline_of(twin, config),
+                runner=runner,
+            )
 
     def run_job(
         self,

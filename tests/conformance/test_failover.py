@@ -21,6 +21,7 @@ from generation_oracle import generate_hooked
 from replicas import Replicas, load
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from waits import wait_for
 
 from glasshive.client import left_out, runner, step_watch
 from glasshive.client.errors import PeerLost
@@ -383,6 +384,11 @@ def test_other_hardware_only_if_it_is_allowed(
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
     plain, hive = llama
     other = hive.add(hive.served[1], backend="abacus torch-9.9")
+
+    def is_listed() -> bool:
+        return other.peer_id in {one.peer_id for one in hive.swarm.records("tiny")}
+
+    wait_for(is_listed, "the directory, which keeps an answer for a second, lists the new host")
     steered(hive.model)
     used = [peer.peer_id for peer in hive.jobs[-1].peers]
     for host in hive.hosts:

@@ -23,6 +23,7 @@ from glasshive.client import runner
 from glasshive.client.demand import Demand, demand_of
 from glasshive.client.errors import PeerBusy, TraceError
 from glasshive.client.experiment import Experiment
+from glasshive.client.runner import ModelRunner
 from glasshive.client.swarm import Swarm
 from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.memory_transport import MemoryNetwork
@@ -207,7 +208,13 @@ def test_peers_that_compete_are_measured_and_shown(twice: Twice) -> None:
     assert all(0 < ways.of(one.peer_id) < 1.0 for one in records)
 
 
-def test_a_single_chain_is_measured_by_the_way(folder: Path) -> None:
+def test_a_single_chain_is_measured_by_the_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refresh(runner: ModelRunner) -> None:
+        """Nothing is asked ahead of a trace."""
+
+    monkeypatch.setattr(ModelRunner, "refresh", refresh)
     model = glasshive.local(folder, cuts=(3,))
     swarm = model._runner._swarm
     hops = trace(model).result.hops

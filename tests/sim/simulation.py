@@ -34,6 +34,7 @@ from glasshive.client.round_trips import RoundTrips
 from glasshive.client.runner import ModelRunner
 from glasshive.client.saved import SavedTensor
 from glasshive.client.swarm import Swarm
+from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.announcer import Announcer
 from glasshive.dht.directory import serve_directory
 from glasshive.dht.records import PeerRecord
@@ -217,7 +218,7 @@ class User:
     ) -> None:
         self.number = number
         self.transport = air.transport(identity, dht=False)
-        swarm: Any = Swarm(
+        self.swarm: Any = Swarm(
             *(UserLoop(), self.transport, identity),
             [PeerAddress(one.peer_id, one.transport.addresses) for one in bootstraps],
             tiny.folder,
@@ -231,7 +232,7 @@ class User:
             tokenizer=None,
             twin=tiny.blueprint.twin,
             outline=tiny.blueprint.outline,
-            runner=ModelRunner(swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
+            runner=ModelRunner(self.swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
         )
 
     async def run(self, operation: Operation, **options: Any) -> None:
@@ -299,7 +300,7 @@ class Simulation:
         for peer in self.peers:
             await peer.leave()
         for user in self.users:
-            await user.transport.close()
+            await by_user(user.swarm.close)
         await asyncio.sleep(SETTLE_SECONDS)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         self.history.faults += [f"left over: {one.get_coro()!r}" for one in left]
@@ -498,6 +499,8 @@ def _virtual(loop: VirtualLoop, rng: random.Random, history: History) -> Iterato
         for module, kind in ((runner, job.Job), (runner, Bans), (swarm, RoundTrips)):
             timed = partial(kind, clock=loop.time)
             patched.enter_context(patch.object(module, kind.__name__, timed))
+        warm = partial(WarmRoutes, clock=loop.time, chance=rng.random)
+        patched.enter_context(patch.object(swarm, "WarmRoutes", warm))
         yield
 
 

@@ -207,7 +207,16 @@ def _outcome_of(work: Callable[[], T]) -> Callable[[], T]:
 
 
 class UserLoop:
-    """In place of a LoopThread, whose `run` a Swarm calls on the thread of `by_user`."""
+    """In place of a LoopThread, whose `run` a Swarm calls on the thread of `by_user`.
+
+    Made on the loop that it stands for.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(
         self,

@@ -331,6 +331,27 @@ def test_interrupting_a_client_frees_every_host(
     assert equal(run(model), oracle(llama))
 
 
+def test_a_model_in_use_has_what_its_next_trace_needs(
+    model: glasshive.Model,
+    swarm: glasshive.Swarm,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known: Any = model._runner._records  # type: ignore[attr-defined]
+    way = swarm.round_trips.of
+    wait_for(
+        lambda: known.are_fresh and all(way(one.peer_id) is not None for one in known.now),
+        "the peers are known, and the ways to them",
+    )
+
+    def asks(*args: object) -> None:
+        pytest.fail("a trace asked for what was to be ready")
+
+    monkeypatch.setattr(swarm, "records", asks)
+    monkeypatch.setattr(swarm, "measure", asks)
+    assert equal(run(model), oracle(llama))
+
+
 def test_a_host_process_that_dies_is_started_again_and_takes_no_request_twice(
     model: glasshive.Model,
     hive: LocalSwarm,

@@ -14,6 +14,7 @@ from peer_records import record_of
 
 from glasshive.client import round_trips
 from glasshive.client.round_trips import (
+    AHEAD_SECONDS,
     KNOWN_SECONDS,
     MISSED_SECONDS,
     MOST_ASKED,
@@ -134,6 +135,39 @@ async def test_the_second_answer_is_timed_and_silence_is_a_long_way(
     assert ways.of(near.peer_id) == 0.25
     assert [ways.of(one.peer_id) for one in others] == [None, None, None]
     assert set(ways.to_ask([near, *others])) == set(others)
+
+
+@pytest.mark.asyncio
+async def test_who_asks_ahead_never_has_it_forgotten() -> None:
+    """A longer way than the one that is soon forgotten was not kept; and one that a trace had seen
+    was forgotten before it was asked for again."""
+    clock = Clock()
+    ways = RoundTrips(clock)
+    takes_seconds = 0.25
+
+    async def answers(stream: Stream) -> None:
+        for _ in range(2):
+            await stream.receive(10)
+            clock.now += takes_seconds
+            await stream.send(encode(File(0)), b"", 10)
+
+    network = MemoryNetwork()
+    identity = Identity.generate()
+    host, client = network.transport(identity), network.transport(Identity.generate(), dht=False)
+    await host.serve(FILES_PROTOCOL, answers)
+    peer = record(identity)
+    asked = 0
+    for second in range(5, 2000, 5):
+        clock.now = float(second)
+        if second == 210:
+            ways.saw(peer.peer_id, 0.25)  # is known for longer than it was asked for
+        takes_seconds = 0.25 if second < 250 else 0.75
+        if due := ways.to_ask([peer], AHEAD_SECONDS):
+            await ways.ask(client, due, 1e6)
+            asked += 1
+        assert ways.of(peer.peer_id) == (0.25 if clock.now < 490 else 0.75)
+        assert ways.to_ask([peer]) == []
+    assert asked == pytest.approx(2000 / KNOWN_SECONDS, abs=2)
 
 
 @pytest.mark.asyncio

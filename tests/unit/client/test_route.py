@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from glasshive.client.coverage import Kind, Wanted
+from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute
-from glasshive.client.route import choose_route
+from glasshive.client.route import FEW, MOST_KEPT, best_few, choose_route
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
@@ -163,3 +164,22 @@ def test_spans_that_overlap_do_not_fit() -> None:
         spans([record(0, 12), record(10, 30)])
     with pytest.raises(NoRoute, match="serve tiny --blocks 0:10 "):
         spans([record(0, 12), record(10, 30)])
+
+
+def test_the_best_few_of_each_span_the_best_of_all_first() -> None:
+    slow, fast, faster, fastest = (
+        record(0, 10, throughput_tokens_per_second=pace) for pace in (1.0, 2.0, 3.0, 4.0)
+    )
+    far, near = record(10, 30), record(10, 30)
+    other = replace(near, backend="cuda")  # gives other bits, so it stands in for nobody else
+    far_away = {far.peer_id: 1.0}
+
+    def seconds(one: PeerRecord, blocks: int) -> float:
+        return Demand().seconds(one, blocks, far_away.get(one.peer_id, 0.0))
+
+    assert FEW == 3
+    found = best_few([slow, far, fast, other, faster, near, fastest], seconds)
+    assert found == [fastest, near, other, faster, far, fast]
+    many = [record(block, block + 1) for block in range(BLOCKS) for _ in range(2)]
+    assert best_few(many) == [*many[::2], *many[1::2]][:MOST_KEPT]
+    assert len(many) > MOST_KEPT

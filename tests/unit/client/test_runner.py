@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from glasshive.client import known_records, left_out, runner
+from glasshive.client import known_records, left_out, route, runner
 from glasshive.client import swarm as client_swarm
 from glasshive.client.bans import Bans
 from glasshive.client.cancellation import Cancellation
@@ -32,6 +32,7 @@ from glasshive.client.experiment import TraceOptions
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
+from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.errors import DeadlineExceeded, DirectoryUnavailable, ShutOut, UnknownModel
 from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
@@ -71,6 +72,7 @@ class Swarm:
         self.transport: MemoryTransport = MemoryNetwork().transport(Identity.generate())
         self.given_seconds: list[float] = []
         self.round_trips = RoundTrips()
+        self.warm = WarmRoutes(lambda coroutine: coroutine.close())  # type: ignore[arg-type, func-returns-value]
         self.measured: list[list[PeerRecord]] = []
         self.known = [self._record() for _ in range(3)]
 
@@ -278,6 +280,20 @@ def test_only_peers_that_compete_are_measured(monkeypatch: pytest.MonkeyPatch) -
     swarm.known.append(swarm._record(2, BLOCKS))
     outcome_of(runner_of(swarm), monkeypatch, None)
     assert swarm.measured == [swarm.known[1:]]
+
+
+def test_a_trace_waits_for_no_measuring_where_one_of_those_that_compete_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swarm = Swarm()
+    near, *_ = swarm.known
+    swarm.round_trips.saw(near.peer_id, 0.01)
+    assert outcome_of(runner_of(swarm), monkeypatch, None) == near.peer_id
+    assert swarm.measured == []
+    other = replace(swarm._record(0, 2), peer_id=near.peer_id)
+    swarm.known = [other, *(swarm._record(2, BLOCKS) for _ in range(route.FEW + 1))]
+    outcome_of(runner_of(swarm), monkeypatch, None)
+    assert swarm.measured == [swarm.known[1:-1]]
 
 
 def test_the_nearer_of_two_peers_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
