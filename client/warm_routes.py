@@ -40,6 +40,8 @@ Refresh: TypeAlias = Callable[[], Awaitable[None]]
 """Ask again what a model's next trace needs, within a few seconds. On the loop."""
 Submit: TypeAlias = Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
 
+_chance: Final = random.SystemRandom().random  # the module's own is the user's to seed
+
 
 @dataclass(eq=False)
 class _Use:
@@ -64,7 +66,7 @@ class WarmRoutes:
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = _chance,
     ) -> None:
         self._submit = submit
         self._clock = clock

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph, GraphError, NotASite, ShapeMismatch
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Read, Ref, Save, Site, Skip, Write
 from glasshive.graph.order import InvokeShape, Passes, assign_passes
-from glasshive.graph.plan import Span
+from glasshive.graph.plan import Span, Stage
+from glasshive.peer.executor import Executor
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def give_out(runner: CuttingRunner) -> Callable[[nn.Module], nn.Module]:
 
     def put(module: nn.Module) -> nn.Module:
         span: Any = runner._span(Span(0, 6))
-        span.module.model.norm = module
+        span.module.model.norm = span._modules["model.norm"] = module
         return module
 
     return put
@@ -194,11 +195,11 @@ def test_no_hook_stays_behind_a_stage_that_could_not_begin(
 
     before = hooks()
 
-    def fail(index: int) -> str:
+    def fail(executor: Executor, stage: Stage) -> NoReturn:
         assert hooks() > before  # those of the sites are on
-        raise LookupError("no such block")
+        raise LookupError("no such module")
 
-    monkeypatch.setattr(span, "block_path", fail)
+    monkeypatch.setattr(Executor, "_skip_modules", fail)
     with pytest.raises(LookupError):
         runner.run_over(made, ())
     assert hooks() == before

@@ -24,7 +24,7 @@ from weather import Weather
 from glasshive.client.hop import HopReport
 from glasshive.client.job import Job
 from glasshive.dht.framing import Stream
-from glasshive.peer.hosted_trace import HostedTrace
+from glasshive.peer.awaited_values import AwaitedValues
 from glasshive.peer.outgoing_edge import OutgoingEdge
 
 N_SEEDS = count(100, 5_000)
@@ -97,7 +97,7 @@ def test_one_break_is_mended_once_however_long_the_way(
     waits no longer for a stream that was to be opened anew.
     """
     monkeypatch.setattr(simulation, "Weather", partial(Weather, latency_seconds=latency_seconds))
-    send, next_value, revise = OutgoingEdge._send, HostedTrace._next_value, Job._revise
+    send, receive, revise = OutgoingEdge._send, AwaitedValues.receive, Job._revise
     counts, revised = {"sender": 0, "receiver": 0}, []
 
     def breaks(stream: Stream, end: str) -> None:
@@ -110,17 +110,17 @@ def test_one_break_is_mended_once_however_long_the_way(
             breaks(stream, "sender")
         await send(edge, stream, *value)
 
-    async def taking(trace: HostedTrace, sender: int, stream: Stream) -> Any:
+    async def taking(awaited: AwaitedValues, sender: int, stream: Stream, *rest: Any) -> Any:
         if sender == part:
             breaks(stream, "receiver")
-        return await next_value(trace, sender, stream)
+        return await receive(awaited, sender, stream, *rest)
 
     async def telling(job: Job, hop: HopReport, about: int, **options: Any) -> None:
         revised.append((hop.part.index, about))
         await revise(job, hop, about, **options)
 
     monkeypatch.setattr(OutgoingEdge, "_send", sending)
-    monkeypatch.setattr(HostedTrace, "_next_value", taking)
+    monkeypatch.setattr(AwaitedValues, "receive", taking)
     monkeypatch.setattr(Job, "_revise", telling)
     two = replace(CALM, layouts=(((0, 3), (3, 6)),), last="generate")
     history = simulate(0, tiny, oracle, two)

@@ -27,7 +27,7 @@ def records_of(*, is_silent: bool) -> tuple[KnownRecords, Any]:
 
     swarm: Any = SimpleNamespace(
         transport=SimpleNamespace(now=lambda: 0.0),
-        records=lambda *args: answer(),
+        look_up=lambda *args: answer(),
         ask_records=ask_records,
     )
     records: Any = KnownRecords(swarm, "ab", "float32", "sdpa")

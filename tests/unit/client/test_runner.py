@@ -554,6 +554,7 @@ class RealCalls(Swarm):
     run = client_swarm.Swarm.run
     look_up = client_swarm.Swarm.look_up
     measure = client_swarm.Swarm.measure
+    ask_round_trips = client_swarm.Swarm.ask_round_trips
     _check_open = client_swarm.Swarm._check_open
     _closed = False
 

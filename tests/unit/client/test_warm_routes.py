@@ -17,6 +17,7 @@ from virtual_time import UserLoop, VirtualLoop, by_user
 
 from glasshive.client import known_records, runner
 from glasshive.client import swarm as client_swarm
+from glasshive.client.cancellation import Cancellation
 from glasshive.client.demand import Demand
 from glasshive.client.experiment import TraceOptions
 from glasshive.client.round_trips import (
@@ -51,6 +52,9 @@ class Experiment:
     """As much of one as choosing a route needs: it takes every block."""
 
     graph = outline = None
+
+    def __init__(self) -> None:
+        self.cancellation = Cancellation()
 
 
 class Home:
