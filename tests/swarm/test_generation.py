@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from soak import count
+from soak import SEED, count
 from transformers import LlamaForCausalLM
 from waits import wait_for
 
@@ -132,7 +132,8 @@ def test_a_generation_equals_one_machine(
     assert [hop.blocks for hop in tracer.result.hops] == ["0:2", "2:4", "4:6"]
 
 
-# In soak 50: what happens, to whom and when follows from the seed alone.
+# In soak 50: what happens, to whom and when follows from the seed alone. The first are the
+# disasters in turn, the others are drawn.
 SCHEDULES = count(5, 50)
 DISASTERS: list[tuple[str, tuple[int, ...]]] = [
     ("kill", (0,)),
@@ -145,6 +146,8 @@ DISASTERS: list[tuple[str, tuple[int, ...]]] = [
     ("freeze", (2,)),
     ("daemon", (1,)),
     ("process", (0, 2)),
+    ("freeze", (1, 2)),
+    ("kill", (0, 1, 2)),
 ]
 DO: dict[str, Callable[[LocalPeer], None]] = {
     "kill": LocalPeer.kill,
@@ -154,7 +157,7 @@ DO: dict[str, Callable[[LocalPeer], None]] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(SCHEDULES))
+@pytest.mark.parametrize("seed", range(SEED, SEED + SCHEDULES))
 def test_lost_peers_cost_nothing_but_time(
     seed: int,
     hive: LocalSwarm,
@@ -166,7 +169,8 @@ def test_lost_peers_cost_nothing_but_time(
     Seen failing: with saves that a stand-in sends again, with an edge that a stand-in sends from
     its beginning, and with nothing kept of what was sent.
     """
-    what, parts = DISASTERS[seed % len(DISASTERS)]
+    chance = random.Random(seed)
+    what, parts = DISASTERS[seed] if seed < len(DISASTERS) else chance.choice(DISASTERS)
     undisturbed = steered(model, work=800)[0].result
     used = [hop.peer for hop in undisturbed.hops]
     hosts = [next(one for one in hive.hosts if one.peer_id == used[part]) for part in parts]
@@ -175,14 +179,14 @@ def test_lost_peers_cost_nothing_but_time(
         for host in hosts:
             DO[what](host)
 
-    disaster = Disaster(random.Random(seed).randrange(2, NEW // 2), happens)
+    disaster = Disaster(chance.randrange(1, NEW * 5 // 8), happens)
     try:
-        tracer, saved = steered(model, work=800, streamer=disaster)
+        tracer, saved = steered(model, work=800, streamer=disaster, deadline=120)
     finally:
         if what == "freeze":
             for host in hosts:
                 host.thaw()
-    assert 2 < disaster.came_at_tokens < NEW, "in the middle"
+    assert 1 < disaster.came_at_tokens < NEW, "in the middle"
     result = tracer.result
     assert {one.lost for one in result.replaced} == {used[part] for part in parts}
     assert result.retried == 0
