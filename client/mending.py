@@ -1,8 +1,9 @@
 """Edges between two peers of a job that break, though the client hears both: they are begun anew.
 
 When that doesn't last, what goes between the two is relayed, and when that doesn't either, one of
-them is taken for lost. What lasts until both have got further has been good: the next break of that
-edge is a first one again, however long the generation is.
+them is taken for lost. What lasts until both have got further has been good, and the next break of
+that edge is a first one again; but one that breaks again and again is relayed at some time, as a
+peer is told of no more than so many changes.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ MENDS_BEFORE_RELAYING: Final = 1
 dial into nowhere takes 12 s (peer/outgoing_edge.py)."""
 MOST_MENDS: Final = 3
 """So often it is while that is relayed, before one of the two is taken for lost."""
+MOST_BREAKS: Final = 8
+"""So often an edge is opened anew in all, whatever was gained between, before it is relayed."""
 MOVED_SECONDS: Final = 2 * ALIVE_SECONDS
 """A stage that is said to be done so long after a break was done after it."""
 
 
 @dataclass(slots=True)
 class _Breaks:
-    """Of one edge: how many since both of its ends got further, and when the last one was."""
+    """Of one edge: how many in all, and since both ends got further; when the last one was."""
 
+    in_all: int = 0
     count: int = 0
     last_at: float = -math.inf
 
@@ -91,6 +95,7 @@ class Mending:
         """Another peer has that part now."""
         for edge in [one for one in self._breaks if part in one]:
             del self._breaks[edge]
+        self._accused = {one for one in self._accused if one[0] != part}
 
     def carry(self, one: HopReport, other: HopReport) -> None:
         """Pass on what goes between two parts, if their peers can't reach each other."""
@@ -116,9 +121,13 @@ class Mending:
         breaks = self._breaks[frozenset((hop.part.index, other.part.index))]
         if min(hop.advanced_at, other.advanced_at) > breaks.last_at + MOVED_SECONDS:
             breaks.count = 0
+        breaks.in_all += 1
         breaks.count += 1
         breaks.last_at = self._clock()
-        is_enough = breaks.count > self._so_often(hop, other)
+        is_relayed = self._relays.are_relayed(hop, other)
+        is_enough = breaks.count > self._so_often(hop, other) or (
+            breaks.in_all > MOST_BREAKS and not is_relayed
+        )
         if is_enough and other.state != "done" and self._relays.add(hop, other):
             breaks.count = 0
         elif is_enough or other.state == "done":
@@ -129,8 +138,10 @@ class Mending:
                 to_blame, good = hop, other
             self._accused.add(accused)
             why = f"it and {good} lost each other {breaks.count} times"
-            self._streams[to_blame.part.index].give_up(why)
+            # What a peer that is done has got may be known to it alone.
+            self._streams[to_blame.part.index].give_up(why, may_return=other.state == "done")
             return
         await self._revise(hop, other.part.index)
-        await self._revise(other, hop.part.index)
+        if not self._streams[hop.part.index].given_up:
+            await self._revise(other, hop.part.index)
         self.carry(hop, other)
