@@ -65,6 +65,7 @@ from glasshive.dht.messages import (
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.tensor_frames import receive_tensor, send_tensor
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.graph.errors import BadTensor
 from glasshive.graph.kernels import spec_of as spec_of_tensor
 from glasshive.graph.kernels import tensor_from_bytes, tensor_to_bytes
 from glasshive.graph.plan import Plan
@@ -363,7 +364,10 @@ class Job:
                 )
             came.begin(message.name, message.dtype, message.shape)
             data = await receive_tensor(stream, frame, spec, self.silence_seconds, came.update)
-            tensor = tensor_from_bytes(spec, data)
+            try:
+                tensor = tensor_from_bytes(spec, data)
+            except BadTensor as error:
+                raise MalformedMessage(f"sent {message.name!r}: {error}") from error
             if objection := self.objection(message.name, tensor):
                 raise MalformedMessage(objection)
             self.saves[message.name] = tensor

@@ -17,6 +17,7 @@ from glasshive.dht.framing import Stream
 from glasshive.dht.messages import Dropped, Value, decode, spec_of
 from glasshive.dht.tensor_frames import receive_tensor
 from glasshive.graph.dtypes import DType
+from glasshive.graph.errors import BadTensor
 from glasshive.graph.graph import NodeId
 from glasshive.graph.order import Passes
 from glasshive.graph.outline import Outline
@@ -145,7 +146,10 @@ class AwaitedValues:
                 f"value {message.value} from part {sender} is {spec}; {wanted} is on the plan"
             )
         data = await receive_tensor(stream, frame, spec, deadline_seconds, on_slice)
-        tensor = tensor_in_order(spec, message.order, data)
+        try:
+            tensor = tensor_in_order(spec, message.order, data)
+        except BadTensor as error:
+            raise MalformedMessage(f"value {value} from part {sender}: {error}") from error
         if value == TOKENS and not self._outline.are_tokens(tensor.tolist()):
             # On an accelerator an embedding of such a one would end the process.
             raise MalformedMessage(f"tokens of pass {message.pass_index} outside the vocabulary")

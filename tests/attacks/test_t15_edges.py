@@ -63,10 +63,12 @@ from glasshive.dht.messages import (
 from glasshive.dht.records import ModelId
 from glasshive.dht.tensor_frames import send_tensor
 from glasshive.dht.transport import PeerAddress
+from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.graph import Graph, Node, NodeId, Op, Ref, Save, Site
 from glasshive.graph.plan import BEFORE_PASSES, HIDDEN, Part, Span, Stage, check_part
 from glasshive.graph.plan_codec import encode_part
+from glasshive.graph.tensors import TensorSpec
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.envelope import seal
 from glasshive.security.keys import Identity
@@ -208,6 +210,21 @@ async def test_a_value_is_what_the_plan_says(swarm: OneHost, value: Value, text:
     failed = decode((await news(client)).header, Failed)
     assert failed == Failed(
         "BadNeighbour", -1, f"peer {OTHER.peer_id} (part 0) broke the protocol: {text}"
+    )
+
+
+@pytest.mark.asyncio
+async def test_bytes_that_are_no_value_break_the_protocol(swarm: OneHost) -> None:
+    """Seen to be nobody's fault: the host waited on, and its log had a traceback."""
+    flags = TensorSpec(DType.BOOL, (4,))
+    client = await swarm.running(dataclasses.replace(both(0), specs={FIRST: flags, LAST: CARRIED}))
+    await push(await swarm.edge(), Value(FIRST, 0, "bool", [4], [0]), bytes([0, 1, 2, 1]))
+    failed = decode((await news(client)).header, Failed)
+    assert failed == Failed(
+        "BadNeighbour",
+        -1,
+        f"peer {OTHER.peer_id} (part 0) broke the protocol: value 0 from part 0: bool[4] holds "
+        "bytes other than 0 and 1",
     )
 
 

@@ -322,6 +322,22 @@ async def test_no_peer_answers_for_another(last: bool) -> None:
 
 
 @pytest.mark.asyncio
+async def test_bytes_that_are_no_tensor_are_a_bad_answer() -> None:
+    async def garbles(stream: Stream) -> None:
+        await prepared(stream)
+        await stream.send(encode(Saved("s", "bool", [2])), bytes([1, 2]))
+        await asyncio.Event().wait()
+
+    with pytest.raises(BadAnswer, match=r"blocks 0:2\): sent 's': bool\[2\] holds bytes other"):
+        await ran(
+            garbles,
+            silence_seconds=5,
+            deadline_seconds=30,
+            expected={"s": TensorSpec(DType.BOOL, (2,))},
+        )
+
+
+@pytest.mark.asyncio
 async def test_a_deadline_that_passes_right_after_a_loss_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
