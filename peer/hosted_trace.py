@@ -174,6 +174,9 @@ class HostedTrace:
         self._executor.forget()
         self._saves = asyncio.Queue()
         self.inputs.clear()
+        self.consts = {}
+        for edge in self._outgoing.values():
+            edge.forget()  # again: a stage may have run on to its end
 
     async def run(self) -> TraceResult:
         """Run every stage and send everything; returns what the client is told, to be signed.

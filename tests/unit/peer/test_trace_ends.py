@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -279,6 +280,39 @@ async def test_a_constant_that_is_held_is_as_the_part_says(swarm: OneHost) -> No
     failed = decode((await news(await swarm.asked(taking((1,))))).header, Failed)
     assert failed.code == "BadGraph"
     assert failed.text == "a constant of int8[1] with the hash of one of int8[64]"
+
+
+@pytest.mark.asyncio
+async def test_constants_go_with_their_trace(swarm: OneHost) -> None:
+    """And not when Python's collector comes by: the device has counted them as free by then.
+
+    Seen failing without the constants in `HostedTrace.forget`.
+    """
+    value = torch.arange(64, dtype=torch.int8)
+    name = digest(TensorSpec(DType.INT8, (64,)), tensor_to_bytes(value))
+    value_id = NodeId(0)
+    graph = Graph(
+        {NodeId(1): Const(name, DType.INT8, (64,)), NodeId(2): Save(Ref(value_id), "s"),
+         NodeId(3): Save(Ref(NodeId(1)), "c")},
+        frozenset([value_id]),
+    )  # fmt: skip
+    stage = Stage(BEFORE_PASSES, (NodeId(1), NodeId(2), NodeId(3)), imports=((value_id, 0),))
+    part = dataclasses.replace(waiting(), graph=graph, stages=(stage,))
+    swarm.host._consts.put = lambda *args: None  # type: ignore[method-assign]
+    stream = await swarm.asked(part)
+    assert decode((await news(stream)).header, Need).digests == [name]
+    await stream.send(encode(Constant("int8", [64])), tensor_to_bytes(value))
+    decode((await news(stream)).header, Accepted)
+    (trace,) = swarm.host._traces.values()
+    held = weakref.ref(trace.consts[name])
+    del trace
+    gc.disable()
+    try:
+        stream.reset()
+        await until(lambda: swarm.host.load == 0.0 and not swarm.host._traces)
+        await until(lambda: held() is None)
+    finally:
+        gc.enable()
 
 
 def sending(served: ServedModel) -> Part:
