@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, final
 
 from glasshive.client.cancellation import Cancellation
 from glasshive.client.errors import NoRoute
-from glasshive.dht.errors import ShutOut, SwarmError, UnknownModel
+from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import PeerId
 
@@ -83,7 +83,7 @@ class KnownRecords:
         Those whose records are still valid do where the directory can't be asked, unless `fresh`.
         Raises TraceCancelled, also while another thread asks.
         """
-        with self._turn(cancellation):
+        with self._turn(ends_at, cancellation):
             if not fresh and self.are_fresh:
                 return list(self.now)
             would_do = bool(self.now) and all(map(self.is_valid, self.now)) and not fresh
@@ -109,11 +109,13 @@ class KnownRecords:
             return list(self.now)
 
     @contextmanager
-    def _turn(self, cancellation: Cancellation | None) -> Iterator[None]:
-        """Inside it no other thread asks."""
+    def _turn(self, ends_at: float, cancellation: Cancellation | None) -> Iterator[None]:
+        """Inside it no other thread asks. Raises DeadlineExceeded if that takes too long."""
         while not self._lock.acquire(timeout=LOOK_SECONDS):
             if cancellation is not None:
                 cancellation.check()
+            if time.monotonic() > ends_at:
+                raise DeadlineExceeded("another trace was still asking who serves the model")
         try:
             yield
         finally:

@@ -46,7 +46,7 @@ class Slots:
         *,
         members_only: bool,
     ) -> AsyncIterator[None]:
-        """Inside it the trace has a slot. Raises Busy, or BadGraph for an id that is in use.
+        """Inside it the trace has a slot. Raises Busy, or BadGraph for an id that the client uses.
 
         A client that asks under a higher revision has lost the trace here: what is left of it ends
         first.
@@ -81,8 +81,11 @@ class Slots:
     ) -> None:
         """Raise why a trace gets no slot now."""
         clients = [slot.client for slot in self._taken.values()]
-        if trace_id in self._taken:
-            raise BadGraph("a trace of this id is running here")
+        if (same := self._taken.get(trace_id)) is not None:
+            if same.client.peer_id == client.peer_id:
+                raise BadGraph("a trace of this id is running here")
+            # Whoever is asked to stand in is not to blame for what others of the plan do here.
+            raise Busy("another client has a trace of this id here; try another peer")
         if len(clients) >= limits.traces:
             raise Busy(f"{limits.traces} traces are running here; try again soon")
         if sum(one.peer_id == client.peer_id for one in clients) >= limits.traces_per_client:

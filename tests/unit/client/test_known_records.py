@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -49,3 +50,26 @@ async def test_it_was_tried_whether_or_not_it_was_answered(is_silent: bool, wait
         records.get(fresh=False)
     assert began <= records.tried_at <= time.monotonic()
     assert records.now == ([known] if is_silent else [])
+
+
+def test_no_trace_waits_past_its_deadline_for_another_s_look_up() -> None:
+    """Seen failing with a turn that knows no deadline: it ended when the other one did."""
+    records, _ = records_of(is_silent=False)
+    asked, answered = threading.Event(), threading.Event()
+
+    def look_up(*args: object) -> list[Any]:
+        asked.set()
+        assert answered.wait(60)
+        return []
+
+    records._swarm.look_up = look_up
+    other = threading.Thread(target=records.get, kwargs={"fresh": True})
+    other.start()
+    try:
+        assert asked.wait(60)
+        with pytest.raises(DeadlineExceeded, match="another trace was still asking"):
+            records.get(fresh=True, ends_at=time.monotonic() + 0.01)
+        assert not answered.is_set()
+    finally:
+        answered.set()
+        other.join()
