@@ -6,7 +6,7 @@ a promise: it is there to choose among routes.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,7 @@ from glasshive.graph.order import event_of
 if TYPE_CHECKING:
     from glasshive.client.experiment import Experiment
 
-__all__ = ["Carried", "Demand", "demand_of"]
+__all__ = ["Alike", "Carried", "Demand", "demand_of", "forward_seconds"]
 
 HOP_SECONDS: Final = 0.002
 """What a peer takes for a step besides computing: frames, and two wake-ups."""
@@ -27,6 +27,23 @@ UNKNOWN_SECONDS: Final = 0.1
 """Assumed of the round trip to a peer that was not measured."""
 BUSY_FACTOR: Final = 8
 """A host with all its places taken is assumed to compute for so many others before."""
+
+
+def forward_seconds(record: PeerRecord, tokens: int) -> float:
+    """About how long a peer takes for a pass of so many tokens through its whole span.
+
+    Its pace is that of long passes. One of a token or few takes longer than that pace says, as all
+    weights have to be read for it: no less than the peer says of a pass of one token.
+    """
+    return max(tokens / max(record.throughput_tokens_per_second, 1e-3), record.pass_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Forward passes of so many tokens each, and how many such there are."""
+
+    tokens: int
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,7 @@ class Demand:
     `hidden_bytes` go over each cut, in all passes together.
     """
 
-    tokens: int = 1
+    passes: tuple[Alike, ...] = (Alike(1),)
     rounds: int = 1
     hidden_bytes: int = 0
     carried: tuple[Carried, ...] = ()
@@ -58,16 +75,17 @@ class Demand:
     ) -> float:
         """About how much longer a route takes for this peer, of which `blocks` run forward.
 
-        Computing at the announced pace, behind those who are there already; what it is sent; and
+        Computing, as announced, each pass behind those who are there already; what it is sent; and
         the ways. The way from one peer to the next is known to nobody here. It is taken for half of
         the client's round trip to the one and half of that to the other: as if all went through the
         client, which is no less than a direct way should be. So each peer of a route adds its own
         round trip, in every round. A peer that runs no blocks answers once.
         """
         way_seconds = UNKNOWN_SECONDS if round_trip_seconds is None else round_trip_seconds
-        pace = max(record.throughput_tokens_per_second, 1e-3)
         share = blocks / (record.end - record.start)
-        compute_seconds = self.tokens * share / pace
+        compute_seconds = share * sum(
+            one.count * forward_seconds(record, one.tokens) for one in self.passes
+        )
         sent_bytes = self._carried_bytes(record.start, record.end)
         if record.start and blocks:
             sent_bytes += self.hidden_bytes
@@ -95,8 +113,9 @@ def demand_of(experiment: Experiment) -> Demand:
     passes = experiment.passes.passes
     outline = experiment.outline
     steps = sum(one.step >= 0 for one in passes)
+    sizes = Counter(one.batch * one.seq for one in passes)
     return Demand(
-        tokens=sum(one.batch * one.seq for one in passes),
+        passes=tuple(Alike(tokens, count) for tokens, count in sorted(sizes.items())),
         rounds=steps if experiment.passes.are_generation else 1,
         hidden_bytes=sum(outline.hidden_spec(one.batch, one.seq).nbytes for one in passes),
         carried=_carried(experiment),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from glasshive.client.demand import forward_seconds
 from glasshive.client.experiment import Experiment
 from glasshive.client.route import Route
 from glasshive.graph.plan import HIDDEN, TOKENS, Plan
@@ -47,6 +48,6 @@ def _compute_seconds(plan: Plan, route: Route) -> float:
     seconds = 0.0
     for part in plan.parts:
         passes = [plan.passes.passes[one.pass_index] for one in part.stages if one.forward]
-        tokens = sum(one.batch * one.seq for one in passes)
-        seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
+        record = route.records[part.index]
+        seconds += sum(forward_seconds(record, one.batch * one.seq) for one in passes)
     return seconds

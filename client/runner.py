@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
 from glasshive.client.cancellation import Cancellation
 from glasshive.client.coverage import Kind, Wanted
-from glasshive.client.demand import Demand, demand_of
+from glasshive.client.demand import Demand, demand_of, forward_seconds
 from glasshive.client.errors import (
     NoRoute,
     PeerBusy,
@@ -227,7 +227,8 @@ class ModelRunner:
         way = "not measured" if way_seconds is None else f"{1000 * way_seconds:.1f} ms"
         return (
             f"  blocks {one.start}:{one.end}  {one.peer_id}  {one.backend}  round trip {way}  "
-            f"{one.throughput_tokens_per_second:.0f} tokens/s  load {one.load:.0%}"
+            f"{one.throughput_tokens_per_second:.0f} tokens/s  "
+            f"{1000 * one.pass_seconds:.1f} ms a pass  load {one.load:.0%}"
         )
 
     def _advise(self, error: PeerError, why: str) -> None:
@@ -565,12 +566,11 @@ def _stage_seconds(
     hosts: Sequence[PeerRecord], passes: Passes, flops: int, part: int, stage: Stage
 ) -> float:
     """About how long a stage takes at most, at the announced speed: all nodes may be in it."""
-    tokens = 0
+    seconds = flops / _FLOPS_PER_SECOND
     if stage.forward:
         one = passes.passes[stage.pass_index]
-        tokens = one.batch * one.seq
-    pace = max(hosts[part].throughput_tokens_per_second, 1e-3)
-    return tokens / pace + flops / _FLOPS_PER_SECOND
+        seconds += forward_seconds(hosts[part], one.batch * one.seq)
+    return seconds
 
 
 def _routes(count: int) -> str:

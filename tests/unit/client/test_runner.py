@@ -311,8 +311,8 @@ def test_a_model_says_which_route_a_trace_would_take() -> None:
     model = runner_of(swarm)
     assert model.describe().splitlines()[4:] == [
         "route of a trace now",
-        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  load 0%",
-        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  load 25%",
+        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  0.0 ms a pass  load 0%",
+        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  0.0 ms a pass  load 25%",
     ]
     swarm.known.pop()
     assert runner_of(swarm).describe().endswith("\nno route over all blocks now")
