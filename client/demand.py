@@ -7,7 +7,7 @@ a promise: it is there to choose among routes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from glasshive.dht.records import PeerRecord
@@ -27,6 +27,8 @@ UNKNOWN_SECONDS: Final = 0.1
 """Assumed of the round trip to a peer that was not measured."""
 BUSY_FACTOR: Final = 8
 """A host with all its places taken is assumed to compute for so many others before."""
+OWN_LOAD: Final = 1 / 16
+"""What a trace of this client adds to the load of its peer: one place of as many as hosts have."""
 
 
 def forward_seconds(record: PeerRecord, tokens: int) -> float:
@@ -62,16 +64,24 @@ class Demand:
     `rounds` is how often all peers of a route have to wait for each other in turn: once in a trace,
     whose passes follow each other closely, and for every step of a generation, which begins with
     the token of the one before; chunks of a prompt before the last follow each other closely, too.
-    `hidden_bytes` go over each cut, in all passes together.
+    `hidden_bytes` go over each cut, in all passes together. What spans are sent of `carried` is
+    worked out once for each of them.
     """
 
     passes: tuple[Alike, ...] = (Alike(1),)
     rounds: int = 1
     hidden_bytes: int = 0
     carried: tuple[Carried, ...] = ()
+    _came: dict[tuple[int, int], int] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def seconds(
-        self, record: PeerRecord, blocks: int, round_trip_seconds: float | None = None
+        self,
+        record: PeerRecord,
+        blocks: int,
+        round_trip_seconds: float | None = None,
+        running: int = 0,
     ) -> float:
         """About how much longer a route takes for this peer, of which `blocks` run forward.
 
@@ -79,7 +89,8 @@ class Demand:
         the ways. The way from one peer to the next is known to nobody here. It is taken for half of
         the client's round trip to the one and half of that to the other: as if all went through the
         client, which is no less than a direct way should be. So each peer of a route adds its own
-        round trip, in every round. A peer that runs no blocks answers once.
+        round trip, in every round. A peer that runs no blocks answers once. `running` traces of
+        this client are on that peer already, of which what it announced may not say yet.
         """
         way_seconds = UNKNOWN_SECONDS if round_trip_seconds is None else round_trip_seconds
         share = blocks / (record.end - record.start)
@@ -90,18 +101,21 @@ class Demand:
         if record.start and blocks:
             sent_bytes += self.hidden_bytes
         return (
-            compute_seconds * (1 + BUSY_FACTOR * record.load)
+            compute_seconds * (1 + BUSY_FACTOR * (record.load + OWN_LOAD * running))
             + (self.rounds if blocks else 1) * (way_seconds + HOP_SECONDS)
             + sent_bytes / BYTES_PER_SECOND
         )
 
     def _carried_bytes(self, start: int, end: int) -> int:
         """What blocks `[start, end)` use of values that were made elsewhere; each comes once."""
-        return sum(
-            one.n_bytes
-            for one in self.carried
-            if not start <= one.made_at < end and any(start <= at < end for at in one.used_at)
-        )
+        found = self._came.get((start, end))
+        if found is None:
+            found = self._came[start, end] = sum(
+                one.n_bytes
+                for one in self.carried
+                if not start <= one.made_at < end and any(start <= at < end for at in one.used_at)
+            )
+        return found
 
 
 def demand_of(experiment: Experiment) -> Demand:

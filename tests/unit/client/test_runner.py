@@ -29,6 +29,7 @@ from glasshive.client.errors import (
     TraceTimeout,
 )
 from glasshive.client.experiment import TraceOptions
+from glasshive.client.in_flight import InFlight
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
@@ -72,6 +73,7 @@ class Swarm:
         self.transport: MemoryTransport = MemoryNetwork().transport(Identity.generate())
         self.given_seconds: list[float] = []
         self.round_trips = RoundTrips()
+        self.in_flight = InFlight()
         self.warm = WarmRoutes(lambda coroutine: coroutine.close())  # type: ignore[arg-type, func-returns-value]
         self.measured: list[list[PeerRecord]] = []
         self.known = [self._record() for _ in range(3)]
@@ -116,7 +118,11 @@ class Swarm:
 
 
 def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
-    return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans)  # type: ignore[arg-type]
+    return ModelRunner(
+        swarm,  # type: ignore[arg-type]
+        *("ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans),
+        chance=lambda: 0.0,
+    )
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
@@ -305,14 +311,19 @@ def test_the_nearer_of_two_peers_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_model_says_which_route_a_trace_would_take() -> None:
     swarm = Swarm()
-    first, last = swarm._record(0, 2), replace(swarm._record(2, BLOCKS), load=0.25)
+    first, last = (
+        swarm._record(0, 2),
+        replace(swarm._record(2, BLOCKS), load=0.25, pass_seconds=2.5),
+    )
     swarm.known = [last, replace(last, peer_id=Identity.generate().peer_id, load=1.0), first]
     swarm.round_trips.saw(first.peer_id, 0.0123)
     model = runner_of(swarm)
     assert model.describe().splitlines()[4:] == [
-        "route of a trace now",
-        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  0.0 ms a pass  load 0%",
-        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  0.0 ms a pass  load 25%",
+        "route of a trace now, about 8616.3 ms for a pass of one token",
+        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  "
+        "0.0 ms a pass  load 0%",
+        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  "
+        "2500.0 ms a pass  load 25%",
     ]
     swarm.known.pop()
     assert runner_of(swarm).describe().endswith("\nno route over all blocks now")
