@@ -110,10 +110,11 @@ class Demand:
         """What blocks `[start, end)` use of values that were made elsewhere; each comes once."""
         found = self._came.get((start, end))
         if found is None:
+            here = frozenset(range(start, end))
             found = self._came[start, end] = sum(
                 one.n_bytes
                 for one in self.carried
-                if not start <= one.made_at < end and any(start <= at < end for at in one.used_at)
+                if one.made_at not in here and not here.isdisjoint(one.used_at)
             )
         return found
 

@@ -211,6 +211,22 @@ def test_peers_that_compete_are_measured_and_shown(twice: Twice) -> None:
     assert all(0 < ways.of(one.peer_id) < 1.0 for one in records)
 
 
+def test_a_trace_counts_on_its_peers_while_it_runs(
+    twice: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = twice.runner._swarm
+    run_job, seen = swarm.run_job, []
+
+    def heard(*args: Any) -> None:
+        seen.append(swarm.in_flight.counts())
+        run_job(*args)
+
+    monkeypatch.setattr(swarm, "run_job", heard)
+    hops = trace(twice.model).result.hops
+    assert seen == [{hop.peer: 1 for hop in hops}]
+    assert swarm.in_flight.counts() == {}
+
+
 def test_a_single_chain_is_measured_by_the_way(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from glasshive.client.demand import (
     forward_seconds,
 )
 from glasshive.client.errors import NoRoute
-from glasshive.client.route import MIXED_FACTOR, choose_route, rivals
+from glasshive.client.route import MIXED_FACTOR, best_few, choose_route, rivals
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.security.keys import Identity
 
@@ -120,6 +120,39 @@ def test_what_a_span_is_sent_of_carried_values(start: int, end: int, wanted: int
     assert more * BYTES_PER_SECOND == pytest.approx(wanted, abs=1e-3)
 
 
+def test_what_spans_are_sent_is_worked_out_once_for_each() -> None:
+    """For each of 300 peers it was, twice: 0.3 s for 300 values and 1,000 peers, on the loop."""
+    looked_at: list[int] = []
+
+    class Noted(int):
+        """A block at which a value is made, that notes when it is looked up."""
+
+        def __hash__(self) -> int:
+            looked_at.append(int(self))
+            return super().__hash__()
+
+    carried = tuple(Carried(Noted(at % 8), frozenset([7 - at % 8]), 10) for at in range(50))
+    demand = Demand(carried=carried)
+    spans = [(0, 4), (4, 8)]
+    records = [record(*spans[i % 2], n_blocks=N_BLOCKS, backend=f"b{i % 3}") for i in range(300)]
+    for _ in range(2):
+        choose_route(records, range(N_BLOCKS), N_BLOCKS, seconds=demand.seconds)
+        best_few(records, demand.seconds)
+    assert len(looked_at) == len(carried) * len(spans)
+    first = demand.seconds(records[0], 4) - Demand().seconds(records[0], 4)
+    assert first * BYTES_PER_SECOND == pytest.approx(10 * sum(at % 8 >= 4 for at in range(50)))
+    assert demand == Demand(carried=carried), "what was worked out is no part of a demand"
+
+
+def test_own_traces_count_as_load() -> None:
+    """As one place of sixteen, each, that its host may not have announced yet."""
+    one = replace(BASE, load=0.25)
+    own = [Demand().seconds(one, 10, 0.0, running) for running in range(5)]
+    announced = [Demand().seconds(replace(one, load=0.25 + n / 16), 10, 0.0) for n in range(5)]
+    assert own == pytest.approx(announced)
+    assert own[1] > own[0]
+
+
 # The best of all routes ------------------------------------------------------------------------
 
 
@@ -214,6 +247,13 @@ def test_no_route_is_better_than_the_chosen_one(seed: int) -> None:
     is_mixed = len({one.backend for one in route.records}) > 1
     factor = MIXED_FACTOR if is_mixed else 1.0
     assert route.expected_seconds * factor == pytest.approx(wanted)
+    blurred = choose_route(records, needed, N_BLOCKS, seconds=seconds, chance=rng.random)
+    assert fits(blurred.records, needed)
+    assert wanted <= seconds_of(blurred.records, needed, demand, ways) * (1 + 1e-9)
+    assert seconds_of(blurred.records, needed, demand, ways) <= 1.05 * wanted
+    found = seconds_of(blurred.records, needed, demand, ways)
+    is_mixed = len({one.backend for one in blurred.records}) > 1
+    assert blurred.expected_seconds * (MIXED_FACTOR if is_mixed else 1.0) == pytest.approx(found)
 
 
 def test_who_competes_with_whom() -> None:

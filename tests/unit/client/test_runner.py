@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import re
 import threading
 from collections.abc import Coroutine, Iterator
@@ -307,6 +308,29 @@ def test_the_nearer_of_two_peers_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     for seconds, one in zip((0.3, 0.02, 0.1), swarm.known, strict=True):
         swarm.round_trips.saw(one.peer_id, seconds)
     assert outcome_of(runner_of(swarm), monkeypatch, None) == swarm.known[1].peer_id
+
+
+def test_own_traces_keep_away_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What peers announce is up to 15 s old: traces that began together all went to one of them."""
+    swarm = Swarm()
+    first, second, third = swarm.known
+    model = runner_of(swarm)
+    assert outcome_of(model, monkeypatch, None) == first.peer_id
+    with swarm.in_flight.on([first]):
+        assert outcome_of(model, monkeypatch, None) == second.peer_id
+        with swarm.in_flight.on([second]):
+            assert outcome_of(model, monkeypatch, None) == third.peer_id
+            with swarm.in_flight.on([third]), swarm.in_flight.on([first]):
+                assert outcome_of(model, monkeypatch, None) == second.peer_id
+    assert outcome_of(model, monkeypatch, None) == first.peer_id
+
+
+def test_of_equal_peers_chance_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+    model._chance = random.Random(1).random
+    taken = {outcome_of(model, monkeypatch, None) for _ in range(50)}
+    assert taken == {one.peer_id for one in swarm.known}
 
 
 def test_a_model_says_which_route_a_trace_would_take() -> None:
