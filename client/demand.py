@@ -6,8 +6,8 @@ a promise: it is there to choose among routes.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from glasshive.dht.records import PeerRecord
@@ -17,7 +17,7 @@ from glasshive.graph.order import event_of
 if TYPE_CHECKING:
     from glasshive.client.experiment import Experiment
 
-__all__ = ["Carried", "Demand", "demand_of"]
+__all__ = ["Alike", "Carried", "Demand", "demand_of", "forward_seconds"]
 
 HOP_SECONDS: Final = 0.002
 """What a peer takes for a step besides computing: frames, and two wake-ups."""
@@ -27,6 +27,25 @@ UNKNOWN_SECONDS: Final = 0.1
 """Assumed of the round trip to a peer that was not measured."""
 BUSY_FACTOR: Final = 8
 """A host with all its places taken is assumed to compute for so many others before."""
+OWN_LOAD: Final = 1 / 16
+"""What a trace of this client adds to the load of its peer: one place of as many as hosts have."""
+
+
+def forward_seconds(record: PeerRecord, tokens: int) -> float:
+    """About how long a peer takes for a pass of so many tokens through its whole span.
+
+    Its pace is that of long passes. One of a token or few takes longer than that pace says, as all
+    weights have to be read for it: no less than the peer says of a pass of one token.
+    """
+    return max(tokens / max(record.throughput_tokens_per_second, 1e-3), record.pass_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Forward passes of so many tokens each, and how many such there are."""
+
+    tokens: int
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +64,59 @@ class Demand:
     `rounds` is how often all peers of a route have to wait for each other in turn: once in a trace,
     whose passes follow each other closely, and for every step of a generation, which begins with
     the token of the one before; chunks of a prompt before the last follow each other closely, too.
-    `hidden_bytes` go over each cut, in all passes together.
+    `hidden_bytes` go over each cut, in all passes together. What spans are sent of `carried` is
+    worked out once for each of them.
     """
 
-    tokens: int = 1
+    passes: tuple[Alike, ...] = (Alike(1),)
     rounds: int = 1
     hidden_bytes: int = 0
     carried: tuple[Carried, ...] = ()
+    _came: dict[tuple[int, int], int] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def seconds(
-        self, record: PeerRecord, blocks: int, round_trip_seconds: float | None = None
+        self,
+        record: PeerRecord,
+        blocks: int,
+        round_trip_seconds: float | None = None,
+        running: int = 0,
     ) -> float:
         """About how much longer a route takes for this peer, of which `blocks` run forward.
 
-        Computing at the announced pace, behind those who are there already; what it is sent; and
+        Computing, as announced, each pass behind those who are there already; what it is sent; and
         the ways. The way from one peer to the next is known to nobody here. It is taken for half of
         the client's round trip to the one and half of that to the other: as if all went through the
         client, which is no less than a direct way should be. So each peer of a route adds its own
-        round trip, in every round. A peer that runs no blocks answers once.
+        round trip, in every round. A peer that runs no blocks answers once. `running` traces of
+        this client are on that peer already, of which what it announced may not say yet.
         """
         way_seconds = UNKNOWN_SECONDS if round_trip_seconds is None else round_trip_seconds
-        pace = max(record.throughput_tokens_per_second, 1e-3)
         share = blocks / (record.end - record.start)
-        compute_seconds = self.tokens * share / pace
+        compute_seconds = share * sum(
+            one.count * forward_seconds(record, one.tokens) for one in self.passes
+        )
         sent_bytes = self._carried_bytes(record.start, record.end)
         if record.start and blocks:
             sent_bytes += self.hidden_bytes
         return (
-            compute_seconds * (1 + BUSY_FACTOR * record.load)
+            compute_seconds * (1 + BUSY_FACTOR * (record.load + OWN_LOAD * running))
             + (self.rounds if blocks else 1) * (way_seconds + HOP_SECONDS)
             + sent_bytes / BYTES_PER_SECOND
         )
 
     def _carried_bytes(self, start: int, end: int) -> int:
         """What blocks `[start, end)` use of values that were made elsewhere; each comes once."""
-        return sum(
-            one.n_bytes
-            for one in self.carried
-            if not start <= one.made_at < end and any(start <= at < end for at in one.used_at)
-        )
+        found = self._came.get((start, end))
+        if found is None:
+            here = frozenset(range(start, end))
+            found = self._came[start, end] = sum(
+                one.n_bytes
+                for one in self.carried
+                if one.made_at not in here and not here.isdisjoint(one.used_at)
+            )
+        return found
 
 
 def demand_of(experiment: Experiment) -> Demand:
@@ -95,8 +128,9 @@ def demand_of(experiment: Experiment) -> Demand:
     passes = experiment.passes.passes
     outline = experiment.outline
     steps = sum(one.step >= 0 for one in passes)
+    sizes = Counter(one.batch * one.seq for one in passes)
     return Demand(
-        tokens=sum(one.batch * one.seq for one in passes),
+        passes=tuple(Alike(tokens, count) for tokens, count in sorted(sizes.items())),
         rounds=steps if experiment.passes.are_generation else 1,
         hidden_bytes=sum(outline.hidden_spec(one.batch, one.seq).nbytes for one in passes),
         carried=_carried(experiment),

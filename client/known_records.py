@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ASK_SECONDS: Final = 2.0
 """For who serves a model, where those who are known would do."""
 FRESH_SECONDS: Final = 15.0
-"""For so long what is known of the peers is not asked for again."""
+"""For so long after it was asked for, what is known of the peers is not asked for again."""
 ASK_AGAIN_SECONDS: Final = 1.0
 """Between two questions of who waits for somebody. A directory keeps an answer for as long."""
 LOOK_SECONDS: Final = 0.05
@@ -47,9 +47,11 @@ class KnownRecords:
         self._swarm = swarm
         self._model_id = model_id
         self._kind = dtype, attention
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while a thread asks; the loop asks meanwhile
+        self._kept = threading.Lock()  # and this for as long as it takes to keep an answer
         self.now: list[PeerRecord] = []
-        self._asked_at = -math.inf  # on the monotonic clock
+        self._asked_at = -math.inf  # the question whose answer is known, on the monotonic clock
+        self._fresh_until = -math.inf
         self.tried_at = -math.inf
         """When the last look-up began that has ended by now, answered or not; on that clock."""
 
@@ -58,7 +60,7 @@ class KnownRecords:
         """Whether they were asked for of late, and are all still valid."""
         return (
             bool(self.now)
-            and time.monotonic() < self._asked_at + FRESH_SECONDS
+            and time.monotonic() < self._fresh_until
             and all(map(self.is_valid, self.now))
         )
 
@@ -90,22 +92,21 @@ class KnownRecords:
             began = time.monotonic()
             left_seconds = max(ends_at - began, 0.0)
             try:
-                self._learn(
-                    self._swarm.look_up(
-                        self._model_id,
-                        min(left_seconds, ASK_SECONDS) if would_do else left_seconds,
-                        cancellation,
-                    )
+                found = self._swarm.look_up(
+                    self._model_id,
+                    min(left_seconds, ASK_SECONDS) if would_do else left_seconds,
+                    cancellation,
                 )
+                self._learn(found, began)
             except UnknownModel:  # its last peer withdrew: the route says what is missing
-                self._learn([])
+                self._learn([], began)
             except ShutOut:
                 raise
             except SwarmError:
                 if not would_do:
                     raise
             finally:
-                self.tried_at = began
+                self._tried(began)
             return list(self.now)
 
     @contextmanager
@@ -128,14 +129,17 @@ class KnownRecords:
         """
         began = time.monotonic()
         try:
-            self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS))
+            self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS), began)
+        except UnknownModel:
+            self._learn([], began)
         except ShutOut:
-            self._asked_at = -math.inf
+            with self._kept:
+                self._fresh_until = -math.inf
             raise
         except SwarmError as error:
             log.debug("directory_silent", extra={"error": str(error)})
         finally:
-            self.tried_at = began
+            self._tried(began)
 
     async def until(self, choose: Callable[[], T], left_seconds: Callable[[], float]) -> T:
         """What `choose` gives of what is known, asked for again and again while it raises NoRoute.
@@ -151,7 +155,16 @@ class KnownRecords:
                     raise
             await asyncio.sleep(seconds)
 
-    def _learn(self, records: Iterable[PeerRecord]) -> None:
-        """Keep what the directory has just said. In the loop's thread as well, without a lock."""
-        self.now = [one for one in records if (one.dtype, one.attention) == self._kind]
-        self._asked_at = time.monotonic()
+    def _learn(self, records: Iterable[PeerRecord], asked_at: float) -> None:
+        """Keep what the directory has just said, unless a newer question was answered before."""
+        found = [one for one in records if (one.dtype, one.attention) == self._kind]
+        with self._kept:
+            if asked_at >= self._asked_at:
+                self.now = found
+                self._asked_at = asked_at
+                self._fresh_until = asked_at + FRESH_SECONDS
+
+    def _tried(self, began: float) -> None:
+        """A look-up has ended. It never goes back: one that began before may end after."""
+        with self._kept:
+            self.tried_at = max(self.tried_at, began)

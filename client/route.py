@@ -1,9 +1,10 @@
 """Choosing the peers of a trace: a chain of spans over the blocks that it needs.
 
 One manifest, dtype, quantisation and attention backend from end to end: they are never mixed
-silently. Among the chains of one kind the one that is expected to take the shortest time wins. One
-of a single class of hardware and torch, within which a trace run again gives the same bits, is
-taken unless a mixed one is thought to be more than ten times as fast.
+silently. Among the chains of one kind the one that is expected to take the shortest time wins; of
+those that are nearly as fast any, by chance, as all clients see the same records and would else
+come to the same peers. One of a single class of hardware and torch, within which a trace run again
+gives the same bits, is taken unless a mixed one is thought to be more than ten times as fast.
 """
 
 from __future__ import annotations
@@ -35,14 +36,27 @@ MIXED_FACTOR: Final = 10.0
 Seconds: TypeAlias = Callable[[PeerRecord, int], float]
 """How much longer a route takes for a peer of which so many blocks run forward; 0 or more."""
 
+NEAR_TIE: Final = 0.05
+"""A route that takes longer by no more than this share may be taken as well."""
+
+Chance: TypeAlias = Callable[[], float]
+"""A number of [0, 1), another one each time."""
+
 FEW: Final = 3
 """Of the peers that could run the same part, so many are kept in mind."""
 MOST_KEPT: Final = 48
 """And so many of all spans together."""
+MOST_TRIED: Final = 8
+"""Of peers that aren't among those, so many are looked at at a time."""
 
 _MOST_NAMED = 8
 _ANYTHING = Wanted()
 _OF_A_TOKEN: Final[Seconds] = Demand().seconds
+
+
+def _same() -> float:
+    """No chance: the first of equal ones."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +94,12 @@ def choose_route(
     only: Collection[PeerId] | None = None,
     wanted: Wanted = _ANYTHING,
     seconds: Seconds = _OF_A_TOKEN,
+    chance: Chance = _same,
 ) -> Route:
     """The route over the `needed` blocks whose peers take the fewest `seconds` together.
 
-    Of equal ones that with fewer hops, then the less loaded. The blocks from 0 on without a gap are
+    Of equal ones that with fewer hops, then the less loaded. With a `chance`, any that takes at
+    most `NEAR_TIE` longer than that. The blocks from 0 on without a gap are
     covered by a chain in which each span starts where the one before it ended; single blocks behind
     them (the home of a head or a parameter) by any peer behind the chain. With `only`, of these
     peers. Raises NoRoute, naming the missing blocks, who serves the rest, and the commands that
@@ -98,10 +114,12 @@ def choose_route(
     ]
     depth = _depth(needed, n_blocks)
     extra = sorted(block for block in needed if block > depth)
+    prices = {id(one): seconds(one, _forward(one, depth)) for one in usable}
+    compared = {which: _blurred(price, chance) for which, price in prices.items()}
     best: tuple[_Cost, list[PeerRecord]] | None = None
     for kind in _grouped(usable, _mixed_never):
         for same in (*_grouped(kind, lambda one: one.backend), kind):
-            found = _chain(same, depth, extra, seconds)
+            found = _chain(same, depth, extra, compared)
             if found is not None:
                 (expected, hops, load), chain = found
                 if len({one.backend for one in chain}) > 1:
@@ -112,7 +130,7 @@ def choose_route(
     if best is None:
         raise NoRoute(_why_none(usable, sorted(needed), avoid, only, n_blocks, wanted))
     chain = best[1]
-    return Route(tuple(chain), sum(seconds(one, _forward(one, depth)) for one in chain))
+    return Route(tuple(chain), sum(prices[id(one)] for one in chain))
 
 
 def rivals(
@@ -130,17 +148,32 @@ def rivals(
     return found
 
 
-def best_few(records: Iterable[PeerRecord], seconds: Seconds = _OF_A_TOKEN) -> list[PeerRecord]:
+def best_few(
+    records: Iterable[PeerRecord], seconds: Seconds = _OF_A_TOKEN, chance: Chance = _same
+) -> list[PeerRecord]:
     """Of those that could stand in for each other the fastest `FEW`, `MOST_KEPT` in all.
 
-    The fastest of each span come first, then the second ones.
+    The fastest of each span come first, then the second ones; of near ties any, by `chance`.
     """
     ranked: list[tuple[int, PeerRecord]] = []
     for same in _grouped(records, _kind_of):
-        same.sort(key=lambda one: (seconds(one, one.end - one.start), one.load))
-        ranked += enumerate(same[:FEW])
+        ranked += enumerate(sorted(same, key=_by_price(seconds, chance))[:FEW])
     ranked.sort(key=lambda one: one[0])
     return [one for _, one in ranked[:MOST_KEPT]]
+
+
+def some_others(
+    records: Iterable[PeerRecord], among: Callable[[PeerRecord], bool], chance: Chance
+) -> list[PeerRecord]:
+    """One of each span by chance, of the peers that are `among` those to try; `MOST_TRIED` in all.
+
+    So every peer is looked at some time, however many seem better than it.
+    """
+    found = []
+    for same in _grouped(filter(among, records), _kind_of):
+        found.append(same[int(chance() * len(same))])
+    at = int(chance() * len(found))
+    return [*found[at:], *found[:at]][:MOST_TRIED]
 
 
 def choose_stand_in(
@@ -148,15 +181,25 @@ def choose_stand_in(
     lost: PeerRecord,
     avoid: Collection[PeerId],
     seconds: Seconds = _OF_A_TOKEN,
+    chance: Chance = _same,
 ) -> PeerRecord:
     """The fastest peer that serves the same blocks as a lost one, and gives the same bits.
 
-    Raises NoRoute.
+    Of near ties any, by `chance`. Raises NoRoute.
     """
     same = [one for one in records if _kind_of(one) == _kind_of(lost) and one.peer_id not in avoid]
     if not same:
         raise NoRoute(f"no other peer serves blocks {lost.start}:{lost.end} on {lost.backend}")
-    return min(same, key=lambda one: (seconds(one, one.end - one.start), one.load))
+    return min(same, key=_by_price(seconds, chance))
+
+
+def _blurred(price: float, chance: Chance) -> float:
+    """A price that is up to `NEAR_TIE` higher, by chance: then so are sums of them."""
+    return price * (1 + NEAR_TIE * chance())
+
+
+def _by_price(seconds: Seconds, chance: Chance) -> Callable[[PeerRecord], tuple[float, float]]:
+    return lambda one: (_blurred(seconds(one, one.end - one.start), chance), one.load)
 
 
 def _mixed_never(one: PeerRecord) -> tuple[Hashable, ...]:
@@ -194,13 +237,13 @@ _Cost: TypeAlias = tuple[float, int, float]  # seconds, hops, load
 
 
 def _chain(
-    records: Sequence[PeerRecord], depth: int, extra: Sequence[int], seconds: Seconds
+    records: Sequence[PeerRecord], depth: int, extra: Sequence[int], price: Mapping[int, float]
 ) -> tuple[_Cost, list[PeerRecord]] | None:
     """The best chain over `[0, depth)` and then the extra blocks, with what it costs.
 
-    The shortest path from block 0 on, by Dijkstra: each peer is a step to the end of its span.
+    The shortest path from block 0 on, by Dijkstra: each peer is a step to the end of its span, at
+    the `price` that its record's `id` has.
     """
-    prices = [(one, seconds(one, _forward(one, depth))) for one in records]
     counter = 0  # breaks ties, so that records are never compared
     heap: list[tuple[_Cost, int, int, list[PeerRecord]]] = [((0.0, 0, 0.0), counter, 0, [])]
     done: set[int] = set()
@@ -212,12 +255,12 @@ def _chain(
         block = at if at < depth else next((one for one in extra if one >= at), None)
         if block is None:
             return cost, chain
-        for one, price in prices:
+        for one in records:
             # Hidden states come from one peer to the next; what is behind them stands alone.
             starts_well = one.start == at if at < depth else one.start >= at
             if starts_well and one.start <= block < one.end:
                 counter += 1
-                so_far = cost[0] + price, cost[1] + 1, cost[2] + one.load
+                so_far = cost[0] + price[id(one)], cost[1] + 1, cost[2] + one.load
                 heapq.heappush(heap, (so_far, counter, one.end, [*chain, one]))
     return None
 

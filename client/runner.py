@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import secrets
 import shlex
 import time
@@ -24,7 +25,7 @@ from glasshive.client.errors import (
     PeerLost,
     TraceTimeout,
 )
-from glasshive.client.estimate import estimate_of
+from glasshive.client.estimate import estimate_of, stage_seconds
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.known_records import KnownRecords
@@ -34,18 +35,19 @@ from glasshive.client.provenance import Hop, Provenance
 from glasshive.client.relay import Pair
 from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
 from glasshive.client.route import (
+    Chance,
     Route,
     Seconds,
     best_few,
     choose_route,
     choose_stand_in,
     rivals,
+    some_others,
 )
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
-from glasshive.graph.order import Passes
-from glasshive.graph.plan import Plan, Stage
+from glasshive.graph.plan import Plan
 from glasshive.graph.split import needed_blocks, split
 from glasshive.security.keys import PeerId
 
@@ -53,8 +55,7 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 
-# No machine is thought to run the ops of a graph more slowly than this.
-_FLOPS_PER_SECOND: Final = 1e9
+_chance: Final = random.SystemRandom().random  # the module's own is the user's to seed
 _APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
@@ -84,6 +85,7 @@ class ModelRunner:
         attention: str,
         n_blocks: int,
         bans: Bans | None = None,
+        chance: Chance = _chance,
     ) -> None:
         self._swarm = swarm
         self._model_id = model_id
@@ -93,6 +95,7 @@ class ModelRunner:
         self._n_blocks = n_blocks
         self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
+        self._chance = chance  # of routes that are nearly as fast
         self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
         self._demand = Demand()  # of the last trace
 
@@ -110,7 +113,7 @@ class ModelRunner:
 
     async def refresh(self) -> None:
         """Ask what the next trace will need, on the loop: who serves the model, and how far away
-        the best few of each span are.
+        the best few of each span are, and one more, which may be better than they.
 
         What isn't answered is left as it is. Raises ShutOut, and SwarmError for this process' own
         network daemon.
@@ -120,8 +123,10 @@ class ModelRunner:
             return
         await self._records.ask()
         known = [one for one in self._records.now if self._records.is_valid(one)]
-        few = best_few(self._usable(known, TraceOptions()), self._seconds(self._demand))
-        to_ask = self._swarm.round_trips.to_ask(few, AHEAD_SECONDS)
+        usable, way = self._usable(known, TraceOptions()), self._swarm.round_trips.of
+        others = some_others(usable, lambda one: way(one.peer_id) is None, self._chance)
+        few = best_few(usable, self._seconds(self._demand), self._chance)
+        to_ask = self._swarm.round_trips.to_ask([*others, *few], AHEAD_SECONDS)
         if to_ask and not lost.is_set():
             await self._swarm.ask_round_trips(to_ask, PATIENCE_SECONDS)
 
@@ -211,7 +216,9 @@ class ModelRunner:
         ]
         text = "served by\n" + "\n".join(lines or ["  nobody"])
         revoked = self._swarm.revoked(records)
-        self._measure([one for one in records if one.peer_id not in revoked])
+        self._measure(
+            best_few([one for one in records if one.peer_id not in revoked], chance=self._chance)
+        )
         for also_banned in (False, True):
             with contextlib.suppress(NoRoute):
                 route = self._choose(
@@ -219,7 +226,8 @@ class ModelRunner:
                     also_banned=also_banned,
                 )
                 hops = "\n".join(map(self._hop_line, route.records))
-                return f"{text}\nroute of a trace now\n{hops}"
+                about = f"about {1000 * route.expected_seconds:.1f} ms for a pass of one token"
+                return f"{text}\nroute of a trace now, {about}\n{hops}"
         return f"{text}\nno route over all blocks now"
 
     def _hop_line(self, one: PeerRecord) -> str:
@@ -227,7 +235,8 @@ class ModelRunner:
         way = "not measured" if way_seconds is None else f"{1000 * way_seconds:.1f} ms"
         return (
             f"  blocks {one.start}:{one.end}  {one.peer_id}  {one.backend}  round trip {way}  "
-            f"{one.throughput_tokens_per_second:.0f} tokens/s  load {one.load:.0%}"
+            f"{one.throughput_tokens_per_second:.0f} tokens/s  "
+            f"{1000 * one.pass_seconds:.1f} ms a pass  load {one.load:.0%}"
         )
 
     def _advise(self, error: PeerError, why: str) -> None:
@@ -264,13 +273,13 @@ class ModelRunner:
             trace_id=secrets.token_bytes(16),
             deadline_seconds=deadline_seconds,
             stand_in=partial(self._stand_in, hosts, options, demand_of(experiment), tries.left_out),
-            expected_seconds=partial(_stage_seconds, hosts, plan.passes, experiment.bill.flops),
+            expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.flops),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             left_out=tries.left_out,
             relay=tries.relay | self._apart_now(),
         )
-        with JobDisplay(options.show_progress) as display:
+        with self._swarm.in_flight.on(hosts), JobDisplay(options.show_progress) as display:
 
             def tick() -> None:
                 display.update(job)
@@ -348,7 +357,7 @@ class ModelRunner:
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
             known = self._usable(records.now, options, also_banned=also_banned)
             seconds, avoid = self._seconds(demand), left_out.among(records.now)
-            return choose_stand_in(known, lost, avoid, seconds)
+            return choose_stand_in(known, lost, avoid, seconds, self._chance)
 
         def choose_any() -> PeerRecord:
             with contextlib.suppress(NoRoute):
@@ -376,9 +385,11 @@ class ModelRunner:
         ]
 
     def _seconds(self, demand: Demand) -> Seconds:
-        """What a peer adds to a route of this demand, by the round trips that are known."""
-        way = self._swarm.round_trips.of
-        return lambda one, blocks: demand.seconds(one, blocks, way(one.peer_id))
+        """What a peer adds to a route of this demand, by what is known and runs now."""
+        way, running = self._swarm.round_trips.of, self._swarm.in_flight.counts()
+        return lambda one, blocks: demand.seconds(
+            one, blocks, way(one.peer_id), running.get(one.peer_id, 0)
+        )
 
     def _plan(self, experiment: Experiment, route: Route, *, outlives_peers: bool) -> Plan:
         """The plan, in which every part is what the swarm's policy allows."""
@@ -525,6 +536,7 @@ class ModelRunner:
             only=only,
             wanted=Wanted(self._name, kind, self._swarm.where.hosts),
             seconds=self._seconds(demand),
+            chance=self._chance,
         )
         if tries.backends is None:
             return choose(known)
@@ -543,7 +555,8 @@ class ModelRunner:
 
         Where one is, a trace needn't wait: the others are measured ahead (`refresh`).
         """
-        few, way = best_few(records, self._seconds(demand)), self._swarm.round_trips.of
+        way = self._swarm.round_trips.of
+        few = best_few(records, self._seconds(demand), self._chance)
         known = {(one.start, one.end) for one in few if way(one.peer_id) is not None}
         return [one for one in few if (one.start, one.end) not in known]
 
@@ -559,18 +572,6 @@ class ModelRunner:
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
                 self._swarm.measure(to_ask, patience_seconds, cancellation)
-
-
-def _stage_seconds(
-    hosts: Sequence[PeerRecord], passes: Passes, flops: int, part: int, stage: Stage
-) -> float:
-    """About how long a stage takes at most, at the announced speed: all nodes may be in it."""
-    tokens = 0
-    if stage.forward:
-        one = passes.passes[stage.pass_index]
-        tokens = one.batch * one.seq
-    pace = max(hosts[part].throughput_tokens_per_second, 1e-3)
-    return tokens / pace + flops / _FLOPS_PER_SECOND
 
 
 def _routes(count: int) -> str:

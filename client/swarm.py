@@ -16,6 +16,7 @@ from glasshive.client.files import (
     read_generation_config,
     read_tokenizer,
 )
+from glasshive.client.in_flight import InFlight
 from glasshive.client.job import Job
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
@@ -93,6 +94,7 @@ class Swarm:
         self._closed = False
         self._rebuilding: asyncio.Task[None] | None = None
         self.round_trips = RoundTrips()  # of whatever model
+        self.in_flight = InFlight()
         self.warm = WarmRoutes(loop.submit)
 
     def __repr__(self) -> str:

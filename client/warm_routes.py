@@ -31,7 +31,7 @@ IN_USE_SECONDS: Final = 120.0
 """So long after a model was used last it is kept ready."""
 WAIT_SECONDS: Final = 7.2
 """At least so long after one refresh comes the next."""
-LONGEST_WAIT_SECONDS: Final = 10.8
+LONGEST_WAIT_SECONDS: Final = 9.8
 """And at most. Between the two by chance, so that clients don't come all at once."""
 MOST_MODELS: Final = 4
 CLOSE_SECONDS: Final = 5.0
@@ -82,7 +82,8 @@ class WarmRoutes:
         """Inside, and for a while after, `refresh` is called again and again.
 
         For the first time after a while, unless `at_once`: a trace asks for itself what it needs.
-        Called from any thread. Of too many models, that which was used longest ago is given up.
+        Called from any thread. Of too many models, that whose last trace ended longest ago is given
+        up; only where all have traces that run, that whose last one began longest ago.
         """
         use = self._begin(refresh, at_once)
         try:
@@ -91,6 +92,8 @@ class WarmRoutes:
             with self._lock:
                 use.traces -= 1
                 use.until = self._clock() + IN_USE_SECONDS
+                if self._used.get(refresh) is use:  # now it is that which was used last
+                    self._used[refresh] = self._used.pop(refresh)
 
     async def close(self) -> None:
         """End what runs, on the loop. Nothing is kept ready from then on."""
@@ -114,7 +117,8 @@ class WarmRoutes:
                 with contextlib.suppress(SwarmError):  # closed meanwhile, as the trace will say
                     use.kept = self._submit(self._keep(refresh, use, at_once))
             if len(self._used) > MOST_MODELS:
-                given_up = self._used.pop(next(iter(self._used)))
+                idle = (one for one, other in self._used.items() if not other.traces)
+                given_up = self._used.pop(next(idle, next(iter(self._used))))
                 if given_up.kept is not None:
                     given_up.kept.cancel()
         return use

@@ -3,8 +3,8 @@
 A record is an envelope (`glasshive.security.envelope`) of kind ``peer-record`` to everyone, whose
 body is one msgpack array::
 
-    [1, manifest, model name, start, end, blocks, dtype, quantisation, backend, attention,
-     throughput, addresses, whitelist version, load, software version, withdrawn]
+    [2, manifest, model name, start, end, blocks, dtype, quantisation, backend, attention,
+     throughput, seconds of a pass, addresses, whitelist version, load, software version, withdrawn]
 
 Rules, checked where a record is stored and again where it is read:
 
@@ -59,8 +59,8 @@ MAX_LIFETIME_SECONDS: Final = 60.0
 MAX_BLOCKS: Final = 1024
 
 _KIND: Final = "peer-record"
-_VERSION: Final = 1
-_FIELDS: Final = 16
+_VERSION: Final = 2
+_FIELDS: Final = 17
 _DTYPES: Final = frozenset({"float32", "bfloat16", "float16"})
 _TEXT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/@:+,()-]{0,127}")
 _MODEL_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +88,9 @@ def key_id(key: str) -> bytes:
 class PeerRecord:
     """What one peer says of itself: it serves blocks `[start, end)` of a model, this way.
 
-    `throughput_tokens_per_second` is its estimate for its whole span, `load` is 0 (idle) to 1.
+    `throughput_tokens_per_second` is its estimate for long passes through its whole span, and
+    `pass_seconds` how long a pass of one token takes, below which no pass is. `load` is 0 (idle)
+    to 1.
     `signed` are the bytes that it was read from, to be shown to others; empty in one that was made
     here. Making one with a field out of range raises RecordRefused.
     """
@@ -108,6 +110,7 @@ class PeerRecord:
     software_version: str
     peer_id: PeerId
     expires_at_seconds: float
+    pass_seconds: float = 0.0
     quantisation: str = "none"
     withdrawn: bool = False
     signed: bytes = field(default=b"", compare=False, repr=False)
@@ -142,6 +145,7 @@ class PeerRecord:
                     self.backend,
                     self.attention,
                     float(self.throughput_tokens_per_second),
+                    float(self.pass_seconds),
                     self.addresses,
                     self.whitelist_version,
                     float(self.load),
@@ -254,14 +258,17 @@ class RecordGate:
 def _from_fields(
     fields: object, sender: PeerId, expires_at_seconds: float, data: bytes
 ) -> PeerRecord:
-    if not isinstance(fields, list) or len(fields) != _FIELDS:
+    if not isinstance(fields, list) or not fields:
         raise RecordRefused(f"record refused: wanted an array of {_FIELDS} fields")
-    version, manifest, name, start, end, n_blocks, dtype, quantisation = fields[:8]
-    backend, attention, throughput, addresses, whitelist, load, software, withdrawn = fields[8:]
-    if type(version) is not int or version != _VERSION:
+    if type(fields[0]) is not int or fields[0] != _VERSION:
         raise RecordRefused(
             f"record refused: not of version {_VERSION}; one side needs another release"
         )
+    if len(fields) != _FIELDS:
+        raise RecordRefused(f"record refused: wanted an array of {_FIELDS} fields")
+    manifest, name, start, end, n_blocks, dtype, quantisation = fields[1:8]
+    backend, attention, throughput, pass_seconds, addresses, whitelist = fields[8:14]
+    load, software, withdrawn = fields[14:]
     if type(manifest) is not bytes or type(addresses) is not list:
         raise RecordRefused("record refused: wanted bytes for the manifest, an array of addresses")
     return PeerRecord(
@@ -275,6 +282,7 @@ def _from_fields(
         backend=backend,
         attention=attention,
         throughput_tokens_per_second=throughput,
+        pass_seconds=pass_seconds,
         addresses=tuple(addresses),
         whitelist_version=whitelist,
         load=load,
@@ -318,11 +326,12 @@ def _check(record: PeerRecord) -> None:
         )
     for number in (
         record.throughput_tokens_per_second,
+        record.pass_seconds,
         record.load,
         record.expires_at_seconds,
     ):
         if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
-            raise RecordRefused("throughput, load and expiry of a record are finite, 0 or more")
+            raise RecordRefused("the figures and the expiry of a record are finite, 0 or more")
     if record.load > 1:
         raise RecordRefused("the load of a record is between 0 and 1")
     if type(record.withdrawn) is not bool:

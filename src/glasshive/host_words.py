@@ -170,6 +170,7 @@ def say_ready(life: Life, serving: Serving) -> None:
             backend=record.backend,
             attention=record.attention,
             tokens_per_second=round(record.throughput_tokens_per_second),
+            pass_seconds=round(record.pass_seconds, 6),
             peer=record.peer_id,
             address=record.addresses[0],
             bootstraps=len(life.settings.bootstraps),
@@ -178,7 +179,8 @@ def say_ready(life: Life, serving: Serving) -> None:
     console.print(
         f"serving [bold]{record.model_name}[/] blocks [bold]{record.start}:{record.end}[/] of "
         f"{record.n_blocks}: {record.dtype}, {record.attention} attention, {record.backend}, "
-        f"{record.throughput_tokens_per_second:.0f} tokens/s\n"
+        f"{record.throughput_tokens_per_second:.0f} tokens/s, "
+        f"{1000 * record.pass_seconds:.1f} ms for a pass of one\n"
         f"model   {record.model}\naddress {record.addresses[0]}"
     )
     if not life.settings.bootstraps:

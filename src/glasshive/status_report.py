@@ -132,6 +132,7 @@ def _model(records: Sequence[PeerRecord], now_seconds: float) -> dict[str, Any]:
                 "attention": one.attention,
                 "backend": one.backend,
                 "tokens_per_second": one.throughput_tokens_per_second,
+                "pass_seconds": one.pass_seconds,
                 "load": one.load,
                 "addresses": list(one.addresses),
                 "software_version": one.software_version,

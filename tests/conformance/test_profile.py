@@ -8,6 +8,7 @@ down by far more than all the rest takes. Fails without the counters in `HostedT
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tiny_llama import save_llama
 
 import glasshive
 from glasshive.client import runner
-from glasshive.client.demand import Demand, demand_of
+from glasshive.client.demand import Alike, Demand, demand_of
 from glasshive.client.errors import PeerBusy, TraceError
 from glasshive.client.experiment import Experiment
 from glasshive.client.runner import ModelRunner
@@ -156,7 +157,7 @@ def test_what_an_experiment_asks_of_routes_is_what_its_plan_sends(
     monkeypatch.setattr(runner, "demand_of", heard)
     hops = trace(model).result.hops
     demand = demands[0]
-    assert (demand.tokens, demand.rounds) == (len(IDS), 1)
+    assert (demand.passes, demand.rounds) == ((Alike(len(IDS)),), 1)
     assert demand.hidden_bytes == len(IDS) * 32 * 4 == hops[0].hidden_bytes
     spans = [(0, 2), (2, 4), (4, 6)]
     assert sum(demand._carried_bytes(*one) for one in spans) == sum(h.carried_bytes for h in hops)
@@ -198,14 +199,32 @@ def twice(folder: Path) -> Iterator[Twice]:
 
 def test_peers_that_compete_are_measured_and_shown(twice: Twice) -> None:
     assert "not measured" not in repr(twice.model)
-    route = repr(twice.model).partition("route of a trace now\n")[2].splitlines()
+    _, _, route_now = repr(twice.model).partition("route of a trace now, about ")
+    _, *route = route_now.splitlines()
     assert [line.split()[1] for line in route] == ["0:3", "3:6"]
-    assert all(" ms  " in line and " tokens/s  load 0%" in line for line in route)
+    shown = re.compile(r" round trip [\d.]+ ms  \d+ tokens/s  [\d.]+ ms a pass  load 0%$")
+    assert all(map(shown.search, route))
     ways = twice.runner._swarm.round_trips
     records = twice.runner._records.get(fresh=False)
     assert len(records) == 4
     assert ways.to_ask(records) == []
     assert all(0 < ways.of(one.peer_id) < 1.0 for one in records)
+
+
+def test_a_trace_counts_on_its_peers_while_it_runs(
+    twice: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = twice.runner._swarm
+    run_job, seen = swarm.run_job, []
+
+    def heard(*args: Any) -> None:
+        seen.append(swarm.in_flight.counts())
+        run_job(*args)
+
+    monkeypatch.setattr(swarm, "run_job", heard)
+    hops = trace(twice.model).result.hops
+    assert seen == [{hop.peer: 1 for hop in hops}]
+    assert swarm.in_flight.counts() == {}
 
 
 def test_a_single_chain_is_measured_by_the_way(

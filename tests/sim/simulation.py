@@ -232,7 +232,10 @@ class User:
             tokenizer=None,
             twin=tiny.blueprint.twin,
             outline=tiny.blueprint.outline,
-            runner=ModelRunner(self.swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
+            runner=ModelRunner(
+                *(self.swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
+                chance=random.Random(f"routes {identity.peer_id}").random,
+            ),
         )
 
     async def run(self, operation: Operation, **options: Any) -> None:

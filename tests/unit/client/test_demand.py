@@ -17,11 +17,13 @@ from glasshive.client.demand import (
     BYTES_PER_SECOND,
     HOP_SECONDS,
     UNKNOWN_SECONDS,
+    Alike,
     Carried,
     Demand,
+    forward_seconds,
 )
 from glasshive.client.errors import NoRoute
-from glasshive.client.route import MIXED_FACTOR, choose_route, rivals
+from glasshive.client.route import MIXED_FACTOR, best_few, choose_route, rivals
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.security.keys import Identity
 
@@ -42,7 +44,7 @@ def near(seconds: float) -> Any:
 
 
 def test_a_peer_adds_computing_ways_and_bytes() -> None:
-    demand = Demand(tokens=50, rounds=7, hidden_bytes=1000)
+    demand = Demand((Alike(20), Alike(15, 2)), rounds=7, hidden_bytes=1000)
     assert demand.seconds(BASE, 10, 0.25) == near(0.5 + 7 * (0.25 + HOP_SECONDS))
     assert demand.seconds(BASE, 10) == near(0.5 + 7 * (UNKNOWN_SECONDS + HOP_SECONDS))
     half = demand.seconds(BASE, 5, 0.25)
@@ -57,6 +59,54 @@ def test_a_peer_adds_computing_ways_and_bytes() -> None:
     assert demand.seconds(idle, 10, 0.0) > 10_000
 
 
+def test_generation_is_paced_by_the_pass_of_one_token() -> None:
+    """A prompt of 9 tokens and 63 steps, each a round: seconds as they would pass on a clock.
+
+    By the pace of long passes the processor nearby took 0.98 s, the GPU 1.54 s.
+    """
+    demand = Demand((Alike(9), Alike(1, 63)), rounds=64)
+    near_cpu = record(0, 30, throughput_tokens_per_second=100.0, pass_seconds=0.06)
+    far_gpu = replace(
+        record(0, 30, throughput_tokens_per_second=20_000.0, pass_seconds=0.015),
+        backend="cuda",
+    )
+    ways = {near_cpu.peer_id: 0.002, far_gpu.peer_id: 0.022}
+
+    def seconds(one: PeerRecord, blocks: int) -> float:
+        return demand.seconds(one, blocks, ways[one.peer_id])
+
+    clock = {near_cpu.peer_id: 0.0, far_gpu.peer_id: 0.0}
+    for _ in range(64):
+        clock[near_cpu.peer_id] += 0.060 + 0.002 + 0.002
+        clock[far_gpu.peer_id] += 0.015 + 0.022 + 0.002
+    clock[near_cpu.peer_id] += 0.030  # nine tokens at 100 a second take 90 ms
+    route = choose_route([near_cpu, far_gpu], range(30), 30, seconds=seconds)
+    assert route.records == (far_gpu,)
+    assert route.expected_seconds == pytest.approx(clock[far_gpu.peer_id])
+    assert seconds(near_cpu, 30) == pytest.approx(clock[near_cpu.peer_id])
+    assert seconds(near_cpu, 15) == pytest.approx(0.5 * (63 * 0.06 + 0.09) + 64 * 0.004)
+
+
+def test_load_stretches_each_pass_of_a_generation() -> None:
+    """A GPU nearby with all its places taken was chosen: at its pace, others took next to none."""
+    demand = Demand((Alike(9), Alike(1, 63)), rounds=64)
+    gpu = record(0, 30, throughput_tokens_per_second=20_000.0, pass_seconds=0.015)
+    busy, idle = replace(gpu, load=1.0), replace(gpu, peer_id=Identity.generate().peer_id)
+    ways = {busy.peer_id: 0.002, idle.peer_id: 0.020}
+
+    def seconds(one: PeerRecord, blocks: int) -> float:
+        return demand.seconds(one, blocks, ways[one.peer_id])
+
+    route = choose_route([busy, idle], range(30), 30, seconds=seconds)
+    assert route.records == (idle,)
+    assert seconds(busy, 30) > 64 * 8 * 0.015, "eight others compute before each of its passes"
+
+
+def test_a_long_pass_is_paced_by_tokens_and_a_short_one_by_itself() -> None:
+    one = replace(BASE, pass_seconds=0.06)
+    assert [forward_seconds(one, tokens) for tokens in (1, 6, 7, 512)] == [0.06, 0.06, 0.07, 5.12]
+
+
 @pytest.mark.parametrize(
     ("start", "end", "wanted"),
     [(0, 3, 0), (0, 6, 0), (3, 6, 7), (4, 6, 107), (3, 9, 7), (6, 9, 107), (9, 12, 0)],
@@ -68,6 +118,39 @@ def test_what_a_span_is_sent_of_carried_values(start: int, end: int, wanted: int
     without, with_them = Demand(), Demand(carried=carried)
     more = with_them.seconds(span, end - start) - without.seconds(span, end - start)
     assert more * BYTES_PER_SECOND == pytest.approx(wanted, abs=1e-3)
+
+
+def test_what_spans_are_sent_is_worked_out_once_for_each() -> None:
+    """For each of 300 peers it was, twice: 0.3 s for 300 values and 1,000 peers, on the loop."""
+    looked_at: list[int] = []
+
+    class Noted(int):
+        """A block at which a value is made, that notes when it is looked up."""
+
+        def __hash__(self) -> int:
+            looked_at.append(int(self))
+            return super().__hash__()
+
+    carried = tuple(Carried(Noted(at % 8), frozenset([7 - at % 8]), 10) for at in range(50))
+    demand = Demand(carried=carried)
+    spans = [(0, 4), (4, 8)]
+    records = [record(*spans[i % 2], n_blocks=N_BLOCKS, backend=f"b{i % 3}") for i in range(300)]
+    for _ in range(2):
+        choose_route(records, range(N_BLOCKS), N_BLOCKS, seconds=demand.seconds)
+        best_few(records, demand.seconds)
+    assert len(looked_at) == len(carried) * len(spans)
+    first = demand.seconds(records[0], 4) - Demand().seconds(records[0], 4)
+    assert first * BYTES_PER_SECOND == pytest.approx(10 * sum(at % 8 >= 4 for at in range(50)))
+    assert demand == Demand(carried=carried), "what was worked out is no part of a demand"
+
+
+def test_own_traces_count_as_load() -> None:
+    """As one place of sixteen, each, that its host may not have announced yet."""
+    one = replace(BASE, load=0.25)
+    own = [Demand().seconds(one, 10, 0.0, running) for running in range(5)]
+    announced = [Demand().seconds(replace(one, load=0.25 + n / 16), 10, 0.0) for n in range(5)]
+    assert own == pytest.approx(announced)
+    assert own[1] > own[0]
 
 
 # The best of all routes ------------------------------------------------------------------------
@@ -100,7 +183,9 @@ def seconds_of(chain: Sequence[PeerRecord], needed: set[int], demand: Demand, wa
         blocks = sum(block < depth for block in range(one.start, one.end))
         here = set(range(one.start, one.end))
         pace = one.throughput_tokens_per_second * len(here)  # blocks times tokens a second
-        total += demand.tokens * blocks / pace * (1 + 8 * one.load)
+        for tokens in (alike.tokens for alike in demand.passes for _ in range(alike.count)):
+            alone = max(tokens * len(here) / pace, one.pass_seconds)
+            total += alone * blocks / len(here) * (1 + 8 * one.load)
         total += (0.002 + ways[one.peer_id]) * (demand.rounds if blocks else 1)
         came = demand.hidden_bytes if blocks and one.start else 0
         for value in demand.carried:
@@ -121,6 +206,7 @@ def random_records(rng: random.Random) -> list[PeerRecord]:
                 backend=rng.choice(["cpu", "cpu", "cuda"]),
                 dtype=rng.choice(["float32"] * 4 + ["bfloat16"]),
                 throughput_tokens_per_second=rng.choice([1.0, 30.0, 1000.0]) * rng.uniform(0.5, 2),
+                pass_seconds=rng.choice([0.0, 0.004, 0.2]),
                 load=rng.choice([0.0, 0.0, 0.25, 1.0]),
             )
         )
@@ -135,7 +221,7 @@ def test_no_route_is_better_than_the_chosen_one(seed: int) -> None:
     ways = {one.peer_id: rng.choice([0.001, 0.05, 0.4]) for one in records}
     needed = set(range(rng.randint(0, N_BLOCKS))) | set(rng.sample(range(N_BLOCKS), 1))
     demand = Demand(
-        tokens=rng.choice([1, 20, 5000]),
+        passes=(Alike(rng.choice([1, 20, 5000])), Alike(1, rng.choice([1, 63]))),
         rounds=rng.choice([1, 1, 64]),
         hidden_bytes=rng.choice([0, 10_000, 100_000_000]),
         carried=tuple(
@@ -161,6 +247,13 @@ def test_no_route_is_better_than_the_chosen_one(seed: int) -> None:
     is_mixed = len({one.backend for one in route.records}) > 1
     factor = MIXED_FACTOR if is_mixed else 1.0
     assert route.expected_seconds * factor == pytest.approx(wanted)
+    blurred = choose_route(records, needed, N_BLOCKS, seconds=seconds, chance=rng.random)
+    assert fits(blurred.records, needed)
+    assert wanted <= seconds_of(blurred.records, needed, demand, ways) * (1 + 1e-9)
+    assert seconds_of(blurred.records, needed, demand, ways) <= 1.05 * wanted
+    found = seconds_of(blurred.records, needed, demand, ways)
+    is_mixed = len({one.backend for one in blurred.records}) > 1
+    assert blurred.expected_seconds * (MIXED_FACTOR if is_mixed else 1.0) == pytest.approx(found)
 
 
 def test_who_competes_with_whom() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from glasshive.client.known_records import KnownRecords
-from glasshive.dht.errors import DeadlineExceeded
+from glasshive.client import known_records
+from glasshive.client.known_records import FRESH_SECONDS, KnownRecords
+from glasshive.dht.errors import DeadlineExceeded, ShutOut, UnknownModel
 
 
 def records_of(*, is_silent: bool) -> tuple[KnownRecords, Any]:
@@ -73,3 +75,104 @@ def test_no_trace_waits_past_its_deadline_for_another_s_look_up() -> None:
     finally:
         answered.set()
         other.join()
+
+
+def peer() -> Any:
+    return SimpleNamespace(dtype="float32", attention="sdpa", expires_at_seconds=math.inf)
+
+
+class Slow:
+    """A directory whose answers a test gives, in any order, at times that it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.answers: list[asyncio.Future[list[Any]]] = []
+        self.asked = asyncio.Event()
+        self.quick: list[Any] = []  # what a thread of the user's is told, at once
+        swarm: Any = SimpleNamespace(
+            transport=SimpleNamespace(now=lambda: 0.0),
+            ask_records=self.ask_records,
+            look_up=lambda *args: self.quick,
+        )
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(known_records, "time", clock)
+        self.records: Any = KnownRecords(swarm, "ab", "float32", "sdpa")
+
+    async def ask_records(self, *args: object) -> list[Any]:
+        self.answers.append(asyncio.get_running_loop().create_future())
+        self.asked.set()
+        return await self.answers[-1]
+
+    async def asks(self, now: float) -> asyncio.Task[None]:
+        self.now = now
+        self.asked.clear()
+        task = asyncio.create_task(self.records.ask())
+        await asyncio.wait_for(self.asked.wait(), 10)
+        return task
+
+
+@pytest.mark.asyncio
+async def test_an_older_question_s_answer_replaces_no_newer_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It did, counted as fresh from when it came, and the last look-up began before the last."""
+    slow, old, new, newest = Slow(monkeypatch), peer(), peer(), peer()
+    first, second = await slow.asks(1.0), await slow.asks(2.0)
+    slow.answers[1].set_result([new])
+    await second
+    slow.now = 9.0
+    slow.answers[0].set_result([old])
+    await first
+    assert slow.records.now == [new]
+    assert slow.records.tried_at == 2.0
+    slow.now = 2.0 + FRESH_SECONDS - 0.01
+    assert slow.records.are_fresh
+    slow.now = 2.0 + FRESH_SECONDS
+    assert not slow.records.are_fresh
+    # And a thread that asks while the loop does.
+    third = await slow.asks(20.0)
+    slow.now, slow.quick = 21.0, [newest]
+    assert slow.records.get(fresh=True) == [newest]
+    slow.answers[2].set_result([old])
+    await third
+    assert slow.records.get(fresh=False) == [newest]
+    assert slow.records.tried_at == 21.0
+
+
+@pytest.mark.asyncio
+async def test_what_was_answered_late_is_as_old_as_its_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = Slow(monkeypatch)
+    task = await slow.asks(1.0)
+    slow.now = 1.0 + FRESH_SECONDS
+    slow.answers[0].set_result([peer()])
+    await task
+    assert not slow.records.are_fresh
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_nobody_serves_any_more_has_no_peers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those who withdrew were kept when the loop asked, as if the directory had been silent."""
+    slow = Slow(monkeypatch)
+    slow.records.now = [peer()]
+    task = await slow.asks(1.0)
+    slow.answers[0].set_exception(UnknownModel("no peer announces ab"))
+    await task
+    assert slow.records.now == []
+
+
+@pytest.mark.asyncio
+async def test_who_is_shut_out_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+    first = await slow.asks(1.0)
+    slow.answers[0].set_result([peer()])
+    await first
+    assert slow.records.are_fresh
+    second = await slow.asks(2.0)
+    slow.answers[1].set_exception(ShutOut("no"))
+    with pytest.raises(ShutOut):
+        await second
+    assert not slow.records.are_fresh

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,16 @@ import pytest
 from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute
-from glasshive.client.route import FEW, MOST_KEPT, best_few, choose_route
+from glasshive.client.route import (
+    FEW,
+    MOST_KEPT,
+    MOST_TRIED,
+    NEAR_TIE,
+    best_few,
+    choose_route,
+    choose_stand_in,
+    some_others,
+)
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import Identity
 from glasshive.security.manifest import ModelId
@@ -183,3 +194,66 @@ def test_the_best_few_of_each_span_the_best_of_all_first() -> None:
     many = [record(block, block + 1) for block in range(BLOCKS) for _ in range(2)]
     assert best_few(many) == [*many[::2], *many[1::2]][:MOST_KEPT]
     assert len(many) > MOST_KEPT
+
+
+# Chance ----------------------------------------------------------------------------------------
+
+
+def test_near_ties_are_left_to_chance_and_others_are_not() -> None:
+    """All clients took the first of equal peers, and all of them the same one."""
+    alike = [record(0, 30) for _ in range(4)]
+    slower = record(0, 30, throughput_tokens_per_second=0.9)  # by a tenth, and more than NEAR_TIE
+    nearly = record(0, 30, throughput_tokens_per_second=0.99)
+    assert NEAR_TIE == 0.05
+    chance = random.Random(3).random
+    records = [slower, *alike, nearly]
+    taken = Counter(
+        choose_route(records, ALL, BLOCKS, chance=chance).records[0].peer_id for _ in range(2000)
+    )
+    assert set(taken) == {one.peer_id for one in (*alike, nearly)}
+    assert min(taken[one.peer_id] for one in alike) > 300
+    assert choose_route(records, ALL, BLOCKS).records == (alike[0],)
+    stood_in = Counter(
+        choose_stand_in(records, alike[0], [alike[0].peer_id], chance=chance).peer_id
+        for _ in range(500)
+    )
+    assert set(stood_in) == {one.peer_id for one in (*alike[1:], nearly)}
+    kept = {one.peer_id for _ in range(500) for one in best_few(records, chance=chance)}
+    assert kept == {one.peer_id for one in (*alike, nearly)}
+
+
+def test_each_peer_is_priced_once() -> None:
+    """It was for its hardware, for all hardware together, and for the sum."""
+    records = [record(start, start + 10, backend=name) for start in (0, 10, 20) for name in "ab"]
+    priced: Counter[str] = Counter()
+
+    def seconds(one: PeerRecord, blocks: int) -> float:
+        priced[one.peer_id] += 1
+        return float(blocks)
+
+    assert choose_route(records, ALL, BLOCKS, seconds=seconds).expected_seconds == 30.0
+    assert priced == {one.peer_id: 1 for one in records}
+
+
+def test_one_more_of_each_span_is_tried() -> None:
+    """Whatever they announce: of the three that seem fastest nobody else's place is held."""
+    chance = random.Random(4).random
+    firsts = [record(0, 10, throughput_tokens_per_second=1e9) for _ in range(3)]
+    others, seconds = [record(0, 10) for _ in range(5)], [record(10, 30) for _ in range(2)]
+    known = {one.peer_id for one in (*firsts, others[0])}
+    tried: Counter[str] = Counter()
+    for _ in range(200):
+        found = some_others(
+            [*firsts, *others, *seconds], lambda one: one.peer_id not in known, chance
+        )
+        assert sorted(one.start for one in found) == [0, 10]
+        tried.update(one.peer_id for one in found)
+    assert set(tried) == {one.peer_id for one in (*others[1:], *seconds)}
+    assert some_others(firsts, lambda one: one.peer_id not in known, chance) == []
+    many = [record(block, block + 1) for block in range(BLOCKS)]
+    tried.clear()
+    for _ in range(200):
+        found = some_others(many, lambda one: True, chance)
+        assert len(found) == len({one.peer_id for one in found}) == MOST_TRIED
+        tried.update(one.peer_id for one in found)
+    assert len(tried) == BLOCKS

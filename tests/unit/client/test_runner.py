@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import re
 import threading
 from collections.abc import Coroutine, Iterator
@@ -29,6 +30,7 @@ from glasshive.client.errors import (
     TraceTimeout,
 )
 from glasshive.client.experiment import TraceOptions
+from glasshive.client.in_flight import InFlight
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.route import Route
 from glasshive.client.runner import ModelRunner
@@ -72,6 +74,7 @@ class Swarm:
         self.transport: MemoryTransport = MemoryNetwork().transport(Identity.generate())
         self.given_seconds: list[float] = []
         self.round_trips = RoundTrips()
+        self.in_flight = InFlight()
         self.warm = WarmRoutes(lambda coroutine: coroutine.close())  # type: ignore[arg-type, func-returns-value]
         self.measured: list[list[PeerRecord]] = []
         self.known = [self._record() for _ in range(3)]
@@ -116,7 +119,11 @@ class Swarm:
 
 
 def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
-    return ModelRunner(swarm, "ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans)  # type: ignore[arg-type]
+    return ModelRunner(
+        swarm,  # type: ignore[arg-type]
+        *("ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans),
+        chance=lambda: 0.0,
+    )
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
@@ -303,16 +310,44 @@ def test_the_nearer_of_two_peers_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert outcome_of(runner_of(swarm), monkeypatch, None) == swarm.known[1].peer_id
 
 
+def test_own_traces_keep_away_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What peers announce is up to 15 s old: traces that began together all went to one of them."""
+    swarm = Swarm()
+    first, second, third = swarm.known
+    model = runner_of(swarm)
+    assert outcome_of(model, monkeypatch, None) == first.peer_id
+    with swarm.in_flight.on([first]):
+        assert outcome_of(model, monkeypatch, None) == second.peer_id
+        with swarm.in_flight.on([second]):
+            assert outcome_of(model, monkeypatch, None) == third.peer_id
+            with swarm.in_flight.on([third]), swarm.in_flight.on([first]):
+                assert outcome_of(model, monkeypatch, None) == second.peer_id
+    assert outcome_of(model, monkeypatch, None) == first.peer_id
+
+
+def test_of_equal_peers_chance_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm()
+    model: Any = runner_of(swarm)
+    model._chance = random.Random(1).random
+    taken = {outcome_of(model, monkeypatch, None) for _ in range(50)}
+    assert taken == {one.peer_id for one in swarm.known}
+
+
 def test_a_model_says_which_route_a_trace_would_take() -> None:
     swarm = Swarm()
-    first, last = swarm._record(0, 2), replace(swarm._record(2, BLOCKS), load=0.25)
+    first, last = (
+        swarm._record(0, 2),
+        replace(swarm._record(2, BLOCKS), load=0.25, pass_seconds=2.5),
+    )
     swarm.known = [last, replace(last, peer_id=Identity.generate().peer_id, load=1.0), first]
     swarm.round_trips.saw(first.peer_id, 0.0123)
     model = runner_of(swarm)
     assert model.describe().splitlines()[4:] == [
-        "route of a trace now",
-        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  load 0%",
-        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  load 25%",
+        "route of a trace now, about 8616.3 ms for a pass of one token",
+        f"  blocks 0:2  {first.peer_id}  cpu  round trip 12.3 ms  1 tokens/s  "
+        "0.0 ms a pass  load 0%",
+        f"  blocks 2:4  {last.peer_id}  cpu  round trip not measured  1 tokens/s  "
+        "2500.0 ms a pass  load 25%",
     ]
     swarm.known.pop()
     assert runner_of(swarm).describe().endswith("\nno route over all blocks now")

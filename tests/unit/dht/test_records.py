@@ -43,6 +43,7 @@ def record_of(identity: Identity = ALICE, **changes: Any) -> PeerRecord:
         "backend": "cpu torch-2.13",
         "attention": "sdpa",
         "throughput_tokens_per_second": 123.5,
+        "pass_seconds": 0.0625,
         "addresses": (f"/ip4/127.0.0.1/tcp/4001/p2p/{identity.peer_id}", "/ip4/203.0.113.7/tcp/1"),
         "whitelist_version": 7,
         "load": 0.25,
@@ -66,7 +67,7 @@ def test_its_body_is_the_documented_array() -> None:
     assert (kind, swarm, sender, inner) == ("peer-record", "public", ALICE.peer_id, ALICE.peer_id)
     assert (receiver, request_id, expiry) == ("", b"", 1_700_000_045_125)
     assert msgpack.unpackb(body) == [
-        1,
+        2,
         bytes.fromhex(MODEL),
         "HuggingFaceTB/SmolLM2-135M",
         3,
@@ -77,6 +78,7 @@ def test_its_body_is_the_documented_array() -> None:
         "cpu torch-2.13",
         "sdpa",
         123.5,
+        0.0625,
         [f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}", "/ip4/203.0.113.7/tcp/1"],
         7,
         0.25,
@@ -111,6 +113,11 @@ def test_its_body_is_the_documented_array() -> None:
         {"throughput_tokens_per_second": math.inf},
         {"throughput_tokens_per_second": math.nan},
         {"throughput_tokens_per_second": -1.0},
+        {"pass_seconds": math.inf},
+        {"pass_seconds": math.nan},
+        {"pass_seconds": -0.001},
+        {"pass_seconds": "0.1"},
+        {"pass_seconds": True},
         {"load": 1.01},
         {"load": "0"},
         {"load": False},
@@ -150,15 +157,25 @@ def sealed(body: object, **changes: Any) -> bytes:
     return seal(ALICE, **(fields | changes))
 
 
-@pytest.mark.parametrize("place", range(16))
+@pytest.mark.parametrize("place", range(17))
 @pytest.mark.parametrize("value", [None, -1, 2**40, 1.5, "", "\x1b", b"", [], [[]], {}, [b"x"]])
 def test_no_wrong_type_in_a_well_signed_body_gets_through(place: int, value: object) -> None:
     body = body_of(record_of())
     body[place] = value
-    if (place, value) in ((10, 2**40), (10, 1.5), (11, [])):
-        return  # a throughput, no addresses
+    if (place, value) in ((10, 2**40), (10, 1.5), (11, 2**40), (11, 1.5), (12, [])):
+        return  # a throughput, seconds, no addresses
     with pytest.raises(RecordRefused):
         PeerRecord.verify(sealed(body), NOW)
+
+
+def test_a_record_of_another_release_says_so() -> None:
+    """One of the form before had no seconds of a pass, which nothing takes the place of."""
+    older = body_of(record_of())
+    del older[11]
+    older[0] = 1
+    assert len(older) == 16
+    with pytest.raises(RecordRefused, match="not of version 2; one side needs another release"):
+        PeerRecord.verify(sealed(older), NOW)
 
 
 @pytest.mark.parametrize(

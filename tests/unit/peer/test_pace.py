@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from tenants import Tenants
 
+from glasshive.dht.memory_transport import MemoryNetwork
 from glasshive.graph.budget import Budget, Cost, Pace
 from glasshive.graph.dtypes import DType
 from glasshive.graph.errors import OverBudget
@@ -19,7 +20,8 @@ from glasshive.peer.errors import TraceEnded
 from glasshive.peer.host_limits import HostLimits
 from glasshive.peer.pace import HostPace, measure_pace
 from glasshive.peer.served_model import ServedModel
-from glasshive.peer.serving import record_of
+from glasshive.peer.serving import Serving, record_of
+from glasshive.security.keys import Identity
 
 SITE = Site("model.layers.0", "output")
 
@@ -57,6 +59,7 @@ def test_a_host_measures_its_pace(served: ServedModel) -> None:
         assert {DType.FLOAT32, DType.BFLOAT16, DType.INT64} <= dense.keys()
         figures = (
             pace.tokens_per_second,
+            pace.pass_seconds,
             pace.graph.flops_per_second,
             pace.graph.drawn_numbers_per_second,
             *dense.values(),
@@ -99,13 +102,38 @@ async def test_a_whole_pass_corrects_what_was_measured(
     served: ServedModel, nodes: tuple[Node, ...], is_whole: bool
 ) -> None:
     busy = 0.5  # tokens a second, as if the machine had done something else
-    measured = replace(served, pace=HostPace(busy, served.pace.hidden_size, served.pace.graph))
+    pace = HostPace(busy, served.pace.hidden_size, served.pace.graph, pass_seconds=10.0)
+    measured = replace(served, pace=pace)
     async with Tenants(measured) as tenants:
         client = tenants.client()
-        assert record_of(tenants.home, measured, 60.0, 1).throughput_tokens_per_second == busy
+        before = record_of(tenants.home, measured, 60.0, 1)
+        assert (before.throughput_tokens_per_second, before.pass_seconds) == (busy, 10.0)
         assert isinstance(await tenants.run(client, nodes), dict)
-        announced = record_of(tenants.home, measured, 60.0, 1).throughput_tokens_per_second
-    assert (announced > busy) is is_whole
+        announced = record_of(tenants.home, measured, 60.0, 1)
+    assert (announced.throughput_tokens_per_second > busy) is is_whole
+    assert (announced.pass_seconds < 10.0) is is_whole
+
+
+@pytest.mark.asyncio
+async def test_a_host_announces_how_fast_it_was_seen_to_be(served: ServedModel) -> None:
+    """It announced what it had measured at its start, as long as it ran."""
+    pace = HostPace(100.0, served.pace.hidden_size, served.pace.graph, pass_seconds=0.1)
+    identity = Identity.generate()
+    home = MemoryNetwork().transport(identity)
+    async with Serving(home, identity, replace(served, pace=pace)) as serving:
+
+        def announced() -> tuple[float, float]:
+            serving.refresh()
+            return serving.record.throughput_tokens_per_second, serving.record.pass_seconds
+
+        assert announced() == (100.0, 0.1)
+        pace.saw(tokens=1, seconds=0.095)  # nobody is told of so little
+        assert announced() == (100.0, 0.1)
+        pace.saw(tokens=1, seconds=0.08)
+        assert announced() == (100.0, 0.08)
+        pace.saw(tokens=400, seconds=2.0)
+        assert announced() == (200.0, 0.08)
+    await home.close()
 
 
 def test_no_pass_is_thought_faster_than_one_of_one_token(served: ServedModel) -> None:
