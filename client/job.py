@@ -190,6 +190,8 @@ class Job:
             # A peer may be quicker to say that the deadline is over.
             is_ended = isinstance(error, PeerFailed) and error.code == "TraceEnded"
             if not timer.expired() and not (is_ended and self.left_seconds < TIMERS_SECONDS):
+                if is_ended and "deadline passed" in str(error):
+                    raise self._limited_by(error) from None
                 raise
             slow = ", ".join(
                 f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.doing(self.hops)})"
@@ -217,6 +219,15 @@ class Job:
             await self.relays.close()
         self.state = "done"
         return self.saves
+
+    def _limited_by(self, error: PeerFailed) -> TraceTimeout:
+        """What it means that a peer says that the deadline passed, when it hasn't."""
+        return TraceTimeout(
+            f"peer {error.peer} (blocks {error.span}) ended the trace after "
+            f"{self.clock() - self.began_at:.3g} s by a limit of its own, before the deadline of "
+            f"{self.deadline_seconds:g} s was over; ask for less at a time, or leave it out with "
+            "avoid="
+        )
 
     async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
         async def run() -> None:

@@ -337,6 +337,24 @@ async def test_a_deadline_that_passes_right_after_a_loss_is_one(
 
 
 @pytest.mark.asyncio
+async def test_a_host_that_ends_a_trace_by_a_limit_of_its_own_is_said_to() -> None:
+    """Seen to tell the user, who had allowed an hour, to allow more."""
+
+    async def ends(stream: Stream) -> None:
+        await prepared(stream)
+        text = "the trace's deadline passed; allow more time with deadline="
+        await stream.send(encode(Failed("TraceEnded", -1, text)))
+        await asyncio.Event().wait()
+
+    wanted = (
+        rf"peer {HOST.peer_id} \(blocks 0:2\) ended the trace after .* s by a limit of its own, "
+        r"before the deadline of 3600 s was over"
+    )
+    with pytest.raises(TraceTimeout, match=wanted):
+        await ran(ends, silence_seconds=5, deadline_seconds=3600)
+
+
+@pytest.mark.asyncio
 async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
     async def forgets(stream: Stream) -> None:
         prepare = await prepared(stream)
