@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from glasshive.client.experiment import Experiment
 from glasshive.client.route import Route
-from glasshive.graph.plan import HIDDEN, TOKENS, Plan
+from glasshive.dht.records import PeerRecord
+from glasshive.graph.order import Passes
+from glasshive.graph.plan import HIDDEN, TOKENS, Plan, Stage
 
-__all__ = ["estimate_of"]
+__all__ = ["estimate_of", "stage_seconds"]
+
+# No machine is thought to run the ops of a graph more slowly than this.
+_FLOPS_PER_SECOND: Final = 1e9
 
 
 def estimate_of(experiment: Experiment, plan: Plan, route: Route) -> Mapping[str, Any]:
@@ -50,3 +55,15 @@ def _compute_seconds(plan: Plan, route: Route) -> float:
         tokens = sum(one.batch * one.seq for one in passes)
         seconds += tokens / max(route.records[part.index].throughput_tokens_per_second, 1e-3)
     return seconds
+
+
+def stage_seconds(
+    hosts: Sequence[PeerRecord], passes: Passes, flops: int, part: int, stage: Stage
+) -> float:
+    """About how long a stage takes at most, at the announced speed: all nodes may be in it."""
+    tokens = 0
+    if stage.forward:
+        one = passes.passes[stage.pass_index]
+        tokens = one.batch * one.seq
+    pace = max(hosts[part].throughput_tokens_per_second, 1e-3)
+    return tokens / pace + flops / _FLOPS_PER_SECOND
