@@ -133,6 +133,11 @@ class ModelRunner:
             try:
                 return self._run_once(experiment, options, route, left_seconds, tries)
             except TraceTimeout as error:
+                if tries.busy and not tries.has_run:  # a last try, for which no time was left
+                    *_, busy = tries.busy.values()
+                    text = f"{error}{tries.busy_text(busy, options.deadline_seconds)}"
+                    tries.advise(busy, text, own)
+                    raise busy from error
                 error.args = (f"{error}{tries.before_text()}",)
                 raise
             except PeerFailed as error:

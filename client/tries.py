@@ -121,7 +121,8 @@ class Tries:
             return 0.0
         longest = min(FIRST_PAUSE_SECONDS * 2 ** min(self._pauses, 16), MOST_PAUSE_SECONDS)
         # A last try needs some time, too.
-        return min(longest * _chance.uniform(0.5, 1.0), left_seconds / 2)
+        seconds: float = min(longest * _chance.uniform(0.5, 1.0), left_seconds / 2)
+        return seconds
 
     def waited(self, seconds: float) -> None:
         """It has waited: those who were busy may be asked again."""

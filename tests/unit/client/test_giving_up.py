@@ -14,8 +14,8 @@ from played_swarm import BLOCKS, Experiment, Swarm, every_block, no_return, runn
 
 from glasshive.client import tries as tries_module
 from glasshive.client.errors import (
+    ClientError,
     PeerBusy,
-    PeerError,
     PeerLost,
     TraceTimeout,
 )
@@ -28,7 +28,7 @@ from glasshive.security.keys import PeerId
 
 __all__ = ["every_block", "no_return"]  # fixtures of every test
 
-Outcome = Callable[[Route, Tries], "str | PeerError"]
+Outcome = Callable[[Route, Tries], "str | ClientError"]
 
 
 @pytest.fixture
@@ -124,6 +124,26 @@ def test_at_the_deadline_it_says_who_is_busy(swarm: Swarm, run: Any, tried: list
     assert "before that" not in text
     assert text.endswith("run the trace again later, or allow more time with deadline=")
     assert len(tried) > 4
+
+
+def test_a_last_try_that_comes_to_nothing_says_who_is_busy(
+    swarm: Swarm, run: Any, tried: list[Any]
+) -> None:
+    """And a trace that ran until its deadline doesn't."""
+    del swarm.known[1:]
+    late = TraceTimeout("not done")
+
+    def outcome(route: Route, tries: Tries) -> ClientError:
+        tries.has_run = has_run
+        return late if len(tried) > 1 else busy(route)
+
+    has_run = False
+    with pytest.raises(PeerBusy, match=r"is busy: .*; not done; waited .* of 300 s; run the trace"):
+        run(outcome)
+    tried.clear()
+    has_run = True
+    with pytest.raises(TraceTimeout, match=r"^not done; before that: busy \w{8}$"):
+        run(outcome)
 
 
 def test_one_that_was_busy_is_asked_again_when_another_is_lost(
