@@ -146,4 +146,4 @@ def what_became(error: PeerError) -> str:
         return LOST
     if isinstance(error, PeerBusy):
         return BUSY
-    return "bad answer of" if isinstance(error, BadAnswer) else "refused by"
+    return "broke the protocol" if isinstance(error, BadAnswer) else "refused"

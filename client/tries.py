@@ -202,7 +202,7 @@ class Tries:
         error.args = (f"{error}; {why}{self.before_text(error)}; {what}",)
 
     def before_text(self, error: PeerError | None = None) -> str:
-        """`; before that: lost ABCDEFGH; busy 12345678`; empty if there was nothing.
+        """`; before that: ABCDEFGH lost; 12345678 busy`; empty if there was nothing.
 
         `error` speaks for itself; one of a busy peer is told with all who are (`busy_text`).
         """
@@ -211,7 +211,7 @@ class Tries:
         for what, who in self._became:
             if (what, who) != itself and not (what == BUSY and isinstance(error, PeerBusy)):
                 by_what[what].append(who)
-        said = "; ".join(f"{what} {_named(who)}" for what, who in by_what.items())
+        said = "; ".join(f"{_named(who)} {what}" for what, who in by_what.items())
         return f"; before that: {said}" if said else ""
 
     def busy_text(self, error: PeerBusy, deadline_seconds: float) -> str:

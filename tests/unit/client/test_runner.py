@@ -395,7 +395,7 @@ def test_a_lost_peer_after_the_last_try(
 ) -> None:
     swarm = Swarm()
     text = lost_text(swarm, monkeypatch, TraceOptions(retries=retries))
-    before = f"; before that: lost {swarm.known[0].peer_id[-8:]}" if retries else ""
+    before = f"; before that: {swarm.known[0].peer_id[-8:]} lost" if retries else ""
     assert text == f"peer X (blocks 0:2) was lost: gone; {said}{before}{ADVICE}"
 
 
@@ -411,7 +411,7 @@ def test_a_lost_peer_when_the_directory_is_gone_too(monkeypatch: pytest.MonkeyPa
     first, second, _ = (one.peer_id[-8:] for one in swarm.known)
     assert text.endswith(
         "gone; whether there is another route is not known: the bootstrap peer gave no directory; "
-        f"before that: lost {first}, {second}{ADVICE}"
+        f"before that: {first}, {second} lost{ADVICE}"
     )
 
 
