@@ -510,10 +510,9 @@ class ModelRunner:
                 known = get(fresh=True)
             except ShutOut:
                 raise
-            except SwarmError:  # they may be there, whoever tells of them isn't
-                valid = [one for one in known if self._records.is_valid(one)]
+            except SwarmError:  # they are valid, and may be there, whoever tells of them isn't
                 with contextlib.suppress(NoRoute):
-                    return choose(valid, also_banned=True)
+                    return choose(known, also_banned=True)
                 raise
             with contextlib.suppress(NoRoute):
                 return choose(known)
@@ -524,14 +523,10 @@ class ModelRunner:
     ) -> dict[PeerId, str]:
         """Those of these peers that are revoked, left out by the trace, or by all for a while.
 
-        With why. Who was busy in this trace is left out by that alone.
+        With why.
         """
         bans = () if also_banned else self._bans
-        out = {
-            one.peer_id: "lost or busy of late"
-            for one in known
-            if one.peer_id in bans and one.peer_id not in tries.busy
-        }
+        out = {one.peer_id: "lost or busy of late" for one in known if one.peer_id in bans}
         out |= {peer: tries.left_out.why(peer) for peer in tries.left_out.among(known)}
         return out | dict.fromkeys(self._swarm.revoked(known), "revoked")
 

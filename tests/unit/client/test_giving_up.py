@@ -107,7 +107,7 @@ def test_who_waits_does_not_hold_its_waiting_against_a_peer(swarm: Swarm, run: A
     noted = Counter[float]()
     run.model._bans.trouble = lambda peer, seconds: noted.update([seconds])
     with pytest.raises(PeerBusy):
-        run(busy, deadline_seconds=0.1)
+        run(busy, deadline_seconds=0.2)
     assert noted == {1.0: 1}
 
 
