@@ -9,6 +9,7 @@ GlasshiveError
     ├── BadModelFiles           a configuration or tokenizer that does not fit the model's id
     ├── TraceTimeout            the trace's deadline passed
     ├── TraceCancelled          it was cancelled by `tracer.cancel()`
+    ├── TokensDiffer            a generation run again made other tokens than a streamer has
     ├── PeerError               one peer of the route is to blame
     │   ├── PeerLost            it cannot be reached, or was lost on the way
     │   ├── PeerBusy            it has as much to do as it allows
@@ -102,6 +103,10 @@ class TraceTimeout(ClientError):
 
 class TraceCancelled(ClientError):
     """The trace was cancelled by `tracer.cancel()`."""
+
+
+class TokensDiffer(ClientError):
+    """A generation that was run again made other tokens than its streamer had been given."""
 
 
 class NotInATrace(ClientError):

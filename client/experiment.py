@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from glasshive.graph.simplify import simplify
 from glasshive.graph.tensors import TensorSpec
 from glasshive.security.errors import BadPeerId
 from glasshive.security.keys import PeerId, public_key_of
+from glasshive.security.requests import MAX_DEADLINE_SECONDS
 
 _UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)
 
@@ -59,14 +61,24 @@ class TraceOptions:
             wrong.append(f"batching={self.batching!r:.40}; 'shared' or 'alone' is wanted")
         if type(self.pass_rows) is not int or self.pass_rows < 1:
             wrong.append(f"pass_rows={self.pass_rows!r:.40}; a whole number from 1 on is wanted")
-        if not self.deadline_seconds > 0:
-            wrong.append(f"deadline={self.deadline_seconds!r}; seconds above 0 are wanted")
+        if not _are_seconds(self.deadline_seconds):
+            wrong.append(
+                f"deadline={self.deadline_seconds!r:.40}; seconds above 0 are wanted, at most "
+                f"{MAX_DEADLINE_SECONDS:.0f}"
+            )
         if type(self.retries) is not int or self.retries < 0:
             wrong.append(f"retries={self.retries!r:.40}; a whole number from 0 on is wanted")
         if self.across_hardware not in (True, False):
             wrong.append(f"across_hardware={self.across_hardware!r:.40}; True or False is wanted")
         if wrong:
             raise TraceError("; ".join(wrong), line=here())
+        object.__setattr__(self, "deadline_seconds", float(self.deadline_seconds))
+
+
+def _are_seconds(given: object) -> bool:
+    """Whether it is a number of seconds that hosts take. True and nan are none."""
+    is_number = isinstance(given, Real) and not isinstance(given, bool)
+    return is_number and 0 < given <= MAX_DEADLINE_SECONDS  # type: ignore[operator]
 
 
 def peer_ids(given: object, option: str) -> frozenset[PeerId]:

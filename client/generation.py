@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glasshive.client.cancellation import Cancellation
-from glasshive.client.errors import TraceCancelled, TraceError
+from glasshive.client.errors import TokensDiffer, TraceCancelled, TraceError
 from glasshive.client.experiment import Chosen, Experiment, TraceOptions, finish
 from glasshive.client.functional import DeadCell, intern_layout
 from glasshive.client.prompts import Prompt, Tokens
@@ -404,18 +404,28 @@ class _Streaming:
         self._streamer = streamer
         self._cancellation = cancellation
         self._prompt = tokens[0].input_ids
-        self._told = -1
+        self._has_begun = False
+        self._told: list[Tensor] = []
 
     def __call__(self, chosen: Chosen) -> None:
         """Tell what is new. A generation that is run again makes the same tokens once more.
 
-        Raises TraceCancelled, also where the streamer has just cancelled it.
+        Raises TokensDiffer if it doesn't, and TraceCancelled, also where the streamer has just
+        cancelled it.
         """
-        if self._told < 0:
+        if not self._has_begun:
             self._streamer.put(self._prompt)
-            self._told = 0
+            self._has_begun = True
         steps = chosen.steps(0)
-        for tokens in steps[self._told :]:
+        for step, (told, came) in enumerate(zip(self._told, steps, strict=False)):
+            if not torch.equal(told, came):
+                raise TokensDiffer(
+                    f"step {step} gave {came.tolist()!s:.80} when the generation was run again, "
+                    f"and the streamer had been given {told.tolist()!s:.80}; on other hardware, or "
+                    "at a peer that computes wrongly, other tokens may be chosen: generate anew, "
+                    "with across_hardware=False, which runs it again on the same hardware only"
+                )
+        for tokens in steps[len(self._told) :]:
             self._cancellation.check()
             self._streamer.put(tokens)
-        self._told = max(self._told, len(steps))
+            self._told.append(tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from glasshive.client.provenance import Hop
 from glasshive.dht.messages import AT_WORK, ITS_TURN
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Save
@@ -63,3 +64,17 @@ class HopReport:
             return "waits for its turn"
         spans = [one.part.span for one in hops if one.part.index == self.waits_for]
         return f"waits for blocks {spans[0]}" if spans else "at work"
+
+    def summary(self, backend: str) -> Hop:
+        """What its peer, of this hardware, did in the end."""
+        return Hop(
+            peer=self.peer.peer_id,
+            blocks=str(self.part.span),
+            backend=backend,
+            compute_seconds=self.compute_seconds,
+            wait_seconds=self.wait_seconds,
+            wire_seconds=self.wire_seconds,
+            hidden_bytes=self.hidden_bytes,
+            carried_bytes=self.carried_bytes,
+            saved_bytes=self.saved_bytes,
+        )

@@ -124,6 +124,7 @@ class Job:
     # Told how long a peer took to answer what it was asked first.
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
     most_moves: int = 0
+    allowed_seconds: float | None = None  # all tries together; None: as this one
     left_out: LeftOut | None = None  # of all tries; None: of this one
     relay: Collection[Pair] = ()  # known not to reach each other
     silence_seconds: float = SILENCE_SECONDS  # a peer that says nothing for so long is lost
@@ -139,6 +140,7 @@ class Job:
     def __post_init__(self) -> None:
         self.hops = [HopReport(self.peers[part.index], part) for part in self.plan.parts]
         self.began_at = self.clock()
+        self.has_run = False  # whether inputs may have left
         self.replaced: list[Replaced] = []
         self._left_out = self.left_out or LeftOut(
             now=self.transport.now, tried_at=self.clock, clock=self.clock
@@ -180,7 +182,7 @@ class Job:
         try:
             async with asyncio.timeout(self.left_seconds) as timer:
                 await self._together(self._prepare(hop) for hop in self.hops)
-                self.state = "running"
+                self.state, self.has_run = "running", True
                 for one, other in itertools.combinations(self.hops, 2):
                     self._mending.carry(one, other)
                 await self._together(self._run_hop(hop) for hop in self.hops)
@@ -191,6 +193,8 @@ class Job:
             # A peer may be quicker to say that the deadline is over.
             is_ended = isinstance(error, PeerFailed) and error.code == "TraceEnded"
             if not timer.expired() and not (is_ended and self.left_seconds < TIMERS_SECONDS):
+                if isinstance(error, PeerFailed) and is_ended and "deadline" in str(error):
+                    raise self._limited_by(error) from None
                 raise
             slow = ", ".join(
                 f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.doing(self.hops)})"
@@ -198,7 +202,7 @@ class Job:
                 if hop.state != "done"
             )
             raise TraceTimeout(
-                f"the trace was not done in the {self.deadline_seconds:.3g} s that it had; "
+                f"the trace was not done in the {self._allowed_seconds:g} s that it had; "
                 f"not done: {slow or 'nobody'}; allow more with deadline=, or leave out a "
                 "slow peer with avoid="
             ) from None
@@ -218,6 +222,19 @@ class Job:
             await self.relays.close()
         self.state = "done"
         return self.saves
+
+    @property
+    def _allowed_seconds(self) -> float:
+        return self.deadline_seconds if self.allowed_seconds is None else self.allowed_seconds
+
+    def _limited_by(self, error: PeerFailed) -> TraceTimeout:
+        """What it means that a peer says that the deadline passed, when it hasn't."""
+        return TraceTimeout(
+            f"peer {error.peer} (blocks {error.span}) ended the trace after "
+            f"{self.clock() - self.began_at:.3g} s by a limit of its own, before the deadline of "
+            f"{self._allowed_seconds:g} s was over; ask for less at a time, or leave it out with "
+            "avoid="
+        )
 
     async def _together(self, several: Iterable[Coroutine[None, None, None]]) -> None:
         async def run() -> None:
@@ -411,6 +428,8 @@ class Job:
                 await self._prepare(hop)
             except PeerError as error:
                 self._leave_out(hop, error)
+                if isinstance(error, PeerBusy):
+                    self.moves -= 1  # it ran nothing again; the deadline bounds how often
                 did = "refused" if isinstance(error, PeerFailed | PeerBusy) else "could not"
                 said = f"; {hop.peer.peer_id}, asked to stand in, {did}: {error}"
                 continue  # then yet another
@@ -419,7 +438,13 @@ class Job:
             self._mending.forget(hop.part.index)
             seconds = self.clock() - began
             self.replaced.append(
-                Replaced(str(hop.part.span), lost=gone, by=hop.peer.peer_id, seconds=seconds)
+                Replaced(
+                    str(hop.part.span),
+                    lost=gone,
+                    by=hop.peer.peer_id,
+                    seconds=seconds,
+                    backend=record.backend,
+                )
             )
             return
         lost.args = (f"{lost}{said}",)

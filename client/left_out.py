@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, final
 
-from glasshive.client.errors import PeerBusy, PeerError, PeerLost
+from glasshive.client.errors import BadAnswer, PeerBusy, PeerError, PeerLost
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import PeerId
 
-__all__ = ["RETURN_SECONDS", "LeftOut"]
+__all__ = ["BUSY", "LOST", "RETURN_SECONDS", "LeftOut", "what_became"]
 
+LOST: Final = "lost"
+BUSY: Final = "busy"
+"""What may become of a peer, and pass."""
 RETURN_SECONDS: Final = 25.0
 """So long a trace waits for a lost peer to come back, or for another of its kind. Peers announce
 themselves every 20 s, so that by then all who are there have been seen."""
@@ -41,6 +44,7 @@ what it is given may be what ends it."""
 class _Loss:
     at: float  # swarm time; infinite: for good
     seen_at: float  # by the clock
+    why: str
     newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
     is_newest: bool = False  # that was looked for after the loss
 
@@ -66,7 +70,7 @@ class LeftOut:
         self._now = now
         self._tried_at = tried_at
         self._clock = clock
-        self._losses = {peer: _Loss(math.inf, -math.inf) for peer in for_good}
+        self._losses = {peer: _Loss(math.inf, -math.inf, "named in avoid=") for peer in for_good}
         self._heeded: list[PeerError] = []
         self._in_a_row: Counter[PeerId] = Counter()
 
@@ -87,7 +91,7 @@ class LeftOut:
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            self._losses[error.peer] = _Loss(at, self._clock())
+            self._losses[error.peer] = _Loss(at, self._clock(), what_became(error))
 
     def forgive(self, peer: PeerId) -> None:
         """It was not lost: only another peer has lost it. Who is left out for good stays so."""
@@ -102,6 +106,11 @@ class LeftOut:
     def __contains__(self, peer: PeerId) -> bool:
         """Whether it is left out unless it has announced itself since."""
         return peer in self._losses
+
+    def why(self, peer: PeerId) -> str:
+        """In a word or two, why it is left out; empty if it isn't."""
+        loss = self._losses.get(peer)
+        return "" if loss is None else loss.why
 
     def among(self, records: Iterable[PeerRecord]) -> set[PeerId]:
         """Who is left out, but those that announced themselves since they were lost.
@@ -129,3 +138,12 @@ class LeftOut:
         if loss is None or loss.at == math.inf:
             return math.inf
         return self._clock() - loss.seen_at
+
+
+def what_became(error: PeerError) -> str:
+    """Of the peer to blame, in a word or two."""
+    if isinstance(error, PeerLost):
+        return LOST
+    if isinstance(error, PeerBusy):
+        return BUSY
+    return "broke the protocol" if isinstance(error, BadAnswer) else "refused"

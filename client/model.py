@@ -190,7 +190,7 @@ def _options(
 ) -> TraceOptions:
     return TraceOptions(
         batching=batching,
-        deadline_seconds=float(deadline),
+        deadline_seconds=deadline,
         retries=retries,
         route=None if route is None else peer_ids(route, "route"),
         avoid=peer_ids(avoid, "avoid"),

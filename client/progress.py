@@ -46,7 +46,14 @@ class JobDisplay:
         elapsed = job.clock() - job.began_at
         if not self._wanted or (elapsed < _SHOW_AFTER_SECONDS and not self._always):
             return
-        text = text_of(job, elapsed)
+        self._show(text_of(job, elapsed))
+
+    def say(self, text: str, elapsed_seconds: float) -> None:
+        """Show that something goes on before there is a job, for so long by now."""
+        if self._wanted and (elapsed_seconds >= _SHOW_AFTER_SECONDS or self._always):
+            self._show(f"{text}  {elapsed_seconds:.1f} s")
+
+    def _show(self, text: str) -> None:
         if self._status is None:
             from rich.console import Console
 

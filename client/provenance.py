@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from glasshive.client.profile import Profile
-from glasshive.client.relay import Relayed
 from glasshive.security.keys import PeerId
+
+if TYPE_CHECKING:
+    from glasshive.client.relay import Relayed
 
 
 class Hop(NamedTuple):
@@ -34,23 +36,25 @@ class Replaced(NamedTuple):
     another, or the same one, which had come back.
 
     `seconds` passed from when the loss was seen until that peer had accepted the part; then it ran
-    the steps again that had been run.
+    the steps again that had been run. `backend` is its hardware and torch: of the lost one, too.
     """
 
     blocks: str
     lost: PeerId
     by: PeerId
     seconds: float
+    backend: str
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
     """Where a result came from. Each peer signed that it sent these values for this trace.
 
-    `retried` is how often all of it was run again, `replaced` which peers were lost and replaced
-    while it ran, and `relayed` which peers spoke by way of the client, as they couldn't reach each
-    other; what was passed on is in `sent_bytes` and `received_bytes`. `audited` is False: no peer's
-    work was checked by another.
+    `retried` is how often all of it was run again, and `other_hardware` the blocks that then ran on
+    other hardware, or another torch, than the first time, so that their bits may differ from those
+    of before. `replaced` is which peers were lost and replaced while it ran, and `relayed` which
+    peers spoke by way of the client, as they couldn't reach each other; what was passed on is in
+    `sent_bytes` and `received_bytes`. `audited` is False: no peer's work was checked by another.
     """
 
     model_id: str
@@ -63,6 +67,7 @@ class Provenance:
     received_bytes: int
     passes: int
     retried: int
+    other_hardware: tuple[str, ...]
     replaced: tuple[Replaced, ...]
     relayed: tuple[Relayed, ...]
     audited: bool
@@ -79,9 +84,13 @@ class Provenance:
         for count, what in ((len(self.replaced) - back, "replaced"), (back, "came back")):
             if count:
                 retried += f", {count} lost peer{'s'[: count > 1]} {what}"
+        for blocks in self.other_hardware:
+            retried += f", {blocks} ran again on other hardware"
         for one in self.relayed:
             retried += f", {one.first} and {one.second} relayed by this client"
+        backends = list(dict.fromkeys(hop.backend for hop in self.hops))
+        mixed = f" on {' and '.join(backends)}" if len(backends) > 1 else ""
         return (
-            f"<{self.seconds:.2f} s over {route}; {self.dtype}, {self.attention} attention"
+            f"<{self.seconds:.2f} s over {route}{mixed}; {self.dtype}, {self.attention} attention"
             f"{retried}; {'audited' if self.audited else 'unaudited'}>"
         )

@@ -25,6 +25,7 @@ from glasshive.client.coverage import (
 )
 from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute
+from glasshive.client.left_out import BUSY, LOST
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.plan import Span
@@ -51,6 +52,7 @@ MOST_TRIED: Final = 8
 
 _MOST_NAMED = 8
 _ANYTHING = Wanted()
+_NOBODY: Final[Mapping[PeerId, str]] = {}
 _OF_A_TOKEN: Final[Seconds] = Demand().seconds
 
 
@@ -90,7 +92,7 @@ def choose_route(
     needed: Collection[int],
     n_blocks: int,
     *,
-    avoid: Collection[PeerId] = (),
+    avoid: Mapping[PeerId, str] = _NOBODY,
     only: Collection[PeerId] | None = None,
     wanted: Wanted = _ANYTHING,
     seconds: Seconds = _OF_A_TOKEN,
@@ -102,8 +104,9 @@ def choose_route(
     most `NEAR_TIE` longer than that. The blocks from 0 on without a gap are
     covered by a chain in which each span starts where the one before it ended; single blocks behind
     them (the home of a head or a parameter) by any peer behind the chain. With `only`, of these
-    peers. Raises NoRoute, naming the missing blocks, who serves the rest, and the commands that
-    would serve what is missing of what is `wanted`.
+    peers, and of none to `avoid`, each with why in a word or two. Raises NoRoute, naming the
+    missing blocks, who serves the rest, and the commands that would serve what is missing of what
+    is `wanted`.
     """
     usable = [
         one
@@ -128,7 +131,14 @@ def choose_route(
                 if best is None or cost < best[0]:
                     best = cost, chain
     if best is None:
-        raise NoRoute(_why_none(usable, sorted(needed), avoid, only, n_blocks, wanted))
+        gone = [
+            one
+            for one in records
+            if one.n_blocks == n_blocks
+            and one.peer_id in avoid
+            and (only is None or one.peer_id in only)
+        ]
+        raise NoRoute(_why_none(usable, gone, sorted(needed), avoid, only, n_blocks, wanted))
     chain = best[1]
     return Route(tuple(chain), sum(prices[id(one)] for one in chain))
 
@@ -267,17 +277,22 @@ def _chain(
 
 def _why_none(
     records: Sequence[PeerRecord],
+    gone: Sequence[PeerRecord],
     needed: Sequence[int],
-    avoid: Collection[PeerId],
+    avoid: Mapping[PeerId, str],
     only: Collection[PeerId] | None,
     n_blocks: int,
     wanted: Wanted,
 ) -> str:
+    """The text of a NoRoute; those who are `gone` serve something, and are to be avoided."""
     served = {block for one in records for block in range(one.start, one.end)}
-    missing = [block for block in needed if block not in served]
+    missing = {block for block in needed if block not in served}
+    whys = {avoid[one.peer_id] for one in gone if missing & {*range(one.start, one.end)}}
     if missing:
         who = "nobody" if only is None else "no peer of route="
-        text = f"no route: {who} serves blocks {_ranges(missing)}"
+        if whys:
+            who = "nobody else" if only is None else "no other peer of route="
+        text = f"no route: {who} serves blocks {block_ranges(sorted(missing))}"
     else:
         text = (
             "no route: every needed block is served, but no chain of spans of one dtype and "
@@ -290,16 +305,33 @@ def _why_none(
         f"{one.start}:{one.end} {one.dtype} {one.attention} by {one.peer_id[-8:]}"
         for one in sorted(records, key=lambda one: (one.start, one.end))
     ]
-    if len(served_now) > _MOST_NAMED:
-        served_now[_MOST_NAMED:] = [f"and {len(served_now) - _MOST_NAMED} more"]
-    lost = ""
-    if avoid:
-        many = "1 peer is" if len(avoid) == 1 else f"{len(avoid)} peers are"
-        lost = f"; {many} left out, as lost, busy, revoked or named in avoid="
-    text = f"{text} (served now: {', '.join(served_now) or 'nothing'}{lost})"
+    text = f"{text} (served now: {_first(served_now) or 'nothing'}{_left_out_text(gone, avoid)})"
+    if BUSY in whys:
+        wait = "wait until one that is busy has a place"
+    else:
+        wait = "wait until one that was lost is back" if LOST in whys else ""
     if only is not None:
+        if wait:
+            text += f"; {wait}"
         return f"{text}; name peers that serve all of them, or leave route= out"
-    return f"{text}; start the missing part with {_commands(kinds, needed, n_blocks, wanted)}"
+    commands = _commands(kinds, needed, n_blocks, wanted)
+    return f"{text}; start the missing part with {commands}{f', or {wait}' if wait else ''}"
+
+
+def _left_out_text(gone: Sequence[PeerRecord], avoid: Mapping[PeerId, str]) -> str:
+    """`; left out: 0:4 by ABCDEFGH (busy)`; who serves nothing that is known comes last."""
+    known = {one.peer_id for one in gone}
+    out = [
+        f"{one.start}:{one.end} by {one.peer_id[-8:]} ({avoid[one.peer_id]})"
+        for one in sorted(gone, key=lambda one: (one.start, one.end))
+    ]
+    out += [f"{peer[-8:]} ({why})" for peer, why in sorted(avoid.items()) if peer not in known]
+    return f"; left out: {_first(out)}" if out else ""
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - _MOST_NAMED} more"] if len(texts) > _MOST_NAMED else []
+    return ", ".join([*texts[:_MOST_NAMED], *more])
 
 
 def _commands(
@@ -321,7 +353,7 @@ def _commands(
     return " and ".join(f"`{serve_command(name, span, kind, wanted.where)}`" for span in spans)
 
 
-def _ranges(blocks: Sequence[int]) -> str:
+def block_ranges(blocks: Sequence[int]) -> str:
     """Blocks as `0:10, 20:30`, with ends that are not in."""
     parts: list[list[int]] = []
     for block in blocks:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import random
 import secrets
-import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,9 +29,9 @@ from glasshive.client.estimate import estimate_of, stage_seconds
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.job import Job
 from glasshive.client.known_records import KnownRecords
-from glasshive.client.left_out import LeftOut
+from glasshive.client.left_out import BUSY, LeftOut
 from glasshive.client.progress import JobDisplay
-from glasshive.client.provenance import Hop, Provenance
+from glasshive.client.provenance import Provenance
 from glasshive.client.relay import Pair
 from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
 from glasshive.client.route import (
@@ -44,6 +44,7 @@ from glasshive.client.route import (
     rivals,
     some_others,
 )
+from glasshive.client.tries import Tries
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.errors import GraphError
@@ -59,18 +60,6 @@ _chance: Final = random.SystemRandom().random  # the module's own is the user's 
 _APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
 # What a host refuses for a limit of its own, which another may not have.
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
-
-
-@dataclass
-class _Tries:
-    """Of one trace: whom it leaves out by now, and how often all or a part of it was run again."""
-
-    left_out: LeftOut
-    count: int = 0
-    reruns: int = 0
-    parted: set[Pair] = field(default_factory=set)  # of the last try: who didn't reach each other
-    relay: set[Pair] = field(default_factory=set)  # and of all tries
-    backends: frozenset[str] | None = None  # on which it may run; None: on any
 
 
 class ModelRunner:
@@ -139,45 +128,53 @@ class ModelRunner:
             if time.monotonic() < ends_at:
                 raise
             raise TraceTimeout(
-                f"the trace was not done in the {options.deadline_seconds:.3g} s that it had; the "
+                f"the trace was not done in the {options.deadline_seconds:g} s that it had; the "
                 "directory had not said yet who serves the model; allow more time with deadline="
             ) from None
-        if not options.across_hardware:
-            tries.backends = frozenset(one.backend for one in route.records)
+        own = self._swarm.where.own
         refused: PeerFailed | None = None
         while True:
             experiment.cancellation.check()  # it may have been while a peer was lost
             left_seconds = max(ends_at - time.monotonic(), 0.0)
+            tries.take(route, needed_blocks(experiment.graph, experiment.outline))
+            tries.has_run = False
             try:
                 return self._run_once(experiment, options, route, left_seconds, tries)
+            except TraceTimeout as error:
+                if tries.busy and not tries.has_run:  # a last try, for which no time was left
+                    *_, busy = tries.busy.values()
+                    text = f"{error}{tries.busy_text(busy, options.deadline_seconds)}"
+                    tries.advise(busy, text, own)
+                    raise busy from error
+                error.args = (f"{error}{tries.before_text()}",)
+                raise
             except PeerFailed as error:
                 line = experiment.line_of(error.node)
-                error.args = (f"{f'{line}: ' if line else ''}{_told(error)}",)
-                if error.code not in _OWN_LIMITS or tries.count == options.retries:
+                error.args = (f"{f'{line}: ' if line else ''}{_told(error)}{tries.before_text()}",)
+                if error.code not in _OWN_LIMITS or tries.are_used_up:
                     raise
                 refused = error
-                tries.left_out.heed(error)  # another peer may allow more, or have more left
+                tries.heed(error)  # another peer may allow more, or have more left
                 try:
                     route = self._route(experiment, options, tries, ends_at)
                 except (NoRoute, SwarmError):
                     raise error from None
             except TransportLost as error:  # nobody else's fault: the route stays
-                if tries.count == options.retries or time.monotonic() > ends_at:
+                if tries.are_used_up or time.monotonic() > ends_at:
                     raise TransportLost(
                         "the network daemon (p2pd) of this process ended while the trace ran; run "
-                        "the trace again: a new one is started for it"
+                        f"the trace again: a new one is started for it{tries.before_text()}"
                     ) from error
+                tries.heed_own_loss()
             except PeerError as error:
-                tries.left_out.heed(error)
-                is_busy = isinstance(error, PeerBusy)
-                if error.peer in tries.left_out:
-                    self._bans.trouble(error.peer, BUSY_SECONDS if is_busy else LOST_SECONDS)
-                if tries.count == options.retries:
-                    self._advise(
-                        error,
-                        f"{_routes(tries.count + 1)} tried, as retries={options.retries} says",
-                    )
+                # Who is busy has refused, mostly before anything ran.
+                is_retry = not isinstance(error, PeerBusy) or tries.has_run
+                tries.hold_against(error, self._bans)
+                if is_retry and tries.are_used_up:
+                    tries.advise(error, tries.tried_text(), own)
                     raise
+                if isinstance(error, PeerBusy) and not tries.has_ever_run:
+                    tries.forget_hardware()
                 try:
                     route = self._another_route(
                         *(experiment, options, tries, ends_at, route),
@@ -186,17 +183,24 @@ class ModelRunner:
                 except NoRoute as none:
                     if refused is not None:  # that says more than that others are gone
                         raise refused from error
-                    self._advise(error, str(none).replace("no route", "no other route", 1))
+                    text = str(none).replace("no route", "no other route", 1)
+                    if isinstance(error, PeerBusy):
+                        text += tries.busy_text(error, options.deadline_seconds)
+                    tries.advise(error, text, own)
                     raise error from none
                 except ShutOut as out:
                     # It isn't the peer, and no other trace does better.
                     raise out from error
                 except SwarmError as none:
-                    self._advise(error, f"whether there is another route is not known: {none}")
+                    why = f"whether there is another route is not known: {none}"
+                    tries.advise(error, why, own)
                     raise error from none
                 if time.monotonic() > ends_at:
-                    self._advise(error, "the deadline left no time for another route (deadline=)")
+                    why = "the deadline left no time for another route (deadline=)"
+                    tries.advise(error, why, own)
                     raise
+                if not is_retry:
+                    continue
             tries.count += 1
             tries.reruns += 1
 
@@ -239,22 +243,15 @@ class ModelRunner:
             f"{1000 * one.pass_seconds:.1f} ms a pass  load {one.load:.0%}"
         )
 
-    def _advise(self, error: PeerError, why: str) -> None:
-        """Say behind what happened why the trace was not run elsewhere, and what to do."""
-        status = shlex.join(["glasshive", "status", *self._swarm.where.own])
-        error.args = (
-            f"{error}; {why}; run the trace again when `{status}` shows its blocks as served",
-        )
-
     def _run_once(
         self,
         experiment: Experiment,
         options: TraceOptions,
         route: Route,
         deadline_seconds: float,
-        tries: _Tries,
+        tries: Tries,
     ) -> Provenance:
-        outlives = experiment.passes.are_generation and tries.count < options.retries
+        outlives = experiment.passes.are_generation and not tries.are_used_up
         plan = self._plan(experiment, route, outlives_peers=outlives)
         hosts = list(route.records)
         job = Job(
@@ -276,6 +273,7 @@ class ModelRunner:
             expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.flops),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
+            allowed_seconds=options.deadline_seconds,
             left_out=tries.left_out,
             relay=tries.relay | self._apart_now(),
         )
@@ -290,6 +288,9 @@ class ModelRunner:
                 self._swarm.run_job(job, tick, experiment.cancellation)
             finally:
                 tries.count += job.moves
+                tries.has_run = job.has_run
+                tries.has_ever_run |= job.has_run
+                tries.heed_replaced(job.replaced)
                 tries.parted = job.hearing.parted
                 tries.relay |= tries.parted | job.relays.used.keys()
                 until = time.monotonic() + _APART_SECONDS
@@ -302,25 +303,13 @@ class ModelRunner:
             dtype=self._dtype,
             attention=self._attention,
             graph_digest=experiment.digest,
-            hops=tuple(
-                Hop(
-                    peer=hop.peer.peer_id,
-                    blocks=str(hop.part.span),
-                    backend=hosts[hop.part.index].backend,
-                    compute_seconds=hop.compute_seconds,
-                    wait_seconds=hop.wait_seconds,
-                    wire_seconds=hop.wire_seconds,
-                    hidden_bytes=hop.hidden_bytes,
-                    carried_bytes=hop.carried_bytes,
-                    saved_bytes=hop.saved_bytes,
-                )
-                for hop in job.hops
-            ),
+            hops=tuple(hop.summary(hosts[hop.part.index].backend) for hop in job.hops),
             seconds=job.clock() - job.began_at,
             sent_bytes=job.sent_bytes,
             received_bytes=job.received_bytes,
             passes=len(plan.passes.passes),
             retried=tries.reruns,
+            other_hardware=tries.moved(hosts),
             replaced=tuple(job.replaced),
             relayed=job.relayed,
             audited=all(hop.audited for hop in job.hops),
@@ -349,7 +338,8 @@ class ModelRunner:
         """
         lost, records = hosts[part], self._records
         if lost.peer_id in left_out:
-            self._bans.trouble(lost.peer_id, LOST_SECONDS)
+            is_busy = left_out.why(lost.peer_id) == BUSY
+            self._bans.trouble(lost.peer_id, BUSY_SECONDS if is_busy else LOST_SECONDS)
 
         def choose(*, also_banned: bool = False) -> PeerRecord:
             for receiver in (hosts[one] for one in receivers):
@@ -411,42 +401,50 @@ class ModelRunner:
                 error.args = (f"{line}: {error}",)
             raise
 
-    def _tries(self, options: TraceOptions) -> _Tries:
+    def _tries(self, options: TraceOptions) -> Tries:
         left_out = LeftOut(
             options.avoid,
             now=self._swarm.transport.now,
             tried_at=lambda: self._records.tried_at,
             clock=time.monotonic,
         )
-        return _Tries(left_out)
+        return Tries(left_out, options.retries, options.across_hardware)
 
     def _another_route(
         self,
         experiment: Experiment,
         options: TraceOptions,
-        tries: _Tries,
+        tries: Tries,
         ends_at: float,
         before: Route,
         *,
         lost: PeerLost | None,
     ) -> Route:
-        """`_route` after one that failed, for which it waits if a peer was lost that may return.
+        """`_route` after one that failed, for which it waits if a peer was lost that may return, or
+        was busy and may have a place.
 
         Where there is none without a peer that only another one has lost, it is one with it: the
         client then relays.
         """
+        left_out = tries.left_out
         try:
             return self._route(experiment, options, tries, ends_at)
         except ShutOut:
             raise
         except (NoRoute, SwarmError) as error:
-            if lost is None:
-                raise
             none = error
-        if isinstance(none, NoRoute) and any(lost.peer in pair for pair in tries.parted):
-            tries.left_out.forgive(lost.peer)
+        if lost is not None and isinstance(none, NoRoute) and tries.accuser_of(lost) is not None:
+            left_out.forgive(lost.peer)
             return self._route(experiment, options, tries, ends_at)
-        left_out = tries.left_out
+        if tries.busy and self._wait_for_a_place(experiment, options, tries, ends_at):
+            try:
+                return self._route(experiment, options, tries, ends_at)
+            except ShutOut:
+                raise
+            except (NoRoute, SwarmError) as error:
+                none = error
+        if lost is None:
+            raise none
 
         def left_seconds() -> float:
             return min(left_out.left_seconds(lost.peer), ends_at - time.monotonic())
@@ -475,11 +473,27 @@ class ModelRunner:
             none.args = (f"{waited}{none}",)
         raise none
 
+    def _wait_for_a_place(
+        self, experiment: Experiment, options: TraceOptions, tries: Tries, ends_at: float
+    ) -> bool:
+        """Wait a while for peers that are busy; False if the deadline leaves no time for it."""
+        seconds = tries.pause_seconds(ends_at - time.monotonic())
+        if seconds <= 0:
+            return False
+        peers = ", ".join(peer[-8:] for peer in tries.busy)
+        with JobDisplay(options.show_progress) as display:
+            self._swarm.run(
+                *(asyncio.sleep(seconds), seconds + 10, experiment.cancellation),
+                lambda: display.say(f"waiting for a place at {peers}", tries.waited_seconds),
+            )
+        tries.waited(seconds)
+        return True
+
     def _route(
         self,
         experiment: Experiment,
         options: TraceOptions,
-        tries: _Tries,
+        tries: Tries,
         ends_at: float = math.inf,
     ) -> Route:
         """A route of the peers that are named, without those to avoid, and without those that are
@@ -505,24 +519,37 @@ class ModelRunner:
         )
         with contextlib.suppress(NoRoute):  # what is known may be old
             return choose(known)
-        known = get(fresh=True)
-        with contextlib.suppress(NoRoute):
-            return choose(known)
+        if not (tries.has_waited and self._records.are_fresh):  # who waits doesn't ask each time
+            try:
+                known = get(fresh=True)
+            except ShutOut:
+                raise
+            except SwarmError:  # they are valid, and may be there, whoever tells of them isn't
+                with contextlib.suppress(NoRoute):
+                    return choose(known, also_banned=True)
+                raise
+            with contextlib.suppress(NoRoute):
+                return choose(known)
         return choose(known, also_banned=True)
 
     def _left_out(
-        self, known: Sequence[PeerRecord], tries: _Tries, *, also_banned: bool = False
-    ) -> set[PeerId]:
-        """Those of these peers that are revoked, left out by the trace, or by all for a while."""
-        banned = () if also_banned else [one.peer_id for one in known if one.peer_id in self._bans]
-        return self._swarm.revoked(known) | tries.left_out.among(known) | {*banned}
+        self, known: Sequence[PeerRecord], tries: Tries, *, also_banned: bool = False
+    ) -> dict[PeerId, str]:
+        """Those of these peers that are revoked, left out by the trace, or by all for a while.
+
+        With why.
+        """
+        bans = () if also_banned else self._bans
+        out = {one.peer_id: "lost or busy of late" for one in known if one.peer_id in bans}
+        out |= {peer: tries.left_out.why(peer) for peer in tries.left_out.among(known)}
+        return out | dict.fromkeys(self._swarm.revoked(known), "revoked")
 
     def _choose(
         self,
         known: list[PeerRecord],
         needed: Collection[int],
         demand: Demand,
-        tries: _Tries,
+        tries: Tries,
         only: Collection[PeerId] | None,
         *,
         also_banned: bool = False,
@@ -538,17 +565,12 @@ class ModelRunner:
             seconds=self._seconds(demand),
             chance=self._chance,
         )
-        if tries.backends is None:
-            return choose(known)
         try:
-            return choose([one for one in known if one.backend in tries.backends])
+            return choose(tries.narrowed(known))
         except NoRoute as none:
-            other = {one.backend for one in choose(known).records} - tries.backends
-            raise NoRoute(
-                f"no route on {' and '.join(sorted(tries.backends))}, as before, within which "
-                f"results are bit-equal; there is one on {' and '.join(sorted(other))}: allow it "
-                "with across_hardware=True"
-            ) from none
+            if tries.narrowed(known) == known:
+                raise
+            raise NoRoute(tries.no_such_hardware(choose(known))) from none
 
     def _unknown(self, records: Sequence[PeerRecord], demand: Demand) -> list[PeerRecord]:
         """The best few of the spans of which no peer's round trip is known.
@@ -572,10 +594,6 @@ class ModelRunner:
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
                 self._swarm.measure(to_ask, patience_seconds, cancellation)
-
-
-def _routes(count: int) -> str:
-    return "1 route was" if count == 1 else f"{count} routes were"
 
 
 def _told(error: PeerFailed) -> str:

@@ -262,8 +262,8 @@ def test_a_peer_that_is_avoided(one_llama: Setting) -> None:
     with pytest.raises(glasshive.GlasshiveError) as caught:
         with one_llama.model.trace(IDS, avoid=[middle]):
             one_llama.model.lm_head.output.save()
-    assert "nobody serves blocks 2:4" in str(caught.value)
-    assert "1 peer is left out, as lost, busy, revoked or named in avoid=" in str(caught.value)
+    assert "nobody else serves blocks 2:4" in str(caught.value)
+    assert f"left out: 2:4 by {middle[-8:]} (named in avoid=)" in str(caught.value)
 
 
 def test_a_route_is_of_the_peers_that_are_named(one_llama: Setting) -> None:

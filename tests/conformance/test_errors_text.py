@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -566,7 +567,13 @@ def test_a_tracer_that_is_used_twice(one_llama: Setting) -> None:
         ("batching", "alon", "batching='alon'; 'shared' or 'alone' is wanted"),
         ("pass_rows", 0, "pass_rows=0; a whole number from 1 on is wanted"),
         ("pass_rows", 2.5, "pass_rows=2.5; a whole number"),
-        ("deadline", 0, "deadline=0.0; seconds above 0 are wanted"),
+        ("deadline", 0, "deadline=0; seconds above 0 are wanted, at most 1000000"),
+        ("deadline", "x", "deadline='x'; seconds above 0 are wanted"),
+        ("deadline", None, "deadline=None; seconds above 0 are wanted"),
+        ("deadline", True, "deadline=True; seconds above 0 are wanted"),
+        ("deadline", math.inf, "deadline=inf; seconds above 0 are wanted, at most 1000000"),
+        ("deadline", math.nan, "deadline=nan; seconds above 0 are wanted"),
+        ("deadline", 1e6 + 1, "deadline=1000001.0; seconds above 0 are wanted, at most 1000000"),
         ("retries", -1, "retries=-1; a whole number from 0 on is wanted"),
     ],
 )

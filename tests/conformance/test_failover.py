@@ -349,7 +349,9 @@ def test_where_nobody_serves_the_same_blocks_all_is_run_again(
         if host.record.start == 2 and host.record.peer_id != used[1]:
             hive.network.kill(host.record.peer_id)
     hive.after(1, NEW // 2, hive.kill(1))
-    with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*no other route: nobody serves blocks 2:4"):
+    with pytest.raises(
+        PeerLost, match=r"\(blocks 2:4\).*no other route: nobody else serves blocks 2:4"
+    ):
         steered(hive.model)
 
 
@@ -371,18 +373,15 @@ def test_why_nobody_stood_in_is_told(
     hive.after(1, NEW // 2, hive.kill(1))
     text = (
         rf"{used} \(blocks 2:4\) was lost while it ran its part: .*; {other.record.peer_id}, asked "
-        r"to stand in, refused: .*the cellar is full; no other route: nobody serves blocks 2:4"
+        r"to stand in, refused: .*the cellar is full; no other route: nobody else serves blocks 2:4"
     )
     with pytest.raises(PeerLost, match=text) as caught:
         steered(hive.model)
     assert caught.value.peer == used
 
 
-def test_other_hardware_only_if_it_is_allowed(
-    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
-    plain, hive = llama
+def with_one_of_other_hardware(hive: Replicas) -> None:
+    """The second part has, besides the one that runs it, only one host of another kind."""
     other = hive.add(hive.served[1], backend="abacus torch-9.9")
 
     def is_listed() -> bool:
@@ -395,9 +394,31 @@ def test_other_hardware_only_if_it_is_allowed(
         if host.record.start == 2 and host.record.peer_id not in (used[1], other.peer_id):
             hive.network.kill(host.record.peer_id)
     hive.after(1, NEW // 2, hive.kill(1))
+
+
+def test_other_hardware_only_if_it_is_allowed(
+    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
+    plain, hive = llama
+    with_one_of_other_hardware(hive)
     text = r"no other route on cpu torch-[\d.]+, as before.*one on abacus torch-9\.9: allow it with"
     with pytest.raises(PeerLost, match=text):
         steered(hive.model)
     found = steered(hive.model, across_hardware=True)
     check(plain, hive, found)  # as it is the same hardware under another name
     assert [hop.backend for hop in found[0].result.hops][1] == "abacus torch-9.9"
+    assert " and abacus torch-9.9; " in repr(found[0].result)
+    assert found[0].result.other_hardware == ()  # nothing had run elsewhere
+
+
+def test_what_ran_again_on_other_hardware_is_said(
+    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.0)
+    plain, hive = llama
+    with_one_of_other_hardware(hive)
+    found = steered(hive.model, across_hardware=True)
+    check(plain, hive, found)
+    assert found[0].result.other_hardware == ("2:4",)
+    assert found[0].result.retried == 1

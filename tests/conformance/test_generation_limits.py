@@ -49,7 +49,7 @@ def test_a_client_has_so_many_at_a_time(folder: Path) -> None:
         def put(self, value: torch.Tensor) -> None:
             if value.dim() == 1 and not met:  # a token: the first one runs
                 with pytest.raises(PeerBusy, match="1 generations of yours are running") as caught:
-                    generate(model, 2)
+                    generate(model, 2, deadline=0.5)
                 met.append(caught.value)
 
         def end(self) -> None:

@@ -322,7 +322,7 @@ def test_peers_that_are_apart_are_tried_again_after_a_while(
 
 def test_who_is_lost_to_the_client_too_is_not_relayed(hive: Replicas) -> None:
     hive.after(0, 0, hive.kill(1))
-    with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*nobody serves blocks 2:4"):
+    with pytest.raises(PeerLost, match=r"\(blocks 2:4\).*nobody else serves blocks 2:4"):
         traced(hive.model, retries=2)
     assert not any(one.relays._pairs for one in hive.jobs)
 

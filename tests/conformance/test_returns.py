@@ -239,7 +239,7 @@ def test_who_broke_the_protocol_does_not_come_back(
             host.refresh(again=True)
 
     hive.after(1, NEW // 2, lie)
-    with pytest.raises(BadAnswer, match=rf"{objection}; no other route: nobody serves"):
+    with pytest.raises(BadAnswer, match=rf"{objection}; no other route: nobody else serves"):
         steered(hive.model)
     assert len(hive.jobs) == 1
 

@@ -113,7 +113,7 @@ def fill(model: Any, route: list[str]) -> None:
 
 
 def peek(model: Any, route: list[str]) -> None:
-    with model.trace(torch.tensor([[1, 2]]), route=route, retries=0):
+    with model.trace(torch.tensor([[1, 2]]), route=route, retries=0, deadline=2):
         model.lm_head.output.save()
 
 

@@ -221,7 +221,7 @@ def test_a_host_killed_without_a_replacement_is_named(
     text, own = str(caught.value), f"--config {hive.config} --bootstrap {hive.bootstrap.address}"
     assert re.search(
         rf"{victim.peer_id} \(blocks 0:2\) .*; waited 1 s for {victim.peer_id} to come back; no "
-        rf"other route: nobody serves blocks 0:2 .*; start the missing part with "
+        rf"other route: nobody else serves blocks 0:2 .*; start the missing part with "
         rf"`glasshive serve {NAME} --blocks 0:2 --dtype float32 --attention ",
         text,
     )

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,6 +354,24 @@ async def test_a_deadline_that_passes_right_after_a_loss_is_one(
 
 
 @pytest.mark.asyncio
+async def test_a_host_that_ends_a_trace_by_a_limit_of_its_own_is_said_to() -> None:
+    """Seen to tell the user, who had allowed an hour, to allow more."""
+
+    async def ends(stream: Stream) -> None:
+        await prepared(stream)
+        text = "the trace's deadline passed; allow more time with deadline="
+        await stream.send(encode(Failed("TraceEnded", -1, text)))
+        await asyncio.Event().wait()
+
+    wanted = (
+        rf"peer {HOST.peer_id} \(blocks 0:2\) ended the trace after .* s by a limit of its own, "
+        r"before the deadline of 3600 s was over"
+    )
+    with pytest.raises(TraceTimeout, match=wanted):
+        await ran(ends, silence_seconds=5, deadline_seconds=3600)
+
+
+@pytest.mark.asyncio
 async def test_a_save_that_never_comes_is_its_own_peer_s_fault() -> None:
     async def forgets(stream: Stream) -> None:
         prepare = await prepared(stream)
@@ -641,6 +660,49 @@ async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
         await job.run()
     assert (job._left_out.left_seconds(home.peer_id) > 0) == may_return
     for transport in (client, home):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
+    """Seen to end as lost, with the one retry used up by a refusal."""
+    network = MemoryNetwork()
+    homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
+    asked: list[int] = []
+
+    async def dies(stream: Stream) -> None:
+        await prepared(stream)
+        stream.reset()
+
+    async def busy_at_first(stream: Stream) -> None:
+        asked.append(len(asked))
+        if len(asked) <= 3:
+            await stream.receive(5)
+            await stream.send(encode(Failed("Busy", -1, "16 traces are running here")))
+            await asyncio.Event().wait()
+        await say_done(stream, await prepared(stream), host=OTHER)
+        await asyncio.Event().wait()
+
+    async def other(part: int, receivers: object) -> Any:
+        home = homes[1]
+        record = SimpleNamespace(peer_id=home.peer_id, addresses=home.addresses, backend="cpu")
+        return record, {}
+
+    for home, peer in zip(homes, (dies, busy_at_first), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    job = job_of(
+        client,
+        [PeerAddress(homes[0].peer_id, homes[0].addresses)],
+        (dataclasses.replace(part_of(0, ()), outlives_peers=True),),
+        silence_seconds=5,
+        deadline_seconds=30,
+    )
+    job.stand_in, job.most_moves = other, 1
+    await job.run()
+    assert len(asked) == 4
+    assert job.moves == 1
+    assert [(one.by, one.backend) for one in job.replaced] == [(homes[1].peer_id, "cpu")]
+    for transport in (client, *homes):
         await transport.close()
 
 

@@ -37,7 +37,7 @@ def job(
         state="running",
         hops=hops,
         plan=SimpleNamespace(passes=SimpleNamespace(are_generation=generation)),
-        replaced=[Replaced("2:4", PeerId("a"), PeerId("b"), 1.0) for _ in stands_in],
+        replaced=[Replaced("2:4", PeerId("a"), PeerId("b"), 1.0, "cpu") for _ in stands_in],
         relayed=tuple(Relayed(*blocks, 7) for blocks in relayed),
         sent_bytes=999,
         received_bytes=1_500_000,

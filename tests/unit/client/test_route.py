@@ -12,6 +12,7 @@ import pytest
 from glasshive.client.coverage import Kind, Wanted
 from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute
+from glasshive.client.left_out import BUSY, LOST
 from glasshive.client.route import (
     FEW,
     MOST_KEPT,
@@ -96,12 +97,31 @@ def test_kinds_are_never_mixed() -> None:
 
 def test_a_peer_to_avoid() -> None:
     lost, spare = record(0, 30), record(0, 30, load=0.9)
-    route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id})
+    route = choose_route([lost, spare], ALL, BLOCKS, avoid={lost.peer_id: LOST})
     assert route.records == (spare,)
-    with pytest.raises(
-        NoRoute, match=r"1 peer is left out, as lost, busy, revoked or named in avoid="
-    ):
-        choose_route([lost], ALL, BLOCKS, avoid={lost.peer_id})
+
+
+@pytest.mark.parametrize(
+    ("why", "until"),
+    [
+        (LOST, ", or wait until one that was lost is back"),
+        (BUSY, ", or wait until one that is busy has a place"),
+        ("named in avoid=", ""),
+    ],
+)
+def test_who_is_left_out_of_what_it_serves_is_said_with_why(why: str, until: str) -> None:
+    """Seen to say that nobody serves these blocks, of a host that was busy."""
+    there, gone = record(0, 10), record(10, 30)
+    with pytest.raises(NoRoute) as caught:
+        choose_route([there, gone], ALL, BLOCKS, avoid={gone.peer_id: why})
+    text = str(caught.value)
+    assert text.startswith("no route: nobody else serves blocks 10:30 (served now: 0:10 float32 ")
+    assert f"; left out: 10:30 by {gone.peer_id[-8:]} ({why})); start the missing part" in text
+    assert text.endswith(f"`{until}")
+    only = {there.peer_id, gone.peer_id}
+    with pytest.raises(NoRoute, match="no other peer of route= serves blocks 10:30") as caught:
+        choose_route([there, gone], ALL, BLOCKS, avoid={gone.peer_id: why}, only=only)
+    assert until[5:] in str(caught.value)
 
 
 def test_peers_to_take_and_no_others() -> None:
@@ -114,8 +134,8 @@ def test_peers_to_take_and_no_others() -> None:
     assert spans([*parts, better], range(10), only=only) == ["0:10"]
     with pytest.raises(NoRoute, match="no peer of route= serves blocks 20:30"):
         choose_route([*parts[:2], better], ALL, BLOCKS, only=only)
-    with pytest.raises(NoRoute, match=r"1 peer is left out, .*; name peers that serve all of them"):
-        choose_route(parts, ALL, BLOCKS, only=only, avoid={parts[0].peer_id})
+    with pytest.raises(NoRoute, match=r"left out: 0:10 .*; name peers that serve all of them"):
+        choose_route(parts, ALL, BLOCKS, only=only, avoid={parts[0].peer_id: LOST})
 
 
 def test_what_is_missing_and_who_serves_the_rest() -> None:

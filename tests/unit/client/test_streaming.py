@@ -1,0 +1,58 @@
+"""What a streamer is given of a generation that is run again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from glasshive.client.cancellation import Cancellation
+from glasshive.client.errors import TokensDiffer
+from glasshive.client.experiment import Chosen
+from glasshive.client.generation import _Streaming
+
+STOP = 9
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.given: list[list[int]] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.given.append(tokens.flatten().tolist())
+
+
+@pytest.fixture
+def streamer() -> Streamer:
+    return Streamer()
+
+
+@pytest.fixture
+def chosen(streamer: Streamer) -> Chosen:
+    """Of a generation of up to six tokens behind a prompt of two."""
+    prompt: Any = SimpleNamespace(input_ids=torch.tensor([[1, 2]]))
+    tell = _Streaming(streamer, [prompt], Cancellation())
+    return Chosen({(0, step): str(step) for step in range(6)}, [STOP], tell)
+
+
+def saves(*tokens: int) -> dict[str, torch.Tensor]:
+    return {str(step): torch.tensor([one]) for step, one in enumerate(tokens)}
+
+
+def test_the_same_tokens_are_told_once(chosen: Chosen, streamer: Streamer) -> None:
+    for tokens in ((3, 4), (3,), (3, 4, 5), (3, 4, 5, STOP)):
+        chosen.hear(saves(*tokens))
+    assert streamer.given == [[1, 2], [3], [4], [5], [STOP]]
+
+
+def test_other_tokens_are_not_told_behind_those_that_were(
+    chosen: Chosen, streamer: Streamer
+) -> None:
+    """Seen to show `3 4 6`, which no peer has generated."""
+    chosen.hear(saves(3, 4))
+    chosen.hear(saves(3))
+    with pytest.raises(TokensDiffer, match=r"step 1 gave \[5\] when .* had been given \[4\]; on"):
+        chosen.hear(saves(3, 5, 6))
+    assert streamer.given == [[1, 2], [3], [4]]
