@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from glasshive.client.model import Model
 
 
+_MOST_ROWS_SAID = 8
+
+
 class Steps:
     """Steps to go through: `iter[:]`, `iter[a:b]`, `iter[i]` or `iter[[i, j]]`, in a `for` loop.
 
@@ -332,11 +335,39 @@ class Generation(Tracer):
         texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
+    @property
+    def ended_at(self) -> list[Any]:
+        """The step at which each row came to a stop token; None for a row that came to none.
+
+        For a generation with invokes a list of such lists, one for each. Raises TraceError before
+        the end.
+        """
+        ends = [self._ends(invoke) for invoke in self._invokes()]
+        return ends if self._prompt is None else ends[0]
+
     def __repr__(self) -> str:
         if self._chosen is None:
             return f"<{self.title}: it runs when its `with` block ends>"
-        made = [len(self._chosen.steps(invoke)) for invoke in self._invokes()]
-        return f"<{self.title}: {', '.join(map(str, made))} new tokens>"
+        return f"<{self.title}: {'; '.join(map(self._said, self._invokes()))}>"
+
+    def _said(self, invoke: int) -> str:
+        """How many tokens an invoke has, and at which step it or its rows ended."""
+        made, n_steps = self._made(invoke).shape[1], self.sites.invokes[invoke].n_steps
+        ends = self._ends(invoke)
+        if made < n_steps and None not in ends:
+            said = f"ended at step {made - 1} of {n_steps} with a stop token"
+        else:
+            said = f"{made}{f' of {n_steps}' if made < n_steps else ''} new tokens"
+        if len(set(ends)) > 1:
+            listed = ["-" if end is None else str(end) for end in ends[:_MOST_ROWS_SAID]]
+            more = ", ..." if len(ends) > _MOST_ROWS_SAID else ""
+            said += f" (its rows with one at steps {', '.join(listed)}{more})"
+        return said
+
+    def _ends(self, invoke: int) -> list[int | None]:
+        stops = torch.tensor(self._choice.sampling.eos_token_id, dtype=torch.int64)
+        is_stop = torch.isin(self._made(invoke), stops)
+        return [int(row.nonzero()[0]) if bool(row.any()) else None for row in is_stop]
 
     def _invokes(self) -> range:
         """All invokes, once their tokens are there. Raises TraceError before."""

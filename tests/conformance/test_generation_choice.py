@@ -123,6 +123,52 @@ def test_a_row_ends_with_a_stop_token(several: bool, model: Any, plain: Any) -> 
             one.sum()
 
 
+def test_where_it_ended_is_said(model: Any) -> None:
+    """Rows and invokes end at steps of their own: token 7 is written there."""
+    with model.generate(max_new_tokens=8, eos_token_id=[7], pad_token_id=5) as tracer:
+        for ends in ((2, 4, 2), (3,), (None, 1), ()):
+            rows = ROWS[: len(ends)] if ends else ROWS[:1]
+            with tracer.invoke(rows, max_new_tokens=6):
+                for step in tracer.iter[:]:
+                    model.lm_head.output.save()
+                    model.generator.output[:] = torch.tensor(
+                        [7 if step == end else 9 for end in ends or (5,)]
+                    )
+    assert tracer.ended_at == [[2, 4, 2], [3], [None, 1], [5]]
+    assert repr(tracer) == (
+        f"<{tracer.title}: ended at step 4 of 6 with a stop token (its rows with one at steps "
+        "2, 4, 2); ended at step 3 of 6 with a stop token; 6 new tokens (its rows with one at "
+        "steps -, 1); 6 new tokens>"
+    )
+    with model.generate(ROWS, max_new_tokens=2) as tracer:
+        pass
+    assert tracer.ended_at == [None] * 3
+    assert repr(tracer) == f"<{tracer.title}: 2 new tokens>"
+
+
+def test_slices_of_steps_are_those_of_a_list(model: Any) -> None:
+    steps = list(range(6))
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        for wanted in (
+            *(slice(2, 5), slice(3, None), slice(-2, None), slice(1, -1), slice(None, None, 2)),
+            *(slice(1, None, 3), slice(None, None, -1), slice(4, 1, -2), slice(9, None)),
+        ):
+            assert list(tracer.iter[wanted]) == steps[wanted]
+            assert len(tracer.iter[wanted]) == len(steps[wanted])
+
+
+def test_a_slice_of_steps_is_read_at_its_steps(model: Any, plain: Any) -> None:
+    path = "model.layers.3"
+    _, reads = generate_hooked(plain, ROWS, 6, reads=[path])
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        late = [model.model.layers[3].output.save() for _ in tracer.iter[2:5]]
+        last = [model.model.layers[3].output.save() for _ in tracer.iter[-2:]]
+        every = [model.model.layers[3].output.save() for _ in tracer.iter[1::2]]
+    for saved, wanted in ((late, slice(2, 5)), (last, slice(4, 6)), (every, slice(1, None, 2))):
+        assert len(saved) == len(reads[path][wanted])
+        assert all(map(torch.equal, saved, reads[path][wanted]))
+
+
 def test_a_token_can_be_written(model: Any, plain: Any) -> None:
     """The token of step 2 is another: what follows is what `generate` makes of those so far."""
     with model.generate(ROWS, max_new_tokens=6) as tracer:
