@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ from glasshive.security.keys import PeerId, public_key_of
 from glasshive.security.requests import MAX_DEADLINE_SECONDS
 
 _UNBOUNDED = Budget(peak_bytes=1 << 62, flops=1 << 62, saved_bytes=1 << 62)
+
+
+TOKENS_PREFIX: Final = "t"
+"""With which the names of saved tokens begin; those of other saves begin with `s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +416,7 @@ def _save_tokens(
             if node_id is None:
                 node_id = NodeId(max(nodes, default=-1) + 1)
                 nodes[node_id] = Read(site, invoke)
-            names[invoke, step] = name = f"t{invoke}.{step}"
+            names[invoke, step] = name = f"{TOKENS_PREFIX}{invoke}.{step}"
             values[name] = Ref(node_id)
     return names, values
 

@@ -24,7 +24,7 @@ from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.saved import fill_with, saved
 from glasshive.client.source_lines import at_line, here
-from glasshive.client.token_choice import sampling_of
+from glasshive.client.token_choice import choice_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
 from glasshive.graph.errors import ShapeMismatch, UnsupportedModel
@@ -34,6 +34,9 @@ from glasshive.graph.plan_codec import MAX_PASSES
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
+
+
+_MOST_ROWS_SAID = 8
 
 
 class Steps:
@@ -105,16 +108,16 @@ class Generation(Tracer):
     ) -> None:
         super().__init__(model, prompt, options)
         steps = model.outline.steps()  # raises UnsupportedModel
-        self._sampling, configured, self._chunk_tokens = sampling_of(
+        self._choice = choice_of(
             model.generation_config, choice, seed, model.outline.vocabulary_tokens
         )
-        if self._chunk_tokens and not steps.in_chunks:
+        if self._choice.chunk_tokens and not steps.in_chunks:
             raise UnsupportedModel(
-                f"{at_line()}prefill_chunk_size={self._chunk_tokens}: transformers' generate can't "
-                "run a prompt of such a model in chunks; leave it out"
+                f"{at_line()}prefill_chunk_size={self._choice.chunk_tokens}: transformers' "
+                "generate can't run a prompt of such a model in chunks; leave it out"
                 + ("" if "prefill_chunk_size" in choice else ", with prefill_chunk_size=None")
             )
-        self._max_new_tokens = configured if max_new_tokens is None else max_new_tokens
+        self._max_new_tokens = max_new_tokens
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise TraceError(
                 f"streamer={streamer!r:.40}; what has put(tokens) and end() is wanted, such as "
@@ -200,15 +203,21 @@ class Generation(Tracer):
             raise _no_step(step, self.n_steps)
 
     def _shape(self, tokens: Tokens) -> InvokeShape:
-        asked = self._max_new_tokens if self._asked_tokens is None else self._asked_tokens
+        asked: Any = self._max_new_tokens if self._asked_tokens is None else self._asked_tokens
         self._asked_tokens = None
+        if asked is None:
+            asked = self._choice.new_tokens(tokens.input_ids.shape[1])
         self._step = 0
         self._advanced.clear()
         if type(asked) is not int or not 1 <= asked <= MAX_PASSES:
             raise TraceError(
                 f"max_new_tokens={asked!r:.40}, where the number of new tokens is wanted, from 1 "
                 f"to {MAX_PASSES}"
-                + ("; the model's own generation_config says none" if asked is None else ""),
+                + (
+                    "; the model's own generation_config has no max_new_tokens or max_length"
+                    if asked is None
+                    else ""
+                ),
                 line=here(),
             )
         longest, seq = self.model.outline.max_positions_tokens, tokens.input_ids.shape[1]
@@ -218,7 +227,7 @@ class Generation(Tracer):
                 "shorten the prompt, or ask for fewer with max_new_tokens=",
                 line=here(),
             )
-        chunk = self._chunk_tokens
+        chunk = self._choice.chunk_tokens
         passes = asked + (before_last_chunk(seq, chunk) // chunk if chunk else 0)
         if passes > MAX_PASSES:
             raise TraceError(
@@ -274,7 +283,7 @@ class Generation(Tracer):
             self.model.calls,
             self.options,
             self._cancellation,
-            sampling=self._sampling,
+            sampling=self._choice.sampling,
             tell=None
             if self._streamer is None
             else _Streaming(self._streamer, self.tokens, self._cancellation),
@@ -326,11 +335,39 @@ class Generation(Tracer):
         texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
+    @property
+    def ended_at(self) -> list[Any]:
+        """The step at which each row came to a stop token; None for a row that came to none.
+
+        For a generation with invokes a list of such lists, one for each. Raises TraceError before
+        the end.
+        """
+        ends = [self._ends(invoke) for invoke in self._invokes()]
+        return ends if self._prompt is None else ends[0]
+
     def __repr__(self) -> str:
         if self._chosen is None:
             return f"<{self.title}: it runs when its `with` block ends>"
-        made = [len(self._chosen.steps(invoke)) for invoke in self._invokes()]
-        return f"<{self.title}: {', '.join(map(str, made))} new tokens>"
+        return f"<{self.title}: {'; '.join(map(self._said, self._invokes()))}>"
+
+    def _said(self, invoke: int) -> str:
+        """How many tokens an invoke has, and at which step it or its rows ended."""
+        made, n_steps = self._made(invoke).shape[1], self.sites.invokes[invoke].n_steps
+        ends = self._ends(invoke)
+        if made < n_steps and None not in ends:
+            said = f"ended at step {made - 1} of {n_steps} with a stop token"
+        else:
+            said = f"{made}{f' of {n_steps}' if made < n_steps else ''} new tokens"
+        if len(set(ends)) > 1:
+            listed = ["-" if end is None else str(end) for end in ends[:_MOST_ROWS_SAID]]
+            more = ", ..." if len(ends) > _MOST_ROWS_SAID else ""
+            said += f" (its rows with one at steps {', '.join(listed)}{more})"
+        return said
+
+    def _ends(self, invoke: int) -> list[int | None]:
+        stops = torch.tensor(self._choice.sampling.eos_token_id, dtype=torch.int64)
+        is_stop = torch.isin(self._made(invoke), stops)
+        return [int(row.nonzero()[0]) if bool(row.any()) else None for row in is_stop]
 
     def _invokes(self) -> range:
         """All invokes, once their tokens are there. Raises TraceError before."""

@@ -1,21 +1,28 @@
-"""One line that says where a trace is: state, seconds, route, bytes. Gone when it is done.
+"""Lines that say where a trace is: state, seconds, bytes, and a row for each peer of the route.
 
-The route has each peer's blocks, and behind them a mark: `*` for who is at work, `+` for who has
-done its part, `~` for who has taken the place of one that was lost. Behind the route it says which
-of them speak to each other by way of this client, as they can't reach each other.
+A row has the peer's blocks and behind them a mark: `*` for who is at work, `+` for who has done its
+part, `~` for who has taken the place of one that was lost. Then the end of its name, how far it is
+and what it does, and in the end where its seconds went. Below stands which of them speak to each
+other by way of this client, as they can't reach each other. What is shown while a trace runs goes
+away; its last state stays if it was shown.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Container, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from glasshive.client.experiment import TOKENS_PREFIX
 
 if TYPE_CHECKING:
     from glasshive.client.hop import HopReport
     from glasshive.client.job import Job
 
 _SHOW_AFTER_SECONDS = 0.5
+_MOST_ROWS = 12
+_NAME_CHARS = 8
 
 
 class JobDisplay:
@@ -28,6 +35,8 @@ class JobDisplay:
         self._wanted = sys.stderr.isatty() if show is None else show
         self._always = bool(show)
         self._status: Any = None
+        self._job: Job | None = None
+        self._tokens: Sequence[Sequence[str]] = ()
 
     def __enter__(self) -> JobDisplay:
         return self
@@ -38,15 +47,21 @@ class JobDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._status is None:
+            return
+        self._status.stop()
+        if error is None and (job := self._job) is not None:
+            text = text_of(job, job.clock() - job.began_at, self._tokens)
+            self._status.console.print(text, markup=False, highlight=False)
 
     def update(self, job: Job) -> None:
         """Show the job as it is now; called again and again while it runs."""
         elapsed = job.clock() - job.began_at
         if not self._wanted or (elapsed < _SHOW_AFTER_SECONDS and not self._always):
             return
-        self._show(text_of(job, elapsed))
+        if job is not self._job:
+            self._job, self._tokens = job, token_saves(job)
+        self._show(text_of(job, elapsed, self._tokens))
 
     def say(self, text: str, elapsed_seconds: float) -> None:
         """Show that something goes on before there is a job, for so long by now."""
@@ -63,31 +78,70 @@ class JobDisplay:
             self._status.update(text)
 
 
-def text_of(job: Job, elapsed_seconds: float) -> str:
-    """The line for a job as it is now."""
+def token_saves(job: Job) -> Sequence[Sequence[str]]:
+    """What the tokens of each invoke of a generation come as, one name for each step."""
+    names: dict[str, list[str]] = {}
+    for name in job.expected:
+        if name.startswith(TOKENS_PREFIX):
+            names.setdefault(name.partition(".")[0], []).append(name)
+    return tuple(names.values())
+
+
+def text_of(job: Job, elapsed_seconds: float, tokens: Sequence[Sequence[str]]) -> str:
+    """The lines for a job as it is now; `tokens` are its `token_saves`."""
     done = sum(hop.state == "done" for hop in job.hops)
     replaced = f", {len(job.replaced)} replaced" if job.replaced else ""
-    relayed = "".join(f", {one.first} and {one.second} through you" for one in job.relayed)
-    return (
-        f"{job.state}  {elapsed_seconds:.1f} s  blocks {' > '.join(_marked(job))}, "
-        f"{done} of {len(job.hops)} done{replaced}{relayed}  "
-        f"{_amount(job.sent_bytes)} out, {_amount(job.received_bytes)} in  unaudited"
+    rows = _rows(job)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{job.state}  {elapsed_seconds:.1f} s{_steps(job, tokens)}"]
+    lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows[:_MOST_ROWS]]
+    if len(rows) > _MOST_ROWS:
+        lines.append(f"  and {len(rows) - _MOST_ROWS} more")
+    lines += [f"  {one.first} and {one.second} through you" for one in job.relayed]
+    lines.append(
+        f"  {done} of {len(rows)} done{replaced}, {_amount(job.sent_bytes)} out, "
+        f"{_amount(job.received_bytes)} in, unaudited"
     )
+    return "\n".join(lines)
 
 
-def _marked(job: Job) -> list[str]:
-    """Each hop with its marks. In a trace the first that is not done is at work.
+def _steps(job: Job, tokens: Sequence[Sequence[str]]) -> str:
+    """How far a generation is, of whose tokens some may never come because of a stop token."""
+    if not tokens:
+        return ""
+    # A token that the user writes may come before its step.
+    came = [_first_missing(names, job.saves) for names in tokens]
+    total = sum(map(len, tokens))
+    if job.state != "done" or sum(came) == total:
+        return f"  {sum(came)} of {total} steps"
+    if len(came) > 1:
+        return f"  {sum(came)} of {total} steps, ended early with stop tokens"
+    return f"  ended at step {came[0] - 1} of {total} with a stop token"
+
+
+def _first_missing(names: Sequence[str], came: Container[str]) -> int:
+    return next((at for at, name in enumerate(names) if name not in came), len(names))
+
+
+def _rows(job: Job) -> list[tuple[str, str, str, str]]:
+    """Blocks with marks, peer, passes, and what it does. In a trace the first not done is at work.
 
     In a generation the work goes around, and all that run have the mark.
     """
     at_work: list[HopReport] = [hop for hop in job.hops if hop.state == "running"]
     if not job.plan.passes.are_generation:
         at_work = at_work[:1]
-    marked = []
+    rows = []
     for hop in job.hops:
         mark = "+" if hop.state == "done" else "*" if hop in at_work else ""
-        marked.append(f"{hop.part.span}{mark}{'~' if hop.stands_in else ''}")
-    return marked
+        blocks = f"{hop.part.span}{mark}{'~' if hop.stands_in else ''}"
+        passes, does = "", hop.doing(job.hops)
+        if hop.state == "done":
+            does = f"computed {hop.compute_seconds:.2f} s, waited {hop.wait_seconds:.2f} s"
+        elif len(hop.part.stages) > 1:
+            passes = f"{hop.stages_done} of {len(hop.part.stages)} passes"
+        rows.append((blocks, hop.peer.peer_id[-_NAME_CHARS:], passes, does))
+    return rows
 
 
 def _amount(size_bytes: int) -> str:

@@ -23,10 +23,10 @@ from glasshive.graph.msgpack_scan import scan
 from glasshive.graph.order import Pass, Passes, before_last_chunk, steps_of
 from glasshive.graph.plan import Part, Span, Stage
 from glasshive.graph.repeats import fold, unfold
-from glasshive.graph.sampling import MAX_STOP_TOKENS, Sampling
+from glasshive.graph.sampling import MAX_ELEMENTS, Sampling
 from glasshive.graph.tensors import MAX_RANK, TensorSpec, check_spec
 
-VERSION: Final = 5
+VERSION: Final = 6
 MAX_PASSES: Final = 4096
 MAX_ROWS: Final = 16_384
 MAX_TOKENS: Final = 1 << 24
@@ -107,7 +107,7 @@ def decode_part(data: bytes | bytearray, limits: GraphLimits) -> tuple[Part, Pas
         decoded,
         tuple(_stage(one, limits) for one in listed(stages, MAX_PASSES, "stages")),
         dict(map(_spec, listed(specs, limits.nodes, "specs"))),
-        _sampling(_made(sampling, 32 + MAX_STOP_TOKENS, limits)),
+        _sampling(_made(sampling, MAX_ELEMENTS, limits)),
         outlives_peers,
     )
     return part, _passes(_made(rows, 4 * MAX_ROWS + 6 * MAX_PASSES, limits))

@@ -138,8 +138,15 @@ class Admission:
             if part.sampling is not None:
                 chances_bytes = _CHANCES_BYTES * self._outline.vocabulary_tokens
                 # transformers keeps the n-grams of each row in lists and tuples of Python.
-                grams_bytes = _GRAM_BYTES * part.sampling.no_repeat_ngram_size * tokens
-                now_bytes += one.batch * (2 * 8 * tokens + chances_bytes + grams_bytes)
+                asked = part.sampling
+                grams = asked.no_repeat_ngram_size + asked.encoder_no_repeat_ngram_size
+                grams_bytes = _GRAM_BYTES * grams * tokens
+                compared_bytes = sum(map(len, asked.bad_words_ids)) + sum(
+                    len(sequence) for sequence, _ in asked.sequence_bias
+                )
+                now_bytes += one.batch * (
+                    2 * 8 * tokens + chances_bytes + grams_bytes + compared_bytes
+                )
             most_bytes = max(most_bytes, now_bytes)
         return most_bytes
 

@@ -60,7 +60,9 @@ from glasshive.peer.span_model import SpanModel, StopForward
 
 _START = -1
 _CHOSEN = Site(GENERATOR, "output")
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+_FAILURES = (
+    *(RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, OverflowError),
+)
 
 Bucket: TypeAlias = list[NodeId]
 Aside: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
@@ -212,8 +214,13 @@ class Executor:
         if not one.past:
             self._generations.clear()  # a part may leave out the last steps of the one before
             try:
-                prompt = inputs.on(self._model.device)
-                begun = Generation.begin(self._model, prompt, one, self._part.sampling)
+                begun = Generation.begin(
+                    self._model,
+                    inputs.on(self._model.device),
+                    one,
+                    self._part.sampling,
+                    self._passes.new_tokens(stage.pass_index),
+                )
             except _FAILURES as error:
                 raise _no_choice(error, None) from error
             self._generations[one.group] = begun

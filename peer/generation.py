@@ -74,12 +74,21 @@ class Generation:
 
     @classmethod
     def begin(
-        cls, model: SpanModel, prompt: PassInputs, one: Pass, sampling: Sampling | None
+        cls,
+        model: SpanModel,
+        prompt: PassInputs,
+        one: Pass,
+        sampling: Sampling | None,
+        new_tokens: int,
     ) -> Generation:
-        """The state before the first pass. Raises WrongInput without the tokens to go on from."""
+        """The state before the first pass of a prompt and so many new tokens at most.
+
+        Raises WrongInput without the tokens to go on from.
+        """
         sampler = None
         if sampling is not None:
             if prompt.input_ids is None:
                 raise WrongInput("the prompt's tokens did not come to where the next are chosen")
-            sampler = Sampler(model, sampling, one, prompt.input_ids, prompt.attention_mask)
+            ids, mask = prompt.input_ids, prompt.attention_mask
+            sampler = Sampler(model, sampling, one, ids, mask, new_tokens)
         return cls(prompt, model.new_cache(), sampler)

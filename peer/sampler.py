@@ -9,7 +9,7 @@ any step, on any peer.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Final
 
 import torch
@@ -21,9 +21,9 @@ from glasshive.graph.order import Pass
 from glasshive.graph.sampling import WITHOUT_CHANCE, Sampling
 from glasshive.peer.span_model import SpanModel
 
-_NOT_THEIRS: Final = {"seed", "eos_token_id"}
-# Numbers by which transformers' processors are left out.
-_NONE_IF_ZERO: Final = {"min_p", "min_new_tokens"}
+_NOT_THEIRS: Final = {"seed"}
+# Which numbers are transformers' None; of the others it has a number that says the same.
+_NONE: Final = {"min_p": 0.0, "top_h": 0.0, "min_new_tokens": 0, "forced_bos_token_id": -1}
 
 
 class Sampler:
@@ -36,6 +36,7 @@ class Sampler:
         one: Pass,
         prompt: Tensor,
         mask: Tensor | None,
+        new_tokens: int,
     ) -> None:
         self._sampling = sampling
         self._ids = prompt.to(model.device)
@@ -47,7 +48,7 @@ class Sampler:
         ]
         self._step = 0
         self._vocabulary_tokens = int(model.config.get_text_config().vocab_size)
-        self._processors = _processors(model, sampling, prompt.shape[1], mask)
+        self._processors = _processors(model, sampling, self._ids, mask, new_tokens)
 
     @property
     def tokens(self) -> Tensor:
@@ -103,20 +104,32 @@ class Sampler:
 
 
 def _processors(
-    model: SpanModel, sampling: Sampling, prompt_tokens: int, mask: Tensor | None
+    model: SpanModel, sampling: Sampling, prompt: Tensor, mask: Tensor | None, new_tokens: int
 ) -> Any:
-    """transformers' own list for this model."""
+    """transformers' own list for this model, behind a prompt and for so many new tokens."""
     left_out = _NOT_THEIRS if sampling.do_sample else {*_NOT_THEIRS, *WITHOUT_CHANCE}
-    fields = {name: value for name, value in asdict(sampling).items() if name not in left_out}
-    for name in fields.keys() & _NONE_IF_ZERO:
-        fields[name] = fields[name] or None
-    stops = list(sampling.eos_token_id) or None
-    config = GenerationConfig(**fields, eos_token_id=stops)  # type: ignore[no-untyped-call]
+    named = {one.name: getattr(sampling, one.name) for one in fields(sampling)}
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        **{name: _theirs(name, value) for name, value in named.items() if name not in left_out},
+        max_length=prompt.shape[1] + new_tokens,
+    )
     hosted: Any = model.module
     hosted._prepare_special_tokens(config, True, device=model.device)
     return hosted._get_logits_processor(
         generation_config=config,
-        input_ids_seq_length=prompt_tokens,
+        input_ids_seq_length=prompt.shape[1],
+        encoder_input_ids=prompt,
         device=model.device,
         model_kwargs=None if mask is None else {"attention_mask": mask},
     )
+
+
+def _theirs(name: str, value: Any) -> Any:
+    """A field as transformers has it, whose processors are left out by None."""
+    if value == _NONE.get(name, ()):
+        return None
+    if name == "sequence_bias":
+        return dict(value)
+    if name == "bad_words_ids":
+        return [list(tokens) for tokens in value]
+    return list(value) if isinstance(value, tuple) else value

@@ -5,6 +5,7 @@ This is an oracle: nothing of glasshive is imported.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -59,3 +60,18 @@ def generate_hooked(
             **{"do_sample": False, **choice},
         )
     return ids, found
+
+
+@torch.no_grad()
+def drawn(plain: Any, rows: Tensor, new: int, processors: Any, seed: int) -> Tensor:
+    """Each row and step with a generator of its own, over whole passes without a cache."""
+    ids = rows
+    for step in range(new):
+        scores = processors(ids, plain(ids).logits[:, -1].float())
+        chosen = []
+        for row, chances in enumerate(torch.softmax(scores, -1)):
+            told = hashlib.sha256(f"{seed} 0 {row} {step}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(told, "big") >> 1)
+            chosen.append(torch.multinomial(chances, 1, generator=generator))
+        ids = torch.cat([ids, torch.stack(chosen)], 1)
+    return ids

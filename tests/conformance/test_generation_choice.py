@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
 import torch
-from generation_oracle import generate_hooked
+from generation_oracle import drawn, generate_hooked
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     LlamaConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -53,39 +51,6 @@ def plain(folder: Path) -> Any:
 def model(folder: Path, request: pytest.FixtureRequest) -> Any:
     """The same over one span, and over three."""
     return glasshive.local(folder, cuts=request.param)
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"repetition_penalty": 1.7},
-        {"no_repeat_ngram_size": 2},
-        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
-    ],
-    ids=str,
-)
-def test_greedy_choices_are_those_of_generate(
-    choice: dict[str, Any], model: Any, plain: Any
-) -> None:
-    wanted, _ = generate_hooked(plain, ROWS, NEW, **choice)
-    assert not torch.equal(wanted, generate_hooked(plain, ROWS, NEW)[0])
-    with model.generate(ROWS, max_new_tokens=NEW, **choice) as tracer:
-        pass
-    assert torch.equal(tracer.output_ids, wanted)
-
-
-def drawn(plain: Any, rows: Tensor, new: int, processors: LogitsProcessorList, seed: int) -> Tensor:
-    """Each row and step with a generator of its own, over whole passes without a cache."""
-    ids = rows
-    for step in range(new):
-        scores = processors(ids, plain(ids).logits[:, -1].float())
-        chosen = []
-        for row, chances in enumerate(torch.softmax(scores, -1)):
-            told = hashlib.sha256(f"{seed} 0 {row} {step}".encode()).digest()[:8]
-            generator = torch.Generator().manual_seed(int.from_bytes(told, "big") >> 1)
-            chosen.append(torch.multinomial(chances, 1, generator=generator))
-        ids = torch.cat([ids, torch.stack(chosen)], 1)
-    return ids
 
 
 def test_chance_is_a_function_of_seed_row_and_step(model: Any, plain: Any) -> None:
@@ -158,13 +123,50 @@ def test_a_row_ends_with_a_stop_token(several: bool, model: Any, plain: Any) -> 
             one.sum()
 
 
-def test_no_stop_token_before_min_new_tokens(model: Any, plain: Any) -> None:
-    token, _ = stop_tokens(plain)
-    choice = {"eos_token_id": token, "min_new_tokens": NEW - 2, **VARIED}
-    wanted, _ = generate_hooked(plain, ROWS[:1], NEW, **choice)
-    with model.generate(ROWS[:1], max_new_tokens=NEW, **choice) as tracer:
+def test_where_it_ended_is_said(model: Any) -> None:
+    """Rows and invokes end at steps of their own: token 7 is written there."""
+    with model.generate(max_new_tokens=8, eos_token_id=[7], pad_token_id=5) as tracer:
+        for ends in ((2, 4, 2), (3,), (None, 1), ()):
+            rows = ROWS[: len(ends)] if ends else ROWS[:1]
+            with tracer.invoke(rows, max_new_tokens=6):
+                for step in tracer.iter[:]:
+                    model.lm_head.output.save()
+                    model.generator.output[:] = torch.tensor(
+                        [7 if step == end else 9 for end in ends or (5,)]
+                    )
+    assert tracer.ended_at == [[2, 4, 2], [3], [None, 1], [5]]
+    assert repr(tracer) == (
+        f"<{tracer.title}: ended at step 4 of 6 with a stop token (its rows with one at steps "
+        "2, 4, 2); ended at step 3 of 6 with a stop token; 6 new tokens (its rows with one at "
+        "steps -, 1); 6 new tokens>"
+    )
+    with model.generate(ROWS, max_new_tokens=2) as tracer:
         pass
-    assert torch.equal(tracer.output_ids, wanted)
+    assert tracer.ended_at == [None] * 3
+    assert repr(tracer) == f"<{tracer.title}: 2 new tokens>"
+
+
+def test_slices_of_steps_are_those_of_a_list(model: Any) -> None:
+    steps = list(range(6))
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        for wanted in (
+            *(slice(2, 5), slice(3, None), slice(-2, None), slice(1, -1), slice(None, None, 2)),
+            *(slice(1, None, 3), slice(None, None, -1), slice(4, 1, -2), slice(9, None)),
+        ):
+            assert list(tracer.iter[wanted]) == steps[wanted]
+            assert len(tracer.iter[wanted]) == len(steps[wanted])
+
+
+def test_a_slice_of_steps_is_read_at_its_steps(model: Any, plain: Any) -> None:
+    path = "model.layers.3"
+    _, reads = generate_hooked(plain, ROWS, 6, reads=[path])
+    with model.generate(ROWS, max_new_tokens=6) as tracer:
+        late = [model.model.layers[3].output.save() for _ in tracer.iter[2:5]]
+        last = [model.model.layers[3].output.save() for _ in tracer.iter[-2:]]
+        every = [model.model.layers[3].output.save() for _ in tracer.iter[1::2]]
+    for saved, wanted in ((late, slice(2, 5)), (last, slice(4, 6)), (every, slice(1, None, 2))):
+        assert len(saved) == len(reads[path][wanted])
+        assert all(map(torch.equal, saved, reads[path][wanted]))
 
 
 def test_a_token_can_be_written(model: Any, plain: Any) -> None:
@@ -189,67 +191,7 @@ def test_a_token_outside_the_vocabulary_is_refused(model: Any) -> None:
             model.generator.output[:] = 128
 
 
-def test_the_models_own_configuration_is_honoured(folder: Path, plain: Any, tmp_path: Path) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    whole.generation_config = GenerationConfig(repetition_penalty=1.7, max_new_tokens=9)
-    whole.save_pretrained(tmp_path)
-    wanted, _ = generate_hooked(plain, ROWS, 9, repetition_penalty=1.7)
-    with glasshive.local(tmp_path).generate(ROWS) as tracer:
-        pass
-    assert torch.equal(tracer.output_ids, wanted)
-
-
 # What is refused ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("choice", "text"),
-    [
-        (
-            {"remote": True},
-            r"generate\(remote=...\) is no option here: a trace always runs",
-        ),
-        ({"max_length": 7}, r"generate\(max_length=7\) has no meaning here; say max_new_tokens="),
-        ({"max_time": 7}, r"generate\(max_time=7\) has no meaning here; leave it out"),
-        ({"do_sample": "no"}, r"do_sample='no': True or False is wanted"),
-        ({"no_repeat_ngram_size": 65}, r"no_repeat_ngram_size=65: a whole number from 0 to 64"),
-        ({"seed": 3}, r"seed=3 has no effect without do_sample=True"),
-        ({"streamer": True}, r"streamer=True; what has put\(tokens\) and end\(\) is wanted"),
-        (
-            {"input_ids": ROWS},
-            r"generate\(input_ids=...\) is no option here: what a tok",
-        ),
-        ({"num_beams": 4}, r"num_beams=4: peers choose one token after the other"),
-        (
-            {"temprature": 2.0},
-            r"generate\(temprature=2.0\) is no option here; did you mean te",
-        ),
-        ({"do_sample": True, "temperature": -1.0}, r"temperature=-1.0: a number above 0 is wanted"),
-        ({"do_sample": True, "top_p": 1.5}, r"top_p=1.5: a number above 0 and at most 1 is wanted"),
-        ({"eos_token_id": 999}, r"eos_token_id=999 is not in the vocabulary of 128 tokens"),
-        ({"do_sample": True, "seed": -1}, r"seed=-1; a whole number from 0"),
-        ({"max_new_tokens": 0}, r"max_new_tokens=0, where the number of new tokens is wanted"),
-        ({"max_new_tokens": 500}, r"5 tokens and 500 new ones; the model takes at most 128"),
-    ],
-    ids=str,
-)
-def test_what_no_peer_does_is_refused_at_the_users_line(
-    choice: dict[str, Any], text: str, model: Any
-) -> None:
-    given = {"max_new_tokens": 4, **choice}
-    with (
-        pytest.raises(TraceError, match=rf"test_generation_choice.py:\d+: {text}"),
-        model.generate(ROWS, **given),
-    ):
-        pass
-
-
-def test_how_many_tokens_must_be_said(model: Any) -> None:
-    text = (
-        "max_new_tokens=None, where .* is wanted, .*; the model's own generation_config says none"
-    )
-    with pytest.raises(TraceError, match=text), model.generate(ROWS):
-        pass
 
 
 def test_a_step_that_is_not_there_is_refused(model: Any) -> None:

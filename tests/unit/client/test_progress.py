@@ -1,76 +1,190 @@
-"""The line on the terminal while a job runs: where it is, and whom it has lost."""
+"""The lines on the terminal while a job runs: where it is, who does what, and whom it has lost."""
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich.console
+from rich.console import Console
 
 from glasshive.client.hop import HopReport
-from glasshive.client.progress import text_of
+from glasshive.client.progress import JobDisplay, text_of, token_saves
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Relayed
+from glasshive.dht.messages import AT_WORK
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Graph
-from glasshive.graph.plan import Part, Span
+from glasshive.graph.plan import Part, Span, Stage
 from glasshive.security.keys import PeerId
+
+TRAFFIC = "999 B out, 1.5 MB in, unaudited"
+
+
+def hop(index: int, state: Any, passes: int, **said: Any) -> HopReport:
+    """A peer of two blocks, which has so many passes."""
+    stages = tuple(Stage(i, (), forward=True) for i in range(passes))
+    part = Part(index, Span(2 * index, 2 * index + 2), Graph({}), stages, {})
+    return HopReport(PeerAddress(PeerId(f"12D3KooWnumber{index}")), part, state=state, **said)
 
 
 def job(
     states: list[Any],
     *,
+    state: str = "running",
     generation: bool = False,
     stands_in: tuple[int, ...] = (),
     relayed: tuple[tuple[str, str], ...] = (),
+    tokens: tuple[int, int] = (0, 0),
+    **said: Any,
 ) -> Any:
-    hops = [
-        HopReport(
-            PeerAddress(PeerId(str(i))),
-            Part(i, Span(2 * i, 2 * i + 2), Graph({}), (), {}),
-            state=state,
-            stands_in=i in stands_in,
-        )
-        for i, state in enumerate(states)
-    ]
+    """So many hops; of the tokens of a generation so many have come of so many."""
+    passes = tokens[1] if generation else 1
+    names = [f"t0.{step}" for step in range(tokens[1])]
     return SimpleNamespace(
-        state="running",
-        hops=hops,
+        state=state,
+        hops=[
+            hop(i, one, passes, stands_in=i in stands_in, **said) for i, one in enumerate(states)
+        ],
         plan=SimpleNamespace(passes=SimpleNamespace(are_generation=generation)),
         replaced=[Replaced("2:4", PeerId("a"), PeerId("b"), 1.0, "cpu") for _ in stands_in],
         relayed=tuple(Relayed(*blocks, 7) for blocks in relayed),
+        expected=dict.fromkeys(["s0", *names]),
+        saves=dict.fromkeys(["s0", *names[: tokens[0]]]),
         sent_bytes=999,
         received_bytes=1_500_000,
+        clock=lambda: 3.0,
+        began_at=0.0,
     )
+
+
+def lines_of(made: Any, seconds: float = 1.25) -> list[str]:
+    return text_of(made, seconds, token_saves(made)).splitlines()
 
 
 @pytest.mark.parametrize(
-    ("states", "wanted"),
+    ("states", "done", "rows"),
     [
-        (["preparing"] * 3, "blocks 0:2 > 2:4 > 4:6, 0 of 3 done"),
-        (["running"] * 3, "blocks 0:2* > 2:4 > 4:6, 0 of 3 done"),
-        (["done", "running", "running"], "blocks 0:2+ > 2:4* > 4:6, 1 of 3 done"),
-        (["done", "done", "done"], "blocks 0:2+ > 2:4+ > 4:6+, 3 of 3 done"),
+        (
+            ["preparing"] * 2,
+            0,
+            ["  0:2  Wnumber0    preparing", "  2:4  Wnumber1    preparing"],
+        ),
+        (["running"] * 2, 0, ["  0:2*  Wnumber0    at work", "  2:4   Wnumber1    at work"]),
+        (
+            ["done", "running"],
+            1,
+            [
+                "  0:2+  Wnumber0    computed 0.25 s, waited 1.50 s",
+                "  2:4*  Wnumber1    at work",
+            ],
+        ),
     ],
 )
-def test_the_hop_at_work_has_a_mark(states: list[str], wanted: str) -> None:
-    assert text_of(job(states), 1.25) == (
-        f"running  1.2 s  {wanted}  999 B out, 1.5 MB in  unaudited"
-    )
+def test_the_hop_at_work_has_a_mark(states: list[str], done: int, rows: list[str]) -> None:
+    made = job(states, compute_seconds=0.25, wait_seconds=1.5)
+    assert lines_of(made) == ["running  1.2 s", *rows, f"  {done} of 2 done, {TRAFFIC}"]
 
 
 def test_in_a_generation_all_are_at_work_and_who_stands_in_is_marked() -> None:
     states = ["running", "preparing", "running"]
-    assert text_of(job(states, generation=True, stands_in=(1,)), 3.0) == (
-        "running  3.0 s  blocks 0:2* > 2:4~ > 4:6*, 0 of 3 done, 1 replaced  "
-        "999 B out, 1.5 MB in  unaudited"
-    )
+    made = job(states, generation=True, stands_in=(1,), tokens=(11, 64))
+    made.hops[0].stages_done, made.hops[0].waits_for = 12, 2
+    made.hops[2].stages_done, made.hops[2].waits_for = 11, AT_WORK
+    assert lines_of(made) == [
+        "running  1.2 s  11 of 64 steps",
+        "  0:2*  Wnumber0  12 of 64 passes  waits for blocks 4:6",
+        "  2:4~  Wnumber1  0 of 64 passes   preparing",
+        "  4:6*  Wnumber2  11 of 64 passes  at work",
+        f"  0 of 3 done, 1 replaced, {TRAFFIC}",
+    ]
 
 
 def test_who_speaks_by_way_of_this_client_is_said() -> None:
-    states = ["running"] * 3
     pairs = (("0:2", "2:4"), ("0:2", "4:6"))
-    assert text_of(job(states, generation=True, relayed=pairs), 3.0) == (
-        "running  3.0 s  blocks 0:2* > 2:4* > 4:6*, 0 of 3 done, 0:2 and 2:4 through you, "
-        "0:2 and 4:6 through you  999 B out, 1.5 MB in  unaudited"
+    said = lines_of(job(["running"] * 3, relayed=pairs))
+    assert said[-3:-1] == ["  0:2 and 2:4 through you", "  0:2 and 4:6 through you"]
+
+
+@pytest.mark.parametrize(
+    ("came", "said"),
+    [(64, "64 of 64 steps"), (12, "ended at step 11 of 64 with a stop token")],
+)
+def test_in_the_end_it_says_where_time_went_and_at_which_step_it_ended(
+    came: int, said: str
+) -> None:
+    made = job(
+        ["done"] * 2,
+        state="done",
+        generation=True,
+        tokens=(came, 64),
+        compute_seconds=0.25,
+        wait_seconds=1.5,
     )
+    assert lines_of(made) == [
+        f"done  1.2 s  {said}",
+        "  0:2+  Wnumber0    computed 0.25 s, waited 1.50 s",
+        "  2:4+  Wnumber1    computed 0.25 s, waited 1.50 s",
+        f"  2 of 2 done, {TRAFFIC}",
+    ]
+
+
+def test_a_token_that_was_written_comes_before_its_step() -> None:
+    made = job(["done"], state="done", generation=True, tokens=(12, 64))
+    made.saves["t0.40"] = None
+    assert lines_of(made)[0] == "done  1.2 s  ended at step 11 of 64 with a stop token"
+    made.expected["t1.0"] = None
+    assert lines_of(made)[0] == "done  1.2 s  12 of 65 steps, ended early with stop tokens"
+
+
+def test_a_long_route_is_cut() -> None:
+    said = lines_of(job(["running"] * 40))
+    assert len(said) == 15
+    assert said[-2] == "  and 28 more"
+
+
+class Screen(Console):
+    """A terminal of 80 columns, whose text is kept."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(file=io.StringIO(), width=80, force_terminal=True, **options)
+        made.append(self)
+
+
+made: list[Screen] = []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_state_stays_unless_it_failed(fails: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(rich.console, "Console", Screen)
+    made.clear()
+    one = job(["running"] * 2, generation=True, tokens=(3, 64))
+    try:
+        with JobDisplay(True) as display:
+            display.update(one)
+            if fails:
+                raise KeyError
+            one.state = "done"
+            for each in one.hops:
+                each.state, each.compute_seconds = "done", 0.5
+    except KeyError:
+        assert fails
+    (screen,) = made
+    text = screen.file.getvalue()
+    assert ("ended at step 2 of 64 with a stop token" in text) is not fails
+    assert ("computed 0.50 s, waited 0.00 s" in text) is not fails
+    assert max(map(len, lines_of(one))) < 80
+    if not fails:
+        assert text.rstrip().splitlines()[-2] == (
+            "  2:4+  Wnumber1    computed 0.50 s, waited 0.00 s"
+        )
+
+
+def test_without_it_nothing_is_shown(monkeypatch: Any) -> None:
+    monkeypatch.setattr(rich.console, "Console", Screen)
+    made.clear()
+    with JobDisplay(False) as display:
+        display.update(job(["running"] * 2))
+    assert not made

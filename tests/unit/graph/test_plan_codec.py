@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import pytest
@@ -204,13 +206,84 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         decode_part(data, LIMITS)
 
 
-PARTS = [encode_part(sample(), PASSES), encode_part(*steps(9)), encode_part(*steps(3, 2))]
+VOCABULARY = 11
+CHOICE = Sampling(
+    do_sample=True,
+    temperature=0.5,
+    suppress_tokens=(1, 2),
+    bad_words_ids=((3, 4), (5,)),
+    sequence_bias=(((6, 7), -1.5), ((8,), -math.inf)),
+    exponential_decay_length_penalty=(3, 1.5),
+    forced_eos_token_id=(9,),
+    eos_token_id=(9, 10),
+)
+
+
+def choosing(sampling: Sampling) -> tuple[Part, Passes]:
+    """The last part of a generation, which chooses its tokens so."""
+    passes = steps(2)[1]
+    stages = (
+        Stage(0, (), ((HIDDEN, 0),), ((TOKENS, 0),), forward=True),
+        Stage(1, (), ((HIDDEN, 0),), forward=True),
+    )
+    return Part(1, Span(1, 3), Graph({}), stages, {}, sampling), passes
+
+
+def test_how_tokens_are_chosen_comes_as_it_was_sent() -> None:
+    many = tuple(range(1024))
+    full = Sampling(
+        suppress_tokens=many,
+        begin_suppress_tokens=many,
+        bad_words_ids=tuple((i, 1, 2, 3) for i in many),
+        sequence_bias=tuple(((i, 1, 2, 3), 0.5) for i in many),
+        exponential_decay_length_penalty=(3, 1.5),
+        forced_eos_token_id=many[:64],
+        eos_token_id=many[:64],
+    )
+    for sampling in (CHOICE, full):
+        sampling.check(1024)
+        assert decode_part(encode_part(*choosing(sampling)), LIMITS)[0].sampling == sampling
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"suppress_tokens": (0,) * 1025}, "suppress_tokens=.* at most 1024 tokens' ids"),
+        ({"suppress_tokens": (11,)}, "suppress_tokens=11 is not in the vocabulary of 11 tokens"),
+        ({"forced_bos_token_id": -2}, "forced_bos_token_id=-2: a token's id is wanted"),
+        ({"bad_words_ids": ((0,) * 64,) * 65}, "bad_words_ids=.* 4096 in all is wanted"),
+        ({"bad_words_ids": ((),)}, "bad_words_ids=.* lists of 1 to 64 tokens' ids"),
+        ({"bad_words_ids": ((9,),)}, "bad_words_ids=.* these are stop tokens"),
+        ({"sequence_bias": (((1, 11), 1.0),)}, "sequence_bias=11 is not in the vocabulary"),
+        ({"sequence_bias": (((1,), math.inf),)}, "sequence_bias=.* pairs"),
+        ({"sequence_bias": (((1,), 1),)}, "sequence_bias=.* pairs"),
+        ({"sequence_bias": ((1, 1.0),)}, "sequence_bias=.* pairs"),
+        ({"exponential_decay_length_penalty": (1.0, 2.0)}, "a pair of after how many new tokens"),
+        ({"eos_token_id": ()}, "exponential_decay_length_penalty without eos_token_id"),
+        ({"renormalize_logits": 1}, "renormalize_logits=1: True or False is wanted"),
+        ({"encoder_no_repeat_ngram_size": 65}, "a whole number from 0 to 64"),
+    ],
+    ids=str,
+)
+def test_choices_that_transformers_would_not_take_are_refused(
+    change: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(BadGraph, match=text):
+        replace(CHOICE, **change).check(VOCABULARY)
+
+
+PARTS = [
+    *(encode_part(sample(), PASSES), encode_part(*steps(9)), encode_part(*steps(3, 2))),
+    encode_part(*choosing(CHOICE)),
+]
 
 
 def test_damaged_parts_are_refused_or_checked(outline: Outline) -> None:
     def read(data: bytes) -> None:
         part, passes = decode_part(data, LIMITS)
         check_part(part, passes, outline)
+        if part.sampling is not None:
+            part.sampling.check(VOCABULARY)
 
     attack(read, PARTS, GraphError)
 
@@ -221,3 +294,5 @@ def test_any_bytes_are_a_part_or_refused(outline: Outline, data: bytes) -> None:
     with contextlib.suppress(GraphError):
         part, passes = decode_part(data, LIMITS)
         check_part(part, passes, outline)
+        if part.sampling is not None:
+            part.sampling.check(VOCABULARY)
