@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from tiny_llama import save_llama
 
 import glasshive
+from glasshive.client import tries
 from glasshive.client.errors import PeerBusy, PeerError, PeerFailed
 from glasshive.graph.graph import Graph, NodeId, Read, Ref, Save, Site, Write
 from glasshive.peer.host_limits import HostLimits
@@ -39,7 +41,8 @@ def test_a_host_may_run_none(folder: Path) -> None:
         model.lm_head.output.save()
 
 
-def test_a_client_has_so_many_at_a_time(folder: Path) -> None:
+def test_a_client_has_so_many_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tries, "LEAST_PAUSE_SECONDS", math.inf)  # nobody waits for a place
     model = glasshive.local(folder, limits=HostLimits(generations_per_client=1))
     met: list[PeerError] = []
 
@@ -49,7 +52,7 @@ def test_a_client_has_so_many_at_a_time(folder: Path) -> None:
         def put(self, value: torch.Tensor) -> None:
             if value.dim() == 1 and not met:  # a token: the first one runs
                 with pytest.raises(PeerBusy, match="1 generations of yours are running") as caught:
-                    generate(model, 2, deadline=0.5)
+                    generate(model, 2)
                 met.append(caught.value)
 
         def end(self) -> None:
