@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 import numpy as np
@@ -66,7 +66,7 @@ _REFUSED: Final[Mapping[str, str]] = {
 _CHUNKS: Final = "prefill_chunk_size"
 _OURS: Final = tuple(one.name for one in fields(Sampling) if one.name != "seed")
 _LENGTHS: Final = ("max_new_tokens", "max_length")
-_NEUTRAL: Final = Sampling()
+_NEUTRAL: Final[Mapping[str, Any]] = asdict(Sampling())
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -160,6 +160,11 @@ def _check_names(choice: Mapping[str, object], known: Mapping[str, object]) -> N
                 ),
                 line=here(),
             )
+        if name in _OURS and not _is_plain(value):
+            raise TraceError(
+                f"generate({name}={value!r:.40}): numbers, or lists of them, are wanted",
+                line=here(),
+            )
         if name in _BESIDE and value is not None:
             raise TraceError(
                 f"generate({name}={value!r:.40}) has no meaning here; leave it out", line=here()
@@ -188,7 +193,7 @@ def _check_others(
 
 def _asked(name: str, value: Any) -> Any:
     """A setting of transformers as a field of Sampling; what is neither goes on, to be refused."""
-    default = getattr(_NEUTRAL, name)
+    default = _NEUTRAL[name]
     if value is None:
         return default
     if isinstance(default, float):
@@ -221,6 +226,14 @@ def _listed(value: Any) -> tuple[Any, ...]:
 def _in_vocabulary(tokens: tuple[Any, ...], vocabulary_tokens: int) -> tuple[Any, ...]:
     """Without those that are never chosen anyway, such as the -1 of older configurations."""
     return tuple(one for one in tokens if type(one) is not int or 0 <= one < vocabulary_tokens)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return _is_plain(list(value.items()))
+    return value is None or isinstance(value, int | float | str)
 
 
 def _untensored(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any, Final
 
 from glasshive.graph.errors import BadGraph
@@ -74,11 +74,10 @@ class Sampling:
 
         A token outside the vocabulary would end a process that computes on a GPU.
         """
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_good, wanted = _RULES[field.name]
+        for name, value in asdict(self).items():
+            is_good, wanted = _RULES[name]
             if not is_good(value):
-                raise BadGraph(f"{field.name}={value!r:.40}: {wanted} is wanted")
+                raise BadGraph(f"{name}={value!r:.40}: {wanted} is wanted")
         for name, token in self._listed():
             if not 0 <= token < vocabulary_tokens:
                 raise BadGraph(
@@ -101,8 +100,13 @@ class Sampling:
         yield "pad_token_id", self.pad_token_id
         if self.forced_bos_token_id != -1:
             yield "forced_bos_token_id", self.forced_bos_token_id
-        for name in _TOKEN_LISTS:
-            for token in getattr(self, name):
+        for name, tokens in (
+            ("suppress_tokens", self.suppress_tokens),
+            ("begin_suppress_tokens", self.begin_suppress_tokens),
+            ("forced_eos_token_id", self.forced_eos_token_id),
+            ("eos_token_id", self.eos_token_id),
+        ):
+            for token in tokens:
                 yield name, token
         for tokens in self.bad_words_ids:
             for token in tokens:
@@ -187,9 +191,6 @@ def _flag(value: Any) -> bool:
     return type(value) is bool
 
 
-_TOKEN_LISTS: Final = (
-    *("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "eos_token_id"),
-)
 _FLAG: Final = (_flag, "True or False")
 _PART: Final = (_number(0.0, 1.0), "a number from 0 to 1")
 _MASS: Final = (_number(0.0, 1.0, open_below=True), "a number above 0 and at most 1")

@@ -9,7 +9,7 @@ any step, on any peer.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
@@ -108,7 +108,7 @@ def _processors(
 ) -> Any:
     """transformers' own list for this model, behind a prompt and for so many new tokens."""
     left_out = _NOT_THEIRS if sampling.do_sample else {*_NOT_THEIRS, *WITHOUT_CHANCE}
-    named = {one.name: getattr(sampling, one.name) for one in fields(sampling)}
+    named = asdict(sampling)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         **{name: _theirs(name, value) for name, value in named.items() if name not in left_out},
         max_length=prompt.shape[1] + new_tokens,

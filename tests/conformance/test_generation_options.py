@@ -303,6 +303,10 @@ def test_what_a_configuration_has_and_no_peer_does_is_refused(folder: Path, tmp_
         ({"guidance_scale": 1.5}, r"guidance_scale=1.5: it runs the model a second time for each"),
         ({"stop_strings": ["a"]}, r"stop_strings=\['a'\]: the peer that chooses tokens has no tok"),
         ({"pad_token_id": "x"}, r"pad_token_id='x': a token's id is wanted"),
+        (
+            {"top_k": iter([3])},
+            r"generate\(top_k=<list_iterator .*: numbers, or lists of them, are",
+        ),
         ({"temperature": 10**400, "do_sample": True}, r"temperature=10+: a number above 0 is"),
         ({"suppress_tokens": 1.5}, r"suppress_tokens=\(1.5,\): a list of at most 1024 tokens' ids"),
         ({"bad_words_ids": [[]]}, r"bad_words_ids=\(\(\),\): at most 1024 lists of 1 to 64"),
