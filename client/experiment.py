@@ -353,6 +353,13 @@ def finish(
             pass_rows=options.pass_rows,
             alone=options.batching == "alone",
         )
+        if not passes.passes and sampling is not None:
+            raise TraceError(
+                "nothing of this generation is to be run: the tokens of all steps are written, and "
+                "nothing else is read; save what the model makes of them, such as "
+                "model.lm_head.output",
+                line=here(),
+            )
         bill = admit(graph, surroundings(sites.outline, calls, passes), _UNBOUNDED)
     except NoRoots as error:
         raise NoRoots(f"{_prefix(here())}{error}") from None

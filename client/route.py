@@ -2,13 +2,15 @@
 
 One manifest, dtype, quantisation and attention backend from end to end: they are never mixed
 silently. Among the chains of one kind the one that is expected to take the shortest time wins; of
-those that are nearly as fast any, by chance, as all clients see the same records and would else
-come to the same peers. One of a single class of hardware and torch, within which a trace run again
-gives the same bits, is taken unless a mixed one is thought to be more than ten times as fast.
+those that are nearly as fast the one that this client likes best, as all clients see the same
+records and would else take the same peers. One of a single class of hardware and torch, within
+which a trace run again gives the same bits, is taken unless a mixed one is thought to be more than
+ten times as fast.
 """
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -42,6 +44,8 @@ NEAR_TIE: Final = 0.05
 
 Chance: TypeAlias = Callable[[], float]
 """A number of [0, 1), another one each time."""
+Liking: TypeAlias = Callable[[PeerId], float]
+"""A number of [0, 1) for a peer, always the same one: less for whom a client likes better."""
 
 FEW: Final = 3
 """Of the peers that could run the same part, so many are kept in mind."""
@@ -56,8 +60,21 @@ _NOBODY: Final[Mapping[PeerId, str]] = {}
 _OF_A_TOKEN: Final[Seconds] = Demand().seconds
 
 
-def _same() -> float:
-    """No chance: the first of equal ones."""
+def liking_of(salt: str) -> Liking:
+    """The liking of one client, whose `salt` nobody else has.
+
+    Clients spread, and each stays with its peers, which hold its constants and know its parts.
+    """
+
+    def liking(peer: PeerId) -> float:
+        digest = hashlib.sha256(f"{salt} {peer}".encode()).digest()
+        return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+    return liking
+
+
+def _no_liking(peer: PeerId) -> float:
+    """The first of equal ones."""
     return 0.0
 
 
@@ -96,11 +113,11 @@ def choose_route(
     only: Collection[PeerId] | None = None,
     wanted: Wanted = _ANYTHING,
     seconds: Seconds = _OF_A_TOKEN,
-    chance: Chance = _same,
+    liking: Liking = _no_liking,
 ) -> Route:
     """The route over the `needed` blocks whose peers take the fewest `seconds` together.
 
-    Of equal ones that with fewer hops, then the less loaded. With a `chance`, any that takes at
+    Of equal ones that with fewer hops, then the less loaded. By its `liking`, one that takes at
     most `NEAR_TIE` longer than that. The blocks from 0 on without a gap are
     covered by a chain in which each span starts where the one before it ended; single blocks behind
     them (the home of a head or a parameter) by any peer behind the chain. With `only`, of these
@@ -118,7 +135,7 @@ def choose_route(
     depth = _depth(needed, n_blocks)
     extra = sorted(block for block in needed if block > depth)
     prices = {id(one): seconds(one, _forward(one, depth)) for one in usable}
-    compared = {which: _blurred(price, chance) for which, price in prices.items()}
+    compared = {id(one): _blurred(prices[id(one)], liking(one.peer_id)) for one in usable}
     best: tuple[_Cost, list[PeerRecord]] | None = None
     for kind in _grouped(usable, _mixed_never):
         for same in (*_grouped(kind, lambda one: one.backend), kind):
@@ -159,15 +176,15 @@ def rivals(
 
 
 def best_few(
-    records: Iterable[PeerRecord], seconds: Seconds = _OF_A_TOKEN, chance: Chance = _same
+    records: Iterable[PeerRecord], seconds: Seconds = _OF_A_TOKEN, liking: Liking = _no_liking
 ) -> list[PeerRecord]:
     """Of those that could stand in for each other the fastest `FEW`, `MOST_KEPT` in all.
 
-    The fastest of each span come first, then the second ones; of near ties any, by `chance`.
+    The fastest of each span come first, then the second ones; of near ties by `liking`.
     """
     ranked: list[tuple[int, PeerRecord]] = []
     for same in _grouped(records, _kind_of):
-        ranked += enumerate(sorted(same, key=_by_price(seconds, chance))[:FEW])
+        ranked += enumerate(sorted(same, key=_by_price(seconds, liking))[:FEW])
     ranked.sort(key=lambda one: one[0])
     return [one for _, one in ranked[:MOST_KEPT]]
 
@@ -191,25 +208,28 @@ def choose_stand_in(
     lost: PeerRecord,
     avoid: Collection[PeerId],
     seconds: Seconds = _OF_A_TOKEN,
-    chance: Chance = _same,
+    liking: Liking = _no_liking,
 ) -> PeerRecord:
     """The fastest peer that serves the same blocks as a lost one, and gives the same bits.
 
-    Of near ties any, by `chance`. Raises NoRoute.
+    Of near ties by `liking`. Raises NoRoute.
     """
     same = [one for one in records if _kind_of(one) == _kind_of(lost) and one.peer_id not in avoid]
     if not same:
         raise NoRoute(f"no other peer serves blocks {lost.start}:{lost.end} on {lost.backend}")
-    return min(same, key=_by_price(seconds, chance))
+    return min(same, key=_by_price(seconds, liking))
 
 
-def _blurred(price: float, chance: Chance) -> float:
-    """A price that is up to `NEAR_TIE` higher, by chance: then so are sums of them."""
-    return price * (1 + NEAR_TIE * chance())
+def _blurred(price: float, liking: float) -> float:
+    """A price that is up to `NEAR_TIE` higher: then so are sums of them."""
+    return price * (1 + NEAR_TIE * liking)
 
 
-def _by_price(seconds: Seconds, chance: Chance) -> Callable[[PeerRecord], tuple[float, float]]:
-    return lambda one: (_blurred(seconds(one, one.end - one.start), chance), one.load)
+def _by_price(seconds: Seconds, liking: Liking) -> Callable[[PeerRecord], tuple[float, float]]:
+    def price(one: PeerRecord) -> tuple[float, float]:
+        return _blurred(seconds(one, one.end - one.start), liking(one.peer_id)), one.load
+
+    return price
 
 
 def _mixed_never(one: PeerRecord) -> tuple[Hashable, ...]:

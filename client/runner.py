@@ -36,11 +36,13 @@ from glasshive.client.relay import Pair
 from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
 from glasshive.client.route import (
     Chance,
+    Liking,
     Route,
     Seconds,
     best_few,
     choose_route,
     choose_stand_in,
+    liking_of,
     rivals,
     some_others,
 )
@@ -58,8 +60,7 @@ if TYPE_CHECKING:
 
 _chance: Final = random.SystemRandom().random  # the module's own is the user's to seed
 _APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
-# What a host refuses for a limit of its own, which another may not have.
-_OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})
+_OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})  # which another host may not have
 
 
 class ModelRunner:
@@ -75,6 +76,7 @@ class ModelRunner:
         n_blocks: int,
         bans: Bans | None = None,
         chance: Chance = _chance,
+        liking: Liking | None = None,
     ) -> None:
         self._swarm = swarm
         self._model_id = model_id
@@ -84,7 +86,8 @@ class ModelRunner:
         self._n_blocks = n_blocks
         self._records = KnownRecords(swarm, model_id, dtype, attention)
         self._bans = Bans() if bans is None else bans
-        self._chance = chance  # of routes that are nearly as fast
+        self._chance = chance
+        self._liking = liking or liking_of(str(chance()))
         self._apart: dict[Pair, float] = {}  # who can't reach each other, until then
         self._demand = Demand()  # of the last trace
 
@@ -114,7 +117,7 @@ class ModelRunner:
         known = [one for one in self._records.now if self._records.is_valid(one)]
         usable, way = self._usable(known, TraceOptions()), self._swarm.round_trips.of
         others = some_others(usable, lambda one: way(one.peer_id) is None, self._chance)
-        few = best_few(usable, self._seconds(self._demand), self._chance)
+        few = best_few(usable, self._seconds(self._demand), self._liking)
         to_ask = self._swarm.round_trips.to_ask([*others, *few], AHEAD_SECONDS)
         if to_ask and not lost.is_set():
             await self._swarm.ask_round_trips(to_ask, PATIENCE_SECONDS)
@@ -150,7 +153,8 @@ class ModelRunner:
                 raise
             except PeerFailed as error:
                 line = experiment.line_of(error.node)
-                error.args = (f"{f'{line}: ' if line else ''}{_told(error)}{tries.before_text()}",)
+                told = f"{error.code} at peer {error.peer} (blocks {error.span}): {error}"
+                error.args = (f"{f'{line}: ' if line else ''}{told}{tries.before_text()}",)
                 if error.code not in _OWN_LIMITS or tries.are_used_up:
                     raise
                 refused = error
@@ -221,7 +225,7 @@ class ModelRunner:
         text = "served by\n" + "\n".join(lines or ["  nobody"])
         revoked = self._swarm.revoked(records)
         self._measure(
-            best_few([one for one in records if one.peer_id not in revoked], chance=self._chance)
+            best_few([one for one in records if one.peer_id not in revoked], liking=self._liking)
         )
         for also_banned in (False, True):
             with contextlib.suppress(NoRoute):
@@ -347,7 +351,7 @@ class ModelRunner:
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
             known = self._usable(records.now, options, also_banned=also_banned)
             seconds, avoid = self._seconds(demand), left_out.among(records.now)
-            return choose_stand_in(known, lost, avoid, seconds, self._chance)
+            return choose_stand_in(known, lost, avoid, seconds, self._liking)
 
         def choose_any() -> PeerRecord:
             with contextlib.suppress(NoRoute):
@@ -563,7 +567,7 @@ class ModelRunner:
             only=only,
             wanted=Wanted(self._name, kind, self._swarm.where.hosts),
             seconds=self._seconds(demand),
-            chance=self._chance,
+            liking=self._liking,
         )
         try:
             return choose(tries.narrowed(known))
@@ -578,7 +582,7 @@ class ModelRunner:
         Where one is, a trace needn't wait: the others are measured ahead (`refresh`).
         """
         way = self._swarm.round_trips.of
-        few = best_few(records, self._seconds(demand), self._chance)
+        few = best_few(records, self._seconds(demand), self._liking)
         known = {(one.start, one.end) for one in few if way(one.peer_id) is not None}
         return [one for one in few if (one.start, one.end) not in known]
 
@@ -594,7 +598,3 @@ class ModelRunner:
         if to_ask and patience_seconds > 0:
             with contextlib.suppress(SwarmError):
                 self._swarm.measure(to_ask, patience_seconds, cancellation)
-
-
-def _told(error: PeerFailed) -> str:
-    return f"{error.code} at peer {error.peer} (blocks {error.span}): {error}"

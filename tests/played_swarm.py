@@ -104,6 +104,7 @@ def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
         swarm,  # type: ignore[arg-type]
         *("ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans),
         chance=lambda: 0.0,
+        liking=lambda peer: 0.0,
     )
 
 

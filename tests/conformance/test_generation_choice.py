@@ -169,6 +169,16 @@ def test_a_slice_of_steps_is_read_at_its_steps(model: Any, plain: Any) -> None:
         assert all(map(torch.equal, saved, reads[path][wanted]))
 
 
+def test_a_generation_of_which_nothing_is_run_is_an_error(model: Any) -> None:
+    """It was one of the graph's, which named no line."""
+    with (
+        pytest.raises(TraceError, match=r"test_generation_choice\.py:\d+: nothing of this gener"),
+        model.generate(ROWS, max_new_tokens=3) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            model.generator.output = torch.tensor([5, 6, 7])
+
+
 def test_a_token_can_be_written(model: Any, plain: Any) -> None:
     """The token of step 2 is another: what follows is what `generate` makes of those so far."""
     with model.generate(ROWS, max_new_tokens=6) as tracer:

@@ -23,7 +23,7 @@ from glasshive.client.demand import (
     forward_seconds,
 )
 from glasshive.client.errors import NoRoute
-from glasshive.client.route import MIXED_FACTOR, best_few, choose_route, rivals
+from glasshive.client.route import MIXED_FACTOR, best_few, choose_route, liking_of, rivals
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.security.keys import Identity
 
@@ -247,7 +247,8 @@ def test_no_route_is_better_than_the_chosen_one(seed: int) -> None:
     is_mixed = len({one.backend for one in route.records}) > 1
     factor = MIXED_FACTOR if is_mixed else 1.0
     assert route.expected_seconds * factor == pytest.approx(wanted)
-    blurred = choose_route(records, needed, N_BLOCKS, seconds=seconds, chance=rng.random)
+    liking = liking_of(str(rng.random()))
+    blurred = choose_route(records, needed, N_BLOCKS, seconds=seconds, liking=liking)
     assert fits(blurred.records, needed)
     assert wanted <= seconds_of(blurred.records, needed, demand, ways) * (1 + 1e-9)
     assert seconds_of(blurred.records, needed, demand, ways) <= 1.05 * wanted

@@ -24,7 +24,7 @@ from glasshive.client.route import (
     some_others,
 )
 from glasshive.dht.records import PeerRecord
-from glasshive.security.keys import Identity
+from glasshive.security.keys import Identity, PeerId
 from glasshive.security.manifest import ModelId
 
 BLOCKS = 30
@@ -225,20 +225,24 @@ def test_near_ties_are_left_to_chance_and_others_are_not() -> None:
     slower = record(0, 30, throughput_tokens_per_second=0.9)  # by a tenth, and more than NEAR_TIE
     nearly = record(0, 30, throughput_tokens_per_second=0.99)
     assert NEAR_TIE == 0.05
-    chance = random.Random(3).random
+    rng = random.Random(3)
+
+    def liking(peer: PeerId) -> float:
+        return rng.random()  # another client each time
+
     records = [slower, *alike, nearly]
     taken = Counter(
-        choose_route(records, ALL, BLOCKS, chance=chance).records[0].peer_id for _ in range(2000)
+        choose_route(records, ALL, BLOCKS, liking=liking).records[0].peer_id for _ in range(2000)
     )
     assert set(taken) == {one.peer_id for one in (*alike, nearly)}
     assert min(taken[one.peer_id] for one in alike) > 300
     assert choose_route(records, ALL, BLOCKS).records == (alike[0],)
     stood_in = Counter(
-        choose_stand_in(records, alike[0], [alike[0].peer_id], chance=chance).peer_id
+        choose_stand_in(records, alike[0], [alike[0].peer_id], liking=liking).peer_id
         for _ in range(500)
     )
     assert set(stood_in) == {one.peer_id for one in (*alike[1:], nearly)}
-    kept = {one.peer_id for _ in range(500) for one in best_few(records, chance=chance)}
+    kept = {one.peer_id for _ in range(500) for one in best_few(records, liking=liking)}
     assert kept == {one.peer_id for one in (*alike, nearly)}
 
 

@@ -219,11 +219,16 @@ def test_own_traces_keep_away_from_each_other(monkeypatch: pytest.MonkeyPatch) -
     assert outcome_of(model, monkeypatch, None) == first.peer_id
 
 
-def test_of_equal_peers_chance_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    swarm = Swarm()
-    model: Any = runner_of(swarm)
-    model._chance = random.Random(1).random
-    taken = {outcome_of(model, monkeypatch, None) for _ in range(50)}
+def test_of_equal_peers_each_client_stays_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All clients took the first of them; with chance, one client had its constants sent anew."""
+    swarm, rng = Swarm(), random.Random(1)
+    taken = set()
+    for _ in range(50):
+        model: Any = runner_of(swarm)
+        model._liking = route.liking_of(str(rng.random()))
+        peer = outcome_of(model, monkeypatch, None)
+        assert {outcome_of(model, monkeypatch, None) for _ in range(5)} == {peer}
+        taken.add(peer)
     assert taken == {one.peer_id for one in swarm.known}
 
 

@@ -75,7 +75,9 @@ class Home:
         self.client = self.network.transport(identity, dht=False)
         self.swarm = Swarm(UserLoop(), self.client, identity, [], self.folder)  # type: ignore[arg-type]
         self.runner: Any = ModelRunner(
-            *(self.swarm, MODEL, "tiny", "float32", "sdpa", BLOCKS), chance=lambda: 0.0
+            *(self.swarm, MODEL, "tiny", "float32", "sdpa", BLOCKS),
+            chance=lambda: 0.0,
+            liking=lambda peer: 0.0,
         )
         self.runner._run_once = lambda experiment, options, route, *rest: route
 

@@ -86,7 +86,9 @@ async def test_slots_are_taken_by_valid_traces_and_shared_among_clients(
     first, accepted = await ask(alice, 1)
     assert isinstance(accepted, Accepted)
     _, twice = await ask(bob, 1)
-    assert twice == Failed("BadGraph", -1, "a trace of this id is running here")
+    assert twice == Failed(
+        "Busy", -1, "another client has a trace of this id here; try another peer"
+    )
     assert isinstance((await ask(alice, 2))[1], Accepted)
     _, third = await ask(alice, 3)
     assert third == Failed("Busy", -1, "2 traces of yours are running here")
