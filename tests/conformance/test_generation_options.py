@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ def test_what_a_configuration_has_and_no_peer_does_is_refused(folder: Path, tmp_
         ({"max_new_tokens": 0}, r"max_new_tokens=0, where the number of new tokens is wanted"),
         ({"max_new_tokens": 500}, r"5 tokens and 500 new ones; the model takes at most 128"),
     ],
-    ids=str,
+    ids=lambda one: re.sub(r" at 0x\w+", "", str(one)),  # the same in every process
 )
 def test_what_no_peer_does_is_refused_at_the_users_line(
     choice: dict[str, Any], text: str, model: Any
