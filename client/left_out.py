@@ -93,11 +93,12 @@ class LeftOut:
             at = self._now() if may_return else math.inf
             self._losses[error.peer] = _Loss(at, self._clock(), what_became(error))
 
-    def forgive(self, peer: PeerId) -> None:
-        """It was not lost: only another peer has lost it. Who is left out for good stays so."""
-        loss = self._losses.get(peer)
-        if loss is not None and loss.at < math.inf:
-            del self._losses[peer]
+    def forgive(self, *peers: PeerId) -> None:
+        """Only other peers have lost them. Who is left out for good stays so."""
+        for peer in peers:
+            loss = self._losses.get(peer)
+            if loss is not None and loss.at < math.inf:
+                del self._losses[peer]
 
     def gained(self) -> None:
         """What was given to peers that came back has got further than before."""

@@ -427,8 +427,8 @@ class ModelRunner:
         """`_route` after one that failed, for which it waits if a peer was lost that may return, or
         was busy and may have a place.
 
-        Where there is none without a peer that only another one has lost, it is one with it: the
-        client then relays.
+        Where there is none without a peer that only another one has lost, or without that one, it
+        is one with both: the client then relays.
         """
         left_out = tries.left_out
         try:
@@ -437,8 +437,8 @@ class ModelRunner:
             raise
         except (NoRoute, SwarmError) as error:
             none = error
-        if lost is not None and isinstance(none, NoRoute) and tries.accuser_of(lost) is not None:
-            left_out.forgive(lost.peer)
+        if lost is not None and isinstance(none, NoRoute) and (by := tries.accuser_of(lost)):
+            left_out.forgive(lost.peer, by)  # maybe it can reach nobody
             return self._route(experiment, options, tries, ends_at)
         if tries.busy and self._wait_for_a_place(experiment, options, tries, ends_at):
             try:

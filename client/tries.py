@@ -84,7 +84,7 @@ class Tries:
         """Leave out who is to blame, in this trace and, by `bans`, for a while in others.
 
         Whom only another peer has lost, while the client heard it, is left out by this trace alone:
-        that other one may lie. One that has lost several others so is left out for good instead.
+        that other one may lie. One that has lost several others so is left out instead.
         """
         was_busy = error.peer in self.busy
         self.heed(error)
@@ -94,7 +94,7 @@ class Tries:
             accused.add(error.peer)
             if len(accused) >= MOST_ACCUSED:
                 why = f"peer {accuser} alone lost several others"
-                self.left_out.heed(PeerLost(why, peer=accuser), for_good=True)
+                self.left_out.heed(PeerLost(why, peer=accuser))
                 bans.trouble(accuser, LOST_SECONDS)
                 for one in accused:
                     self.left_out.forgive(one)
