@@ -232,9 +232,10 @@ def test_what_every_block_receives_is_marked(llama: Outline) -> None:
     assert not llama.leaf(
         Site("model.layers.1.self_attn", "input", ("hidden_states",)), PassKind.PLAIN
     ).beside
-    twin = build_twin(LLAMA, torch.float32, "eager")
+    config = copy.deepcopy(LLAMA)  # which is told how it attends; that of other tests stays
+    twin = build_twin(config, torch.float32, "eager")
     mask = Site("model.layers.1.self_attn", "input", ("attention_mask",))
-    assert scan(twin, LLAMA).leaf(mask, PassKind.PLAIN).beside
+    assert scan(twin, config).leaf(mask, PassKind.PLAIN).beside
 
 
 def test_what_sums_up_all_rows_is_no_site() -> None:
