@@ -94,7 +94,9 @@ class LoopThread:
                 return
             self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_DEADLINE_SECONDS)
+        # Python's collector ends what nobody holds any more in whatever thread it runs.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_DEADLINE_SECONDS)
 
     def __enter__(self) -> LoopThread:
         return self

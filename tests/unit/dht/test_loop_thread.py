@@ -104,3 +104,17 @@ def test_its_own_thread_may_not_wait_for_itself() -> None:
 
         with pytest.raises(RuntimeError, match="await it"):
             loop.run(inner(), 5)
+
+
+def test_it_may_be_closed_from_its_own_thread() -> None:
+    """As by the garbage collector, which runs wherever something is made. It was an error."""
+    loop = LoopThread()
+    thread = loop._thread
+
+    async def close() -> None:
+        loop.close()
+
+    loop.submit(close())
+    thread.join(20)
+    assert not thread.is_alive()
+    loop.close()
