@@ -36,8 +36,7 @@ class PeerStream:
 
     `Failed` may come in place of any other frame, also of a tensor's next slice, and so may `Lost`:
     `on_lost` is told of which part, unless the peer has yet to hear that their edges begin anew.
-    `on_idle` is called when an `Alive` shows that the peer has got
-    no further for too long.
+    `on_idle` is called when an `Alive` shows that the peer has got no further for too long.
     """
 
     stream: Stream

@@ -88,7 +88,7 @@ class LoopThread:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Cancels what runs, waits for it within a deadline, and ends the thread."""
+        """Cancels what runs, and ends the thread; waits for that, unless it is the thread's own."""
         with self._lock:
             if self._closed:
                 return

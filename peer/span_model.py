@@ -1,12 +1,13 @@
 """Run the blocks `[start, end)` of a Hugging Face decoder inside the model's own `forward`.
 
 There is no table of architectures. The model keeps its class, its module paths and its original
-block indices; what this span does not host is replaced by `Skipped`, and two hooks do the rest:
+block indices; what this span does not host is replaced by `Skipped`, and hooks do the rest:
 
 - a forward pre-hook on block `start` puts the received hidden states in the place of whatever
   reached it (on the first span nothing is replaced: the model starts from `input_ids`);
 - a forward hook on block `end - 1` takes that block's output and stops the model by raising
-  `StopForward` (on the last span nothing is stopped: norm and head follow).
+  `StopForward` (on the last span nothing is stopped: norm and head follow);
+- a forward pre-hook on each block lets whoever runs the span in between two of them.
 
 Masks, rotary tables, positions and cache therefore are all Hugging Face's own code. Whether a model
 type really splits like this is what `self_test` finds out.
