@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ NEAR_TIE: Final = 0.05
 
 Chance: TypeAlias = Callable[[], float]
 """A number of [0, 1), another one each time."""
+CHANCE: Final[Chance] = random.SystemRandom().random
+"""Not the module's own numbers, which the user may have seeded."""
 Liking: TypeAlias = Callable[[PeerId], float]
 """A number of [0, 1) for a peer, always the same one: less for whom a client likes better."""
 

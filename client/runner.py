@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import random
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -35,6 +34,7 @@ from glasshive.client.provenance import Provenance
 from glasshive.client.relay import Pair
 from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
 from glasshive.client.route import (
+    CHANCE,
     Chance,
     Liking,
     Route,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from glasshive.client.swarm import Swarm
 
 
-_chance: Final = random.SystemRandom().random  # the module's own is the user's to seed
 _APART_SECONDS: Final = 600.0  # for so long two peers that can't reach each other aren't tried
 _OWN_LIMITS: Final = frozenset({"OverBudget", "QuotaExceeded"})  # which another host may not have
 
@@ -75,7 +74,7 @@ class ModelRunner:
         attention: str,
         n_blocks: int,
         bans: Bans | None = None,
-        chance: Chance = _chance,
+        chance: Chance = CHANCE,
         liking: Liking | None = None,
     ) -> None:
         self._swarm = swarm
@@ -412,7 +411,7 @@ class ModelRunner:
             tried_at=lambda: self._records.tried_at,
             clock=time.monotonic,
         )
-        return Tries(left_out, options.retries, options.across_hardware)
+        return Tries(left_out, options.retries, options.across_hardware, self._chance)
 
     def _another_route(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -14,7 +13,7 @@ from glasshive.client.errors import PeerBusy, PeerError, PeerLost
 from glasshive.client.left_out import BUSY, LOST, LeftOut, what_became
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Pair
-from glasshive.client.route import Route, block_ranges
+from glasshive.client.route import CHANCE, Chance, Route, block_ranges
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import PeerId
 
@@ -27,8 +26,6 @@ LEAST_PAUSE_SECONDS: Final = 0.05
 MOST_ACCUSED: Final = 2
 """Who alone has lost so many others, which the client hears, is left out itself."""
 _MOST_NAMED: Final = 8
-# Not `random` itself, whose numbers the user may have seeded.
-_chance: Final = random.SystemRandom()
 
 
 @final
@@ -43,6 +40,7 @@ class Tries:
     left_out: LeftOut
     retries: int
     across_hardware: bool = False
+    chance: Chance = CHANCE
     count: int = 0
     reruns: int = 0
     has_run: bool = False  # the last one: its inputs had left
@@ -121,7 +119,7 @@ class Tries:
             return 0.0
         longest = min(FIRST_PAUSE_SECONDS * 2 ** min(self._pauses, 16), MOST_PAUSE_SECONDS)
         # A last try needs some time, too.
-        seconds: float = min(longest * _chance.uniform(0.5, 1.0), left_seconds / 2)
+        seconds: float = min(longest * (1 + self.chance()) / 2, left_seconds / 2)
         return seconds
 
     def waited(self, seconds: float) -> None:

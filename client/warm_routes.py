@@ -14,13 +14,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final
 
+from glasshive.client.route import CHANCE, Chance
 from glasshive.dht.errors import ShutOut, SwarmError
 
 __all__ = ["LONGEST_WAIT_SECONDS", "WarmRoutes"]
@@ -39,8 +39,6 @@ CLOSE_SECONDS: Final = 5.0
 Refresh: TypeAlias = Callable[[], Awaitable[None]]
 """Ask again what a model's next trace needs, within a few seconds. On the loop."""
 Submit: TypeAlias = Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
-
-_chance: Final = random.SystemRandom().random  # the module's own is the user's to seed
 
 
 @dataclass(eq=False)
@@ -66,7 +64,7 @@ class WarmRoutes:
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = _chance,
+        chance: Chance = CHANCE,
     ) -> None:
         self._submit = submit
         self._clock = clock

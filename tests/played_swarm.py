@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+from peer_records import record_of
 
 from glasshive.client import known_records, left_out, runner
 from glasshive.client import swarm as client_swarm
@@ -79,22 +80,12 @@ class Swarm:
         self.measured.append(records)
 
     def _record(self, start: int = 0, end: int = BLOCKS) -> PeerRecord:
-        return PeerRecord(
-            peer_id=Identity.generate().peer_id,
-            model=ModelId("ab" * 32),
-            model_name="tiny",
+        return record_of(
+            *(Identity.generate(), ModelId("ab" * 32)),
             start=start,
             end=end,
-            n_blocks=BLOCKS,
-            dtype="float32",
-            quantisation="none",
-            backend="cpu",
             attention="sdpa",
-            throughput_tokens_per_second=1.0,
             addresses=("/ip4/127.0.0.1/tcp/1",),
-            whitelist_version=0,
-            load=0.0,
-            software_version="0.1.0",
             expires_at_seconds=self.transport.now() + 60.0,
         )
 
