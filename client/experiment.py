@@ -120,7 +120,15 @@ class Chosen:
         self._steps: dict[int, tuple[list[Tensor], bool]] = {}  # by invoke
 
     def hear(self, saves: Mapping[str, Tensor]) -> None:
-        """What has come until now. In the thread of whoever waits for the generation."""
+        """What has come until now. In the thread of whoever waits for the generation.
+
+        Where it is run again, what had come before stays until as much has come anew.
+        """
+        if len(saves) >= len(self._came):
+            self.hear_all(saves)
+
+    def hear_all(self, saves: Mapping[str, Tensor]) -> None:
+        """What has come in the end, be it less than a run before had come to."""
         self._came = saves
         self._steps.clear()
         if self._tell is not None:
@@ -201,7 +209,7 @@ class Experiment:
         such a value was written somewhere, and ClientError if a tensor is not what was traced.
         """
         if self.chosen is not None:
-            self.chosen.hear(came)
+            self.chosen.hear_all(came)
             self._check_writes(self.chosen)
         gone: set[int] = set()
         for name, tensor in self.saves.items():

@@ -334,6 +334,9 @@ def _why_none(
     else:
         wait = "wait until one that was lost is back" if LOST in whys else ""
     if only is not None:
+        announced = {one.peer_id for one in (*records, *gone)}
+        if unknown := sorted({*only} - announced - {*avoid}):
+            text += f"; not announced for this model, dtype and attention: {_first(unknown)}"
         if wait:
             text += f"; {wait}"
         return f"{text}; name peers that serve all of them, or leave route= out"

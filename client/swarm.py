@@ -20,6 +20,7 @@ from glasshive.client.in_flight import InFlight
 from glasshive.client.job import Job
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
+from glasshive.client.router import Router
 from glasshive.client.runner import ModelRunner
 from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.deadline import within
@@ -239,11 +240,11 @@ class Swarm:
         )
         config = read_config(folder)
         twin = build_twin(config, to_torch_dtype(DType.from_name(mine[0].dtype)), mine[0].attention)
-        runner = ModelRunner(
+        router = Router(
             *(self, model_id, mine[0].model_name, mine[0].dtype, mine[0].attention),
             _blocks(config),
         )
-        with self.warm.in_use(runner.refresh, at_once=True):  # its first trace finds it ready
+        with self.warm.in_use(router.refresh, at_once=True):  # its first trace finds it ready
             return Model(
                 name=mine[0].model_name,
                 model_id=model_id,
@@ -252,7 +253,7 @@ class Swarm:
                 tokenizer=read_tokenizer(folder),
                 twin=twin,
                 outline=outline_of(twin, config),
-                runner=runner,
+                runner=ModelRunner(self, router),
             )
 
     def run_job(

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import pytest
 from peer_records import record_of
 
-from glasshive.client import known_records, left_out, runner
+from glasshive.client import known_records, left_out, router, runner
 from glasshive.client import swarm as client_swarm
 from glasshive.client.bans import Bans
 from glasshive.client.cancellation import Cancellation
 from glasshive.client.demand import Demand
 from glasshive.client.in_flight import InFlight
 from glasshive.client.round_trips import RoundTrips
+from glasshive.client.router import Router
 from glasshive.client.runner import ModelRunner
 from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.errors import UnknownModel
@@ -91,17 +92,18 @@ class Swarm:
 
 
 def runner_of(swarm: Swarm, bans: Bans | None = None) -> ModelRunner:
-    return ModelRunner(
+    its_router = Router(
         swarm,  # type: ignore[arg-type]
         *("ab" * 32, "tiny", "float32", "sdpa", BLOCKS, bans),
         chance=lambda: 0.0,
         liking=lambda peer: 0.0,
     )
+    return ModelRunner(swarm, its_router)  # type: ignore[arg-type]
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
     """Have it be `clock[0]` where runners look."""
-    for module in (runner, known_records):
+    for module in (router, runner, known_records):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
 
@@ -114,5 +116,6 @@ def no_return(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """An experiment takes every block, and a pass of one token."""
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
-    monkeypatch.setattr(runner, "demand_of", lambda experiment: Demand())
+    for module in (router, runner):
+        monkeypatch.setattr(module, "needed_blocks", lambda graph, outline: range(BLOCKS))
+        monkeypatch.setattr(module, "demand_of", lambda experiment: Demand())

@@ -20,11 +20,11 @@ import torch
 from tiny_llama import save_llama
 
 import glasshive
-from glasshive.client import runner
+from glasshive.client import router
 from glasshive.client.demand import Alike, Demand, demand_of
 from glasshive.client.errors import PeerBusy, TraceError
 from glasshive.client.experiment import Experiment
-from glasshive.client.runner import ModelRunner
+from glasshive.client.router import Router
 from glasshive.client.swarm import Swarm
 from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.memory_transport import MemoryNetwork
@@ -154,7 +154,7 @@ def test_what_an_experiment_asks_of_routes_is_what_its_plan_sends(
         demands.append(demand_of(experiment))
         return demands[-1]
 
-    monkeypatch.setattr(runner, "demand_of", heard)
+    monkeypatch.setattr(router, "demand_of", heard)
     hops = trace(model).result.hops
     demand = demands[0]
     assert (demand.passes, demand.rounds) == ((Alike(len(IDS)),), 1)
@@ -205,7 +205,7 @@ def test_peers_that_compete_are_measured_and_shown(twice: Twice) -> None:
     shown = re.compile(r" round trip [\d.]+ ms  \d+ tokens/s  [\d.]+ ms a pass  load 0%$")
     assert all(map(shown.search, route))
     ways = twice.runner._swarm.round_trips
-    records = twice.runner._records.get(fresh=False)
+    records = twice.runner.router.records.get(fresh=False)
     assert len(records) == 4
     assert ways.to_ask(records) == []
     assert all(0 < ways.of(one.peer_id) < 1.0 for one in records)
@@ -230,23 +230,23 @@ def test_a_trace_counts_on_its_peers_while_it_runs(
 def test_a_single_chain_is_measured_by_the_way(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refresh(runner: ModelRunner) -> None:
+    async def refresh(self: Router) -> None:
         """Nothing is asked ahead of a trace."""
 
-    monkeypatch.setattr(ModelRunner, "refresh", refresh)
+    monkeypatch.setattr(Router, "refresh", refresh)
     model = glasshive.local(folder, cuts=(3,))
     swarm = model._runner._swarm
     hops = trace(model).result.hops
     assert all(swarm.round_trips.of(hop.peer) is not None for hop in hops)
     # Nobody was asked for it.
-    assert len(swarm.round_trips.to_ask(model._runner._records.now)) == 2
+    assert len(swarm.round_trips.to_ask(model._runner.router.records.now)) == 2
 
 
 def test_a_lost_peer_is_left_out_by_the_next_trace_too(twice: Twice) -> None:
     first = trace(twice.model).result.hops[0].peer
     twice.kill(first)
     second = trace(twice.model).result
-    assert first in twice.runner._bans
+    assert first in twice.runner.router.bans
     assert first not in [hop.peer for hop in second.hops]
     third = trace(twice.model).result
     assert first not in [hop.peer for hop in third.hops]
@@ -255,11 +255,13 @@ def test_a_lost_peer_is_left_out_by_the_next_trace_too(twice: Twice) -> None:
 
 def test_a_peer_that_has_served_well_is_taken_again(twice: Twice) -> None:
     """Fails without `served` in the runner."""
-    peers = [one.peer_id for one in twice.runner._records.get(fresh=True)]
+    peers = [one.peer_id for one in twice.runner.router.records.get(fresh=True)]
     for peer in peers:
-        twice.runner._bans.trouble(peer, 30.0)
+        twice.runner.router.bans.trouble(peer, 30.0)
     served = {hop.peer for hop in trace(twice.model).result.hops}
-    assert [peer in twice.runner._bans for peer in peers] == [peer not in served for peer in peers]
+    assert [peer in twice.runner.router.bans for peer in peers] == [
+        peer not in served for peer in peers
+    ]
 
 
 def test_a_peer_stands_in_without_the_directory(
@@ -284,7 +286,7 @@ def test_a_peer_stands_in_without_the_directory(
     assert again.result.retried == 0
     assert asked == []
     assert again.result.hops[1].peer == again.result.replaced[0].by
-    assert lost[0] in twice.runner._bans
+    assert lost[0] in twice.runner.router.bans
 
 
 def test_a_busy_peer_is_left_out_for_a_moment(

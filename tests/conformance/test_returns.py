@@ -3,7 +3,7 @@
 One host for each span, in this process: nobody else could. tests/swarm/test_generation.py has the
 same with network daemons and processes that are killed.
 
-Seen failing, each alone: with no wait in `ModelRunner._stand_in`, or in `_another_route`; with
+Seen failing, each alone: with no wait in `Router.stand_in`, or in `another_route`; with
 neighbours that are told by address in `Job._revise`; with revision 1 for whoever stands in; with no
 `Swarm._alive`.
 """
@@ -311,7 +311,7 @@ def test_streams_that_end_before_the_daemon_is_seen_to_have_blame_nobody(
     hive.after(0, 0, die)
     result, _ = traced(hive.model)
     assert result.retried == 1
-    assert not any(hop.peer in hive.model._runner._bans for hop in result.hops)
+    assert not any(hop.peer in hive.model._runner.router.bans for hop in result.hops)
 
 
 def test_a_client_that_may_not_try_again_says_that_it_was_its_own(hive: Replicas) -> None:

@@ -27,10 +27,11 @@ from transformers import AutoConfig, GenerationConfig
 from virtual_time import Pool, UserLoop, VirtualLoop, by_user
 from weather import Air, Weather
 
-from glasshive.client import job, known_records, peer_stream, runner, swarm
+from glasshive.client import job, known_records, peer_stream, router, runner, swarm
 from glasshive.client.bans import Bans
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
+from glasshive.client.router import Router
 from glasshive.client.runner import ModelRunner
 from glasshive.client.saved import SavedTensor
 from glasshive.client.swarm import Swarm
@@ -233,8 +234,11 @@ class User:
             twin=tiny.blueprint.twin,
             outline=tiny.blueprint.outline,
             runner=ModelRunner(
-                *(self.swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
-                chance=random.Random(f"routes {identity.peer_id}").random,
+                self.swarm,
+                Router(
+                    *(self.swarm, model_id, NAME, "float32", "sdpa", N_BLOCKS),
+                    chance=random.Random(f"routes {identity.peer_id}").random,
+                ),
             ),
         )
 
@@ -492,14 +496,14 @@ def _virtual(loop: VirtualLoop, rng: random.Random, history: History) -> Iterato
     """What in the product takes the time, or a thread, or chance, without being given it."""
     clock = SimpleNamespace(monotonic=loop.time, perf_counter=loop.time, time=loop.time)
     with contextlib.ExitStack() as patched:
-        for module in (runner, known_records, peer_stream, accounts):
+        for module in (router, runner, known_records, peer_stream, accounts):
             patched.enter_context(patch.object(module, "time", clock))
         for module in (torch_thread, checks):
             patched.enter_context(patch.object(module, "ThreadPoolExecutor", Pool))
         patched.enter_context(
             patch.object(runner, "secrets", SimpleNamespace(token_bytes=rng.randbytes))
         )
-        for module, kind in ((runner, job.Job), (runner, Bans), (swarm, RoundTrips)):
+        for module, kind in ((runner, job.Job), (router, Bans), (swarm, RoundTrips)):
             timed = partial(kind, clock=loop.time)
             patched.enter_context(patch.object(module, kind.__name__, timed))
         warm = partial(WarmRoutes, clock=loop.time, chance=rng.random)

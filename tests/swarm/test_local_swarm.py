@@ -337,7 +337,7 @@ def test_a_model_in_use_has_what_its_next_trace_needs(
     llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known: Any = model._runner._records  # type: ignore[attr-defined]
+    known: Any = model._runner.router.records  # type: ignore[attr-defined]
     way = swarm.round_trips.of
     wait_for(
         lambda: known.are_fresh and all(way(one.peer_id) is not None for one in known.now),

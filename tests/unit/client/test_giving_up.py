@@ -105,7 +105,7 @@ def test_who_waits_does_not_hold_its_waiting_against_a_peer(swarm: Swarm, run: A
     """Each refusal had doubled the time for which other traces leave it out."""
     del swarm.known[1:]
     noted = Counter[float]()
-    run.model._bans.trouble = lambda peer, seconds: noted.update([seconds])
+    run.model.router.bans.trouble = lambda peer, seconds: noted.update([seconds])
     with pytest.raises(PeerBusy):
         run(busy, deadline_seconds=0.2)
     assert noted == {1.0: 1}
@@ -215,7 +215,7 @@ def test_each_block_runs_again_on_the_hardware_that_it_ran_on(
         run(lose)
     assert len(tried) == 1
     swarm.known.pop()
-    run.model._bans.served(first.peer_id)
+    run.model.router.bans.served(first.peer_id)
     moved = []
 
     def move(route: Route, tries: Tries) -> Any:
@@ -304,10 +304,10 @@ def test_who_only_a_neighbour_has_lost_is_not_left_out_by_other_traces(
     swarm.known = [swarm._record(0, 2) for _ in range(2)] + [swarm._record(2, BLOCKS)]
     with pytest.raises(PeerLost):
         run(parting(swarm, 2), retries=0)
-    assert not any(one.peer_id in run.model._bans for one in swarm.known)
+    assert not any(one.peer_id in run.model.router.bans for one in swarm.known)
     with pytest.raises(PeerLost):
         run(lost, retries=0)
-    assert sum(one.peer_id in run.model._bans for one in swarm.known) == 1
+    assert sum(one.peer_id in run.model.router.bans for one in swarm.known) == 1
 
 
 def test_who_alone_has_lost_two_others_is_left_out_itself(
@@ -324,7 +324,7 @@ def test_who_alone_has_lost_two_others_is_left_out_itself(
     assert run(outcome) == "done"
     assert len(tried) == 3
     assert tried[2][1] == honest
-    assert [one.peer_id for one in swarm.known if one.peer_id in run.model._bans] == [liar]
+    assert [one.peer_id for one in swarm.known if one.peer_id in run.model.router.bans] == [liar]
 
 
 # Who is known, and may not be asked of ----------------------------------------------------------
@@ -336,13 +336,13 @@ def test_a_peer_with_which_there_was_trouble_is_asked_where_the_directory_is_gon
     """Seen to end with DirectoryUnavailable."""
     del swarm.known[1:]
     assert run(lambda *of: "done") == "done"
-    run.model._bans.trouble(swarm.known[0].peer_id, 30.0)
+    run.model.router.bans.trouble(swarm.known[0].peer_id, 30.0)
 
     def gone(*args: object) -> Any:
         raise DirectoryUnavailable("the bootstrap peer gave no directory")
 
     monkeypatch.setattr(swarm, "records", gone)
     assert run(lambda *of: "done") == "done"
-    monkeypatch.setattr(run.model._records, "is_valid", lambda record: False)
+    monkeypatch.setattr(run.model.router.records, "is_valid", lambda record: False)
     with pytest.raises(DirectoryUnavailable):
         run(lambda *of: "done")

@@ -132,8 +132,10 @@ def test_peers_to_take_and_no_others() -> None:
     only = {one.peer_id for one in parts}
     assert choose_route([*parts, better], ALL, BLOCKS, only=only).records == tuple(parts)
     assert spans([*parts, better], range(10), only=only) == ["0:10"]
-    with pytest.raises(NoRoute, match="no peer of route= serves blocks 20:30"):
+    with pytest.raises(NoRoute, match="no peer of route= serves blocks 20:30") as caught:
         choose_route([*parts[:2], better], ALL, BLOCKS, only=only)
+    unknown = f"not announced for this model, dtype and attention: {parts[2].peer_id}; name peers "
+    assert unknown in str(caught.value)
     with pytest.raises(NoRoute, match=r"left out: 0:10 .*; name peers that serve all of them"):
         choose_route(parts, ALL, BLOCKS, only=only, avoid={parts[0].peer_id: LOST})
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from played_swarm import BLOCKS, Experiment, Swarm, every_block, no_return, runner_of, set_clock
 
-from glasshive.client import known_records, left_out, route, runner
+from glasshive.client import known_records, left_out, route, router
 from glasshive.client import swarm as client_swarm
 from glasshive.client.bans import Bans
 from glasshive.client.demand import Demand
@@ -138,15 +138,15 @@ def test_trouble_leaves_a_peer_out_for_a_while(
 
 def stand_in(model: Any, hosts: list[PeerRecord], tries: Any) -> Any:
     """For part 0, which sends to nobody."""
-    return model._stand_in(hosts, TraceOptions(), Demand(), tries.left_out, 0, ())
+    return model.router.stand_in(hosts, TraceOptions(), Demand(), tries.left_out, 0, ())
 
 
 @pytest.mark.asyncio
 async def test_a_stand_in_that_is_known_of_late_needs_no_directory() -> None:
     swarm = Swarm()
     model: Any = runner_of(swarm)
-    model._records.get(fresh=True)
-    hosts, tries = [swarm.known[0]], model._tries(TraceOptions())
+    model.router.records.get(fresh=True)
+    hosts, tries = [swarm.known[0]], model.router.tries(TraceOptions())
     swarm.given_seconds.clear()
     for wanted in swarm.known[1:]:
         tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
@@ -165,10 +165,10 @@ async def test_a_peer_that_was_left_out_stands_in_where_nobody_else_can() -> Non
     swarm = Swarm()
     model: Any = runner_of(swarm)
     lost, back, _ = swarm.known = swarm.known
-    model._bans.trouble(back.peer_id, 30.0)
+    model.router.bans.trouble(back.peer_id, 30.0)
     swarm.known.pop()
     found, _ = await stand_in(
-        model, [lost], model._tries(TraceOptions(avoid=frozenset([lost.peer_id])))
+        model, [lost], model.router.tries(TraceOptions(avoid=frozenset([lost.peer_id])))
     )
     assert found is back
 
@@ -312,7 +312,7 @@ def test_a_host_s_own_limits_are_no_reason_to_give_up(
             model.run(Experiment(), TraceOptions(retries=2))
     assert len(tried) == (min(hosts_that_refuse + 1, 3) if limited else 1)
     assert len(set(tried)) == len(tried)
-    assert not any(one.peer_id in model._bans for one in swarm.known)
+    assert not any(one.peer_id in model.router.bans for one in swarm.known)
     tried.clear()
     with pytest.raises(PeerFailed):
         model.run(Experiment(), TraceOptions(retries=0))
@@ -342,7 +342,6 @@ def test_a_refusal_says_more_than_that_the_others_are_gone(monkeypatch: pytest.M
 def test_a_lost_peer_that_came_back_is_asked_where_nobody_else_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
     monkeypatch.setattr(left_out, "SOON_SECONDS", 0.0)
     swarm = Swarm()
     swarm.known.pop()
@@ -545,7 +544,7 @@ def test_a_trace_is_cancelled_while_its_route_is_sought(
     waits: str, swarm: RealCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one is when round trips are measured, for longer than this test may take."""
-    monkeypatch.setattr(runner, "PATIENCE_SECONDS", 200.0)
+    monkeypatch.setattr(router, "PATIENCE_SECONDS", 200.0)
     swarm.waits = waits
     model: Any = runner_of(swarm)
     tried: list[object] = []

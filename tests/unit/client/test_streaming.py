@@ -47,6 +47,15 @@ def test_the_same_tokens_are_told_once(chosen: Chosen, streamer: Streamer) -> No
     assert streamer.given == [[1, 2], [3], [4], [5], [STOP]]
 
 
+def test_what_had_come_stays_until_a_new_run_has_come_as_far(chosen: Chosen) -> None:
+    """A generation that is cancelled meanwhile tells of no fewer than its user saw."""
+    chosen.hear(saves(3, 4))
+    chosen.hear(saves(3))
+    assert chosen.tokens(0).tolist() == [[3, 4]]
+    chosen.hear_all(saves(3))
+    assert chosen.tokens(0).tolist() == [[3]]
+
+
 def test_other_tokens_are_not_told_behind_those_that_were(
     chosen: Chosen, streamer: Streamer
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from peer_records import record_of
 from virtual_time import UserLoop, VirtualLoop, by_user
 
-from glasshive.client import known_records, runner
+from glasshive.client import known_records, router, runner
 from glasshive.client import swarm as client_swarm
 from glasshive.client.cancellation import Cancellation
 from glasshive.client.demand import Demand
@@ -27,6 +27,7 @@ from glasshive.client.round_trips import (
     RoundTrips,
 )
 from glasshive.client.route import FEW
+from glasshive.client.router import Router
 from glasshive.client.runner import ModelRunner
 from glasshive.client.swarm import Swarm
 from glasshive.client.warm_routes import (
@@ -74,11 +75,12 @@ class Home:
         identity = Identity.generate()
         self.client = self.network.transport(identity, dht=False)
         self.swarm = Swarm(UserLoop(), self.client, identity, [], self.folder)  # type: ignore[arg-type]
-        self.runner: Any = ModelRunner(
+        self.router = Router(
             *(self.swarm, MODEL, "tiny", "float32", "sdpa", BLOCKS),
             chance=lambda: 0.0,
             liking=lambda peer: 0.0,
         )
+        self.runner: Any = ModelRunner(self.swarm, self.router)
         self.runner._run_once = lambda experiment, options, route, *rest: route
 
     async def host(
@@ -149,7 +151,7 @@ def loop() -> Iterator[VirtualLoop]:
 def tell(loop: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tell:
     """Has what a story awaits take virtual time."""
     clock = SimpleNamespace(monotonic=loop.time)
-    for module in (runner, known_records):
+    for module in (router, runner, known_records):
         monkeypatch.setattr(module, "time", clock)
     chance = random.Random(5).random
     for kind, options in ((RoundTrips, {}), (WarmRoutes, {"chance": chance})):
@@ -188,7 +190,7 @@ def test_after_a_pause_a_trace_asks_nobody(tell: Tell) -> None:
 
 def test_a_model_that_was_just_asked_for_is_made_ready_for_its_first_trace(tell: Tell) -> None:
     async def story(home: Home) -> None:
-        with home.swarm.warm.in_use(home.runner.refresh, at_once=True):
+        with home.swarm.warm.in_use(home.router.refresh, at_once=True):
             pass
         await asyncio.sleep(1)
         assert await home.trace() == 0
@@ -213,7 +215,7 @@ def test_who_is_near_is_found_whatever_others_announce(tell: Tell) -> None:
 
     async def story(home: Home) -> None:
         chance = random.Random(7)
-        home.runner._chance = chance.random
+        home.router._chance = chance.random
         home.hosts = [await home.host(0, 2)]
         for number in range(10):
             pace, way_seconds = (1e6, 0.09) if number < FEW else (50.0, 0.002)
@@ -252,7 +254,7 @@ def test_in_long_use_little_is_asked_and_nothing_by_traces(tell: Tell) -> None:
 
 def test_a_long_trace_keeps_its_model_in_use(tell: Tell) -> None:
     async def story(home: Home) -> None:
-        with home.swarm.warm.in_use(home.runner.refresh):
+        with home.swarm.warm.in_use(home.router.refresh):
             await asyncio.sleep(5 * IN_USE_SECONDS)
             assert home.asked_at[-1] >= home.clock() - LONGEST_SECONDS
 
@@ -281,7 +283,7 @@ def test_close_ends_it(tell: Tell) -> None:
         asked = len(home.asked_at)
         await home.close()
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        with home.swarm.warm.in_use(home.runner.refresh, at_once=True):
+        with home.swarm.warm.in_use(home.router.refresh, at_once=True):
             await asyncio.sleep(60)
         assert len(home.asked_at) == asked
 
