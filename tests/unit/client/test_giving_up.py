@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from played_swarm import BLOCKS, Experiment, Swarm, every_block, no_return, runner_of
+from played_swarm import BLOCKS, Experiment, Swarm, every_block, no_return, runner_of, set_clock
 
 from glasshive.client import tries as tries_module
 from glasshive.client.errors import (
@@ -111,10 +111,19 @@ def test_who_waits_does_not_hold_its_waiting_against_a_peer(swarm: Swarm, run: A
     assert noted == {1.0: 1}
 
 
-def test_at_the_deadline_it_says_who_is_busy(swarm: Swarm, run: Any, tried: list[Any]) -> None:
+def test_at_the_deadline_it_says_who_is_busy(
+    swarm: Swarm, run: Any, tried: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     del swarm.known[2:]
+    clock = [0.0]
+    set_clock(monkeypatch, clock)
+
+    def slowly_busy(route: Route, *rest: object) -> PeerBusy:
+        clock[0] += 0.02
+        return busy(route)
+
     with pytest.raises(PeerBusy) as caught:
-        run(busy, deadline_seconds=0.2)
+        run(slowly_busy, deadline_seconds=0.2)
     text = str(caught.value)
     for one in swarm.known:
         assert f"peer {one.peer_id} is busy: 16 traces are running here" in text
