@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
-from typing import final
+from typing import Final, final
 
 from glasshive.dht.errors import MalformedMessage, TransportError
 from glasshive.dht.framing import Stream
 from glasshive.dht.messages import Opening, Relay, decode, encode
 from glasshive.peer.hosted_trace import HostedTrace
+from glasshive.security.keys import PeerId
 
 __all__ = ["EdgeStreams"]
+
+NEWS_SECONDS: Final = 2.0
+"""For so long a stream is held that the plan gives to another peer as far as is known here."""
 
 
 @final
@@ -59,7 +65,7 @@ class EdgeStreams:
         if trace is None or trace_id not in (None, opening.trace_id):
             await stream.refuse("no such trace here")
             return
-        if refusal := trace.refusal(opening, stream.peer_id):
+        if refusal := await self._refusal(trace, opening, stream.peer_id):
             await stream.refuse(refusal)
             return
         renewed = trace.renewed[opening.sender]
@@ -68,3 +74,14 @@ class EdgeStreams:
         except (MalformedMessage, TransportError) as error:
             await trace.lose(opening.sender, error, renewed)
             raise
+
+    async def _refusal(self, trace: HostedTrace, opening: Opening, sender: PeerId) -> str:
+        """Why a stream is not taken; a stand-in may be here before its client's word of it."""
+        refusal = trace.refusal(opening, sender)
+        if opening.again and trace.part.outlives_peers:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NEWS_SECONDS):
+                    while refusal and self._runs(trace):
+                        await trace.revised.wait()
+                        refusal = trace.refusal(opening, sender)
+        return refusal

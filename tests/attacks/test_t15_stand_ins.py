@@ -5,7 +5,8 @@ One real host runs part 1 of a plan of three, or part 0; the tests are its clien
 Seen failing, each alone: with peers that `HostedTrace.revise` doesn't change, the replaced peer;
 with `check_revises` left out of `Host._obey`, the revisions; with records that are not verified
 again there, the victim; with the bound of `Resume` left out of `OutgoingEdge._open`, the numbers;
-with `opening.again` taken for any part, the plain trace.
+with `opening.again` taken for any part, the plain trace; with no wait in `EdgeStreams._refusal`,
+the stand-in that is here first.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from glasshive.graph.graph import Graph, Node, NodeId, Op, Ref, Save
 from glasshive.graph.order import Pass, Passes, steps_of
 from glasshive.graph.plan import BEFORE_PASSES, Part, Span, Stage
 from glasshive.graph.sampling import Sampling
+from glasshive.peer import edge_streams
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.keys import Identity
 from glasshive.security.requests import PlannedPeer, TraceRequest
@@ -143,8 +145,22 @@ async def test_who_sends_again_what_has_come_breaks_the_protocol(swarm: OneHost)
 
 
 @pytest.mark.asyncio
-async def test_a_replaced_peer_sends_nothing_more(swarm: OneHost) -> None:
+async def test_a_stand_in_may_be_here_before_the_word_of_it(swarm: OneHost) -> None:
+    """Seen to be refused, and tried again half a second later, in every other failover."""
+    client, request = await start(swarm, receiving())
+    edge = await swarm.edge(swarm.third, Opening(swarm.trace_id, 0, 1, 1))
+    (trace,) = swarm.host._traces.values()
+    await until(lambda: trace.revised._waiters)
+    await revise(client, request, 0, peers=with_part_0(request, PlannedPeer(THIRD.peer_id)))
+    assert decode((await edge.receive(5)).header, Resume) == Resume(0)
+
+
+@pytest.mark.asyncio
+async def test_a_replaced_peer_sends_nothing_more(
+    swarm: OneHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as one that was frozen, and wakes up; also on a stream that it still had."""
+    monkeypatch.setattr(edge_streams, "NEWS_SECONDS", 0.01)
     client, request = await start(swarm, receiving())
     old = await swarm.edge()
     await push(old, FIRST)
