@@ -27,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig
 from virtual_time import Pool, UserLoop, VirtualLoop, by_user
 from weather import Air, Weather
 
-from glasshive.client import job, known_records, peer_stream, router, runner, swarm
+from glasshive.client import cancellation, job, known_records, peer_stream, router, runner, swarm
 from glasshive.client.bans import Bans
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
@@ -537,7 +537,7 @@ def _virtual(loop: VirtualLoop, rng: random.Random, history: History) -> Iterato
     """What in the product takes the time, or a thread, or chance, without being given it."""
     clock = SimpleNamespace(monotonic=loop.time, perf_counter=loop.time, time=loop.time)
     with contextlib.ExitStack() as patched:
-        for module in (router, runner, known_records, peer_stream, accounts):
+        for module in (router, runner, known_records, peer_stream, accounts, cancellation):
             patched.enter_context(patch.object(module, "time", clock))
         for module in (torch_thread, checks):
             patched.enter_context(patch.object(module, "ThreadPoolExecutor", Pool))
