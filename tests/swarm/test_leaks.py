@@ -44,7 +44,7 @@ SETTLED = 1 << 20  # bytes that come and go
 STEADY_SECONDS = soak.count(1, 2)
 SPARE_TASKS = 2  # of the host's own, which come and go
 FREED_SECONDS = 1.0  # in which all peers of a trace are free when it is cancelled
-TRIES = soak.count(4, 30)  # each of them
+TRIES = soak.count(3, 30)  # each of them
 
 
 @pytest.fixture(scope="module")
