@@ -25,9 +25,7 @@ class DeviceMemory:
     Other hosts of the same process count as this one: what they take is thought to come back.
     """
 
-    def __init__(
-        self, device: torch.device, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
         self._clock = clock
         self._own_bytes = _own_bytes()
