@@ -62,6 +62,7 @@ from glasshive.peer.admission import Admission
 from glasshive.peer.checks import Checks
 from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
+from glasshive.peer.device_memory import DeviceMemory
 from glasshive.peer.edge_streams import EdgeStreams
 from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
 from glasshive.peer.executor import Aside
@@ -142,6 +143,7 @@ class Host:
         own = limits or HostLimits()
         self.memory_bytes: Final = lent_bytes(served.model.device, own.memory_bytes)
         """What all traces and the constants kept take at most at a time."""
+        self._device_memory = DeviceMemory(served.model.device)
         self._own_limits = own.within(self.memory_bytes)
         self._limits = self._own_limits  # under the policy
         self._accounts = accounts or Accounts()
@@ -158,7 +160,11 @@ class Host:
         self._sweeping: asyncio.Task[None] | None = None
         self._is_closing = False
         # What the constants kept leave of it.
-        self._memory = MemoryBook(self.memory_bytes - self._limits.const_cache_bytes, clock)
+        self._memory = MemoryBook(
+            self.memory_bytes - self._limits.const_cache_bytes,
+            clock,
+            lambda: self._device_memory.room_bytes - self._consts.held_bytes,
+        )
         self._traces: dict[bytes, HostedTrace] = {}
         self._edges = EdgeStreams(self._traces, self._limits.prepare_seconds)
         self._slots = Slots()

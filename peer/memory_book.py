@@ -1,8 +1,8 @@
 """Who was promised how much of this host's memory, so that all of it together is there.
 
 A trace is admitted with the bytes that it takes at its worst moment; they are promised to it until
-it has ended. What would go beyond the mark is told to come again: nothing that another trace uses
-is ever taken away for it.
+it has ended. What would go beyond the mark, or beyond what other programs leave at that moment, is
+told to come again: nothing that another trace uses is ever taken away for it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Final, final
 
 import torch
 
+from glasshive.peer.device_memory import free_on
 from glasshive.peer.errors import Busy, NotEnoughMemory
-from glasshive.peer.free_memory import free_bytes
 from glasshive.security.keys import PeerId
 
 LENT_SHARE: Final = 0.75
@@ -38,11 +38,21 @@ class _Promise:
 
 @final
 class MemoryBook:
-    """Promises of at most `mark_bytes` at a time."""
+    """Promises of at most `mark_bytes` at a time, and of no more than there is.
 
-    def __init__(self, mark_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    `room_bytes` says how much that is now, with what those who have promises have taken of theirs
+    (None: always enough).
+    """
+
+    def __init__(
+        self,
+        mark_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        room_bytes: Callable[[], int] | None = None,
+    ) -> None:
         self._mark_bytes = mark_bytes
         self._clock = clock
+        self._room_bytes = room_bytes
         self._promises: dict[Hashable, _Promise] = {}
 
     @property
@@ -56,7 +66,7 @@ class MemoryBook:
         `holder` is one thing for one trace only: ids may come again.
 
         Raises Busy, saying when there is room for it, if the others leave too little, or if the
-        client's others have its share.
+        client's others have its share; and if other programs have taken what it needs.
         """
         own_bytes = sum(one.peak_bytes for one in self._promises.values() if one.client == client)
         if own_bytes and own_bytes + peak_bytes > self._mark_bytes // CLIENT_SHARE:
@@ -71,6 +81,14 @@ class MemoryBook:
                 f"this peer has {promised_bytes} of {self._mark_bytes} bytes promised to other "
                 f"traces, and this one takes {peak_bytes}; try again soon (there is room in "
                 f"{self._room_seconds(peak_bytes):.0f} s at the latest), or by way of another peer"
+            )
+        room_bytes = self._mark_bytes if self._room_bytes is None else self._room_bytes()
+        if promised_bytes + peak_bytes > room_bytes:
+            raise Busy(
+                f"this peer has {max(room_bytes, 0)} bytes of memory for all traces now, since "
+                f"other programs on its machine have taken the rest of {self._mark_bytes}; "
+                f"{promised_bytes} of them are promised to other traces, and this one takes "
+                f"{peak_bytes}; try again later, or by way of another peer"
             )
         self._promises[holder] = _Promise(client, peak_bytes, ends_at)
 
@@ -94,14 +112,9 @@ def lent_bytes(device: torch.device, wanted_bytes: int | None = None) -> int:
     """How much a host on `device` may promise, its weights being loaded.
 
     What its owner wants it to lend, as far as that is free; without a wish most of what is free.
-    Values are on the device, and wait in the machine's own memory to be sent: whichever has less.
     Raises NotEnoughMemory where hardly any is free: each trace would be refused.
     """
-    free = free_bytes()
-    if device.type == "cuda":
-        on_device_bytes, _ = torch.cuda.mem_get_info(device)
-        kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = min(free, on_device_bytes + kept_bytes)
+    free = free_on(device)
     if free < LEAST_FREE_BYTES:
         raise NotEnoughMemory(
             f"{free / 2**20:.0f} MiB are free for traces on {device} beside the model (a "

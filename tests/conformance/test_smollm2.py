@@ -1,4 +1,4 @@
-"""The real model over one to three spans, bit-equal to plain Hugging Face with torch hooks."""
+"""The real model over one to four spans, bit-equal to plain Hugging Face with torch hooks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from glasshive.models import fetch_smollm2
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
 
 PROMPT = "The Eiffel Tower is in the city of"
+NEW = 32
 
 
 @pytest.fixture(scope="module")
@@ -118,27 +119,46 @@ def test_a_sweep_of_thirty_patches_is_one_pass(model: Any, plain: tuple[Any, Any
     assert torch.equal(torch.cat([one.value for one in saved]), wanted)
 
 
-@pytest.mark.parametrize("model", [(15,)], indirect=True, ids=["2-spans"])
-def test_a_generation_with_an_edit_at_every_step(model: Any, plain: tuple[Any, Any]) -> None:
+@pytest.fixture(scope="module")
+def dampened(plain: tuple[Any, Any]) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+    """What plain Hugging Face generates with an edit at every step, to the very last."""
     ids = torch.tensor([demo_oracle.token_ids(plain[1], PROMPT)])
 
     def dampen(step: int, output: Any) -> None:
         output[:, -1] *= 0.9
 
-    wanted_ids, wanted = generate_hooked(
-        plain[0], ids, 32, edits={"model.layers.12": dampen}, reads=["model.layers.25", "lm_head"]
+    return generate_hooked(
+        *(plain[0], ids, NEW),
+        edits={"model.layers.12": dampen},
+        reads=["model.layers.25", "lm_head"],
+        eos_token_id=None,
     )
-    with model.generate(PROMPT, max_new_tokens=32) as tracer:
+
+
+@pytest.mark.parametrize(
+    "model",
+    [(), (15,), (10, 20), (7, 15, 22)],
+    indirect=True,
+    ids=["1-span", "2-spans", "3-spans", "4-spans"],
+)
+def test_a_generation_with_an_edit_at_every_step(
+    model: Any,
+    plain: tuple[Any, Any],
+    dampened: tuple[torch.Tensor, dict[str, list[torch.Tensor]]],
+) -> None:
+    wanted_ids, wanted = dampened
+    with model.generate(PROMPT, max_new_tokens=NEW, eos_token_id=[]) as tracer:
         states, logits = [], []
         for _ in tracer.iter[:]:
             model.model.layers[12].output[:, -1] *= 0.9
             states.append(model.model.layers[25].output.save())
             logits.append(model.lm_head.output.save())
     assert torch.equal(tracer.output_ids, wanted_ids)
-    assert tracer.text == [plain[1].decode(wanted_ids[0, ids.shape[1] :], skip_special_tokens=True)]
+    assert tracer.new_tokens.shape == (1, NEW)
+    assert tracer.text == [plain[1].decode(wanted_ids[0, -NEW:], skip_special_tokens=True)]
     for saved, reads in ((states, wanted["model.layers.25"]), (logits, wanted["lm_head"])):
-        assert all(torch.equal(one, read) for one, read in zip(saved, reads, strict=False))
-        assert len(reads) == tracer.new_tokens.shape[1]
+        assert len(saved) == len(reads) == NEW
+        assert all(map(torch.equal, saved, reads))
 
 
 @pytest.mark.parametrize("model", [(10, 20)], indirect=True, ids=["3-spans"])

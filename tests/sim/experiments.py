@@ -16,7 +16,7 @@ from torch import Tensor
 from glasshive.client.errors import NotSaved
 from glasshive.client.provenance import Provenance
 
-__all__ = ["EXPERIMENTS", "N_BLOCKS", "Saves", "oracle_of"]
+__all__ = ["EXPERIMENTS", "N_BLOCKS", "Begun", "Saves", "oracle_of"]
 
 N_BLOCKS: Final = 6
 PROMPT: Final = torch.tensor([[3, 14, 15, 9, 26], [1, 2, 3, 4, 5]])
@@ -25,12 +25,15 @@ PENALTY: Final = 1.5  # left alone, a tiny model says one token again and again
 
 Saves = dict[str, Any]
 """What was saved, by name: filled only if the run was ok."""
+Begun = Callable[[Any], object]
+"""Is given the tracer while its block is open, as whoever may cancel it."""
 
 
-def trace(model: Any, saves: Saves, **options: Any) -> Provenance:
+def trace(model: Any, saves: Saves, begun: Begun, **options: Any) -> Provenance:
     """Reads and edits on every span; what one edit adds comes from a span before it."""
     layers = model.model.layers
     with model.trace(PROMPT, **options) as tracer:
+        begun(tracer)
         early = layers[0].output
         layers[1].output[:, -1] += 1.5
         layers[3].output = layers[3].output + 0.25 * early
@@ -41,12 +44,13 @@ def trace(model: Any, saves: Saves, **options: Any) -> Provenance:
     return tracer.result
 
 
-def generate(model: Any, saves: Saves, **options: Any) -> Provenance:
+def generate(model: Any, saves: Saves, begun: Begun, **options: Any) -> Provenance:
     """The same at each step, and what one step adds comes from the last span a step before it."""
     layers = model.model.layers
     before = None
     given = {"eos_token_id": []} | options
     with model.generate(PROMPT, max_new_tokens=NEW, repetition_penalty=PENALTY, **given) as tracer:
+        begun(tracer)
         for step, _ in enumerate(tracer.iter[:]):
             if before is not None:
                 layers[0].output = layers[0].output + 0.125 * before
@@ -58,16 +62,17 @@ def generate(model: Any, saves: Saves, **options: Any) -> Provenance:
     return tracer.result
 
 
-def stops(model: Any, saves: Saves, **options: Any) -> Provenance:
+def stops(model: Any, saves: Saves, begun: Begun, **options: Any) -> Provenance:
     """A generation that ends before its last step."""
-    return generate(model, saves, eos_token_id=STOPS, **options)
+    return generate(model, saves, begun, eos_token_id=STOPS, **options)
 
 
-def draws(model: Any, saves: Saves, **options: Any) -> Provenance:
+def draws(model: Any, saves: Saves, begun: Begun, **options: Any) -> Provenance:
     """A generation whose tokens are drawn."""
     with model.generate(
         PROMPT, max_new_tokens=NEW, do_sample=True, seed=11, eos_token_id=[], **options
     ) as tracer:
+        begun(tracer)
         for step, _ in enumerate(tracer.iter[:]):
             model.model.layers[2].output[:, -1] += 1.5
             saves[f"last{step}"] = model.model.layers[5].output.save()

@@ -1,7 +1,8 @@
 """What happened in a simulation, and whether it may have.
 
 Every operation of a client ends, by its deadline and a second, in exactly one of two ways: ok, with
-the very numbers of the oracle; or with an error of ours that says why, and no numbers. Peers here
+the very numbers of the oracle; or with an error of ours that says why, and no numbers. One that was
+cancelled while it ran ends at that moment, as that and nothing else, and no other does. Peers here
 are honest, so nobody is ever said to break the protocol, and no host fails by a bug: neither in
 what an operation comes to, nor in one of its tries. And when the network has been well for a while,
 nobody waits for what never comes.
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from glasshive.client.errors import BadAnswer, PeerFailed
+from glasshive.client.errors import BadAnswer, PeerFailed, TraceCancelled
 from glasshive.graph.errors import GlasshiveError
 
 __all__ = ["History", "Operation"]
 
 GRACE_SECONDS = 1.0
+CANCELLED_SECONDS = 0.1
+"""After so long nobody waits any more for what was cancelled."""
 HANGING_SECONDS = 100.0
 """After so long in a calm network an operation that still waits is waiting for nothing."""
 # What an honest and healthy host may say of a trace that is lost or late elsewhere.
@@ -38,6 +41,7 @@ class Operation:
     deadline_seconds: float
     must_be_ok: bool
     ended_at: float | None = None
+    cancelled_at: float | None = None  # None also if it had ended when that was tried
     saves: dict[str, Tensor | None] = field(default_factory=dict)
     retried: int = 0
     replaced: int = 0
@@ -59,6 +63,11 @@ class Operation:
         late = self.ended_at - self.began_at - self.deadline_seconds
         if late > GRACE_SECONDS:
             found.append(f"it ended {late:.3f} s after its deadline")
+        was_cancelled = self.cancelled_at is not None
+        if was_cancelled != isinstance(self.error, TraceCancelled):
+            found.append("it was cancelled" if was_cancelled else "nobody cancelled it")
+        elif was_cancelled and self.ended_at - self.cancelled_at > CANCELLED_SECONDS:
+            found.append(f"it ended {self.ended_at - self.cancelled_at:.3f} s after its cancel()")
         if self.error is None:
             if self.saves.keys() != oracle.keys():
                 found.append(f"it saved {sorted(self.saves)}, not {sorted(oracle)}")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig
 from virtual_time import Pool, UserLoop, VirtualLoop, by_user
 from weather import Air, Weather
 
-from glasshive.client import job, known_records, peer_stream, router, runner, swarm
+from glasshive.client import cancellation, job, known_records, peer_stream, router, runner, swarm
 from glasshive.client.bans import Bans
 from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
@@ -60,6 +60,9 @@ SETTLE_SECONDS: Final = 90.0
 """In which every record is announced anew, and what was lost is seen to be there."""
 TROUBLE_SECONDS: Final = 40.0
 NAME: Final = "tiny"
+GENERATIONS: Final = ("generate", "stops", "draws")
+FREED_SECONDS: Final = 1.0
+LONGEST_WORK: Final = 20  # times the average; what has begun to compute can't be interrupted
 _LIMITS: Final = HostLimits(memory_bytes=64 << 20)
 
 
@@ -100,6 +103,7 @@ class Plan:
     trouble_seconds: float  # between two troubles, on average
     work_seconds: float  # of a stage, on average
     last: str | None = None  # the last operation, which must be ok; None: any
+    cancels: float = 0.0  # how likely it is that an operation is cancelled while it runs
 
 
 def plan_of(seed: int) -> Plan:
@@ -126,6 +130,7 @@ def plan_of(seed: int) -> Plan:
         weather=fair if calm else foul,
         trouble_seconds=1e9 if calm else rng.choice((0.7, 2.0, 4.0, 8.0)),
         work_seconds=rng.choice((0.02, 0.2, 0.5)),
+        cancels=random.Random(f"cancels of {seed}").choice((0.0, 0.0, 0.4)),
     )
 
 
@@ -242,11 +247,22 @@ class User:
             ),
         )
 
-    async def run(self, operation: Operation, **options: Any) -> None:
-        """Run the experiment to its end, and fill in how it ended."""
+    async def run(
+        self, operation: Operation, *, cancel_after_seconds: float | None = None, **options: Any
+    ) -> None:
+        """Run the experiment to its end or until then, and fill in how it ended."""
         saves: Saves = {}
-        experiment = EXPERIMENTS[operation.name]
-        work = partial(experiment, self._model, saves, deadline=operation.deadline_seconds)
+        tracers: list[Any] = []
+        experiment = partial(EXPERIMENTS[operation.name], self._model, saves, tracers.append)
+        work = partial(experiment, deadline=operation.deadline_seconds)
+        loop = asyncio.get_running_loop()
+
+        def cancel() -> None:
+            if operation.ended_at is None and tracers[0].cancel():
+                operation.cancelled_at = loop.time()
+
+        if cancel_after_seconds is not None:
+            loop.call_later(cancel_after_seconds, cancel)
         try:
             result = await by_user(partial(work, progress=False, **options))
             operation.retried, operation.replaced = result.retried, len(result.replaced)
@@ -256,7 +272,7 @@ class User:
             operation.error = error
             filled = {name: one for name, one in saves.items() if isinstance(one, SavedTensor)}
             operation.saves = plain(filled)
-        operation.ended_at = asyncio.get_running_loop().time()
+        operation.ended_at = loop.time()
 
 
 @dataclass
@@ -270,6 +286,8 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self._rng = random.Random(f"trouble {self.seed}")
+        # Its own, so that the same befalls an operation whether or not another is cancelled.
+        self._cancel_rng = random.Random(f"cancel {self.seed}")
         self._heals: dict[Callable[[], None], None] = {}
 
     async def run(self) -> None:
@@ -301,6 +319,8 @@ class Simulation:
         await asyncio.sleep(SETTLE_SECONDS)
         user = self._rng.choice(self.users)
         last = self.plan.last or self._rng.choice(list(EXPERIMENTS))
+        if self.plan.cancels:
+            await self._cancel_in_calm()
         await self._operate(user, last, 60.0, must_be_ok=True)
         await asyncio.sleep(15)
         self.history.faults += [one for peer in self.peers for one in peer.holds()]
@@ -311,6 +331,22 @@ class Simulation:
         await asyncio.sleep(SETTLE_SECONDS)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         self.history.faults += [f"left over: {one.get_coro()!r}" for one in left]
+
+    async def _cancel_in_calm(self) -> None:
+        """Where nothing else runs, no host has anything left when its kernel has ended."""
+        user, name = self._cancel_rng.choice(self.users), self._cancel_rng.choice(GENERATIONS)
+        after_seconds = self._cancel_rng.uniform(0.1, 8 * self.plan.work_seconds)
+        await self._operate(user, name, 60.0, False, cancel_after_seconds=after_seconds)
+        await asyncio.sleep(FREED_SECONDS + LONGEST_WORK * self.plan.work_seconds)
+        self.history.faults += [
+            f"of a cancelled trace {one}" for p in self.peers for one in p.holds()
+        ]
+
+    def _cancel_after_seconds(self) -> float | None:
+        """None if this operation is not to be cancelled."""
+        if self._cancel_rng.random() >= self.plan.cancels:
+            return None
+        return self._cancel_rng.choice((0.3, 3.0, 10.0)) * self._cancel_rng.random()
 
     def _identity(self, kind: str, number: int) -> Identity:
         return Identity(random.Random(f"{kind} {number} of {self.seed}").randbytes(32))
@@ -329,7 +365,12 @@ class Simulation:
             deadline_seconds = self._rng.choice((5.0, 60.0, 180.0, 180.0, 180.0))
             # In calm there is no reason to fail but the deadline.
             calm = self.plan.trouble_seconds > 1e6 and deadline_seconds > 20
-            await self._operate(user, name, deadline_seconds, calm, retries=retries)
+            cancel_after_seconds = self._cancel_after_seconds()
+            await self._operate(
+                *(user, name, deadline_seconds, calm and cancel_after_seconds is None),
+                retries=retries,
+                cancel_after_seconds=cancel_after_seconds,
+            )
 
     async def _operate(
         self,
@@ -496,7 +537,7 @@ def _virtual(loop: VirtualLoop, rng: random.Random, history: History) -> Iterato
     """What in the product takes the time, or a thread, or chance, without being given it."""
     clock = SimpleNamespace(monotonic=loop.time, perf_counter=loop.time, time=loop.time)
     with contextlib.ExitStack() as patched:
-        for module in (router, runner, known_records, peer_stream, accounts):
+        for module in (router, runner, known_records, peer_stream, accounts, cancellation):
             patched.enter_context(patch.object(module, "time", clock))
         for module in (torch_thread, checks):
             patched.enter_context(patch.object(module, "ThreadPoolExecutor", Pool))

@@ -8,11 +8,14 @@ machine is: tasks and futures have numbers for hashes, and of all threads one ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
+
+from glasshive.dht.errors import DeadlineExceeded, TransportClosed
 
 __all__ = ["Pool", "UserLoop", "VirtualLoop", "by_user"]
 
@@ -128,12 +131,12 @@ class Pool:
 
 
 class _Call:
-    """What a user's thread wants of the loop."""
+    """What a user's thread waits for, and for how long."""
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, Any], seconds: float, tick: Callable[[], None] | None
+        self, future: Future[Any], seconds: float, tick: Callable[[], None] | None
     ) -> None:
-        self.coroutine, self.seconds, self.tick = coroutine, seconds, tick
+        self.future, self.seconds, self.tick = future, seconds, tick
 
 
 class _User(threading.Thread, Generic[T]):
@@ -144,25 +147,19 @@ class _User(threading.Thread, Generic[T]):
         self._work = work
         self._turn, self._loops_turn = threading.Semaphore(0), threading.Semaphore(0)
         self._said: _Call | Callable[[], T] | None = None
-        self._answer: Callable[[], Any] | None = None
 
     def go_on(self) -> _Call | Callable[[], T]:
-        """Until it wants something of the loop, or has ended: then what gives its outcome."""
+        """Until it waits for something of the loop, or has ended: then what gives its outcome."""
         self._turn.release()
         self._loops_turn.acquire()
         assert self._said is not None
         return self._said
 
-    def ask(self, call: _Call) -> Any:
-        """On the thread: what the loop makes of the call."""
+    def wait_for(self, call: _Call) -> None:
+        """On the thread: returns when that is done, or its time is over."""
         self._said = call
         self._loops_turn.release()
         self._turn.acquire()
-        assert self._answer is not None
-        return self._answer()
-
-    def answer(self, outcome: Callable[[], Any]) -> None:
-        self._answer = outcome
 
     def run(self) -> None:
         self._turn.acquire()
@@ -175,22 +172,20 @@ async def by_user(work: Callable[[], T]) -> T:
     user = _User(work)
     user.start()
     while isinstance(said := user.go_on(), _Call):
-        user.answer(await _outcome_of_call(said))
+        await _wait_for(said)
     user.join()
     return said()
 
 
-async def _outcome_of_call(call: _Call) -> Callable[[], Any]:
-    task = asyncio.ensure_future(call.coroutine)
-    ends_at = asyncio.get_running_loop().time() + call.seconds
-    while not task.done():
-        left_seconds = ends_at - asyncio.get_running_loop().time()
-        if left_seconds <= 0:
-            task.cancel()
-        await asyncio.wait({task}, timeout=None if left_seconds <= 0 else TICK_SECONDS)
+async def _wait_for(call: _Call) -> None:
+    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
+    call.future.add_done_callback(lambda _: is_done.set())
+    ends_at = loop.time() + call.seconds
+    while not is_done.is_set() and (left_seconds := ends_at - loop.time()) > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(is_done.wait(), min(left_seconds, TICK_SECONDS))
         if call.tick is not None:
             call.tick()
-    return task.result
 
 
 def _outcome_of(work: Callable[[], T]) -> Callable[[], T]:
@@ -223,12 +218,23 @@ class UserLoop:
         coroutine: Coroutine[Any, Any, T],
         deadline_seconds: float,
         on_tick: Callable[[], None] | None = None,
-        on_start: object = None,
+        on_start: Callable[[Future[T]], None] | None = None,
     ) -> T:
+        """See `LoopThread.run`: whoever cancels the future ends the wait at once."""
         user = threading.current_thread()
         assert isinstance(user, _User)
-        result: T = user.ask(_Call(coroutine, deadline_seconds, on_tick))
-        return result
+        future = self.submit(coroutine)
+        try:
+            if on_start is not None:
+                on_start(future)
+            user.wait_for(_Call(future, deadline_seconds, on_tick))
+            if not future.done():
+                raise DeadlineExceeded(f"the call took longer than {deadline_seconds:g} s")
+            return future.result()
+        except CancelledError:
+            raise TransportClosed("the call was cancelled") from None
+        finally:
+            future.cancel()
 
     def close(self) -> None:
         """The loop goes on."""

@@ -1,4 +1,10 @@
-"""The network of a simulation: how long bytes take, who is cut off, and what the DHT gets wrong."""
+"""The network of a simulation: how long bytes take, who is cut off, and what the DHT gets wrong.
+
+What goes over a stream comes late, or the stream breaks, but no frame comes twice or before an
+earlier one: libp2p's streams are ordered and reliable as TCP is, and so are those of every
+transport here. Streams know nothing of each other: of two, the later may be the quicker. Records in
+the DHT have no such order: they are found late, doubled behind newer ones, stale, or not at all.
+"""
 
 from __future__ import annotations
 

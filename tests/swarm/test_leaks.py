@@ -44,7 +44,7 @@ SETTLED = 1 << 20  # bytes that come and go
 STEADY_SECONDS = soak.count(1, 2)
 SPARE_TASKS = 2  # of the host's own, which come and go
 FREED_SECONDS = 1.0  # in which all peers of a trace are free when it is cancelled
-TRIES = 5  # on a machine that does much else one of them has to do
+TRIES = soak.count(3, 30)  # each of them
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +420,7 @@ def test_who_cancels_frees_every_peer_within_a_second(
     hive: LocalSwarm,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """In the best of some tries: others compute on this machine meanwhile.
+    """Each time. A node that has begun to compute is waited for: here it takes some 0.1 s.
 
     Without the end the generation would go on for many seconds, which also is what it fails with
     where `Cancel` doesn't reach a peer.
@@ -430,13 +430,13 @@ def test_who_cancels_frees_every_peer_within_a_second(
     try:
         with connected(hive) as swarm:
             model = swarm.model(hive.model_name)
-            while len(seconds) < TRIES and min(seconds, default=9.0) >= FREED_SECONDS:
+            for _ in range(TRIES):
                 seconds.append(seconds_until_free(hive, model, end))
     finally:
         signal.signal(signal.SIGINT, handler)
     print(seconds)
     record_property("seconds until every peer was free", seconds)
-    assert min(seconds) < FREED_SECONDS, seconds
+    assert max(seconds) < FREED_SECONDS, seconds
 
 
 def test_sessions_leave_nothing_behind(

@@ -221,7 +221,7 @@ async def test_a_host_lends_the_memory_that_its_owner_says(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("glasshive.peer.memory_book.free_bytes", lambda: 300 << 20)
+    monkeypatch.setattr("glasshive.peer.device_memory.free_bytes", lambda: 300 << 20)
     one = process(tmp_path / "host.key", descriptor, memory=memory)
     one.stop.set()
     await _host(one, options(served))

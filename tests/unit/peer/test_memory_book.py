@@ -59,6 +59,23 @@ def test_promises_stay_under_the_mark_and_a_refusal_says_when() -> None:
     assert book.promised_bytes == 0
 
 
+def test_what_other_programs_take_is_not_promised() -> None:
+    """What those who have promises took of theirs is in the room, and what they didn't, isn't."""
+    room_bytes = 1000
+    book = MemoryBook(1000, room_bytes=lambda: room_bytes)
+    book.promise("a", ALICE, 400, 0.0)
+    room_bytes = 600
+    with pytest.raises(Busy) as caught:
+        book.promise("b", BOB, 201, 0.0)
+    assert str(caught.value) == (
+        "this peer has 600 bytes of memory for all traces now, since other programs on its machine "
+        "have taken the rest of 1000; 400 of them are promised to other traces, and this one takes "
+        "201; try again later, or by way of another peer"
+    )
+    assert book.promised_bytes == 400
+    book.promise("b", BOB, 200, 0.0)
+
+
 def test_one_client_s_traces_leave_room_for_others() -> None:
     book = MemoryBook(1000)
     book.promise("a", ALICE, 300, 0.0)
