@@ -11,13 +11,22 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from glasshive.client.errors import BadModelFiles
+from glasshive.dht.deadline import within
 from glasshive.dht.errors import SwarmError
-from glasshive.dht.messages import FILES_PROTOCOL, AskFile, File, decode, encode
+from glasshive.dht.messages import (
+    FILES_PROTOCOL,
+    SILENCE_SECONDS,
+    AskFile,
+    File,
+    decode,
+    encode,
+)
 from glasshive.dht.tensor_frames import receive_bytes
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.security.errors import SecurityError
@@ -46,15 +55,24 @@ async def fetch_model_files(
 ) -> Path:
     """A folder with the configuration and tokenizer of a model, taken from the first good peer.
 
-    Raises BadModelFiles if no peer gave files that fit the model's id, naming what each did.
+    One that says nothing for `SILENCE_SECONDS` may be frozen, and the next one is asked. The last
+    one is waited for, as it may have others to answer first. Raises BadModelFiles if no peer gave
+    files that fit the model's id, naming what each did.
     """
     folder = cache / model_id
     if (folder / MANIFEST).exists():
         return folder
+    ends_at = time.monotonic() + deadline_seconds
     problems = []
-    for peer in peers:
+    for number, peer in enumerate(peers, 1):
+        if (left_seconds := ends_at - time.monotonic()) <= 0:
+            problems.append(f"{deadline_seconds:g} s were over before others could be asked")
+            break
+        is_last = number == len(peers)
+        patience_seconds = left_seconds if is_last else min(left_seconds, SILENCE_SECONDS)
+        fetching = _fetch_from(transport, peer, model_id, cache, patience_seconds)
         try:
-            return await _fetch_from(transport, peer, model_id, cache, deadline_seconds)
+            return await within(left_seconds, fetching, "fetching its files")
         except (SwarmError, SecurityError, BadModelFiles) as error:
             problems.append(f"{peer.peer_id[-8:]}: {error}")
     raise BadModelFiles(
@@ -67,20 +85,20 @@ async def _fetch_from(
     peer: PeerAddress,
     model_id: str,
     cache: Path,
-    deadline_seconds: float,
+    patience_seconds: float,
 ) -> Path:
-    stream = await transport.open_stream(peer, FILES_PROTOCOL, deadline_seconds)
+    stream = await transport.open_stream(peer, FILES_PROTOCOL, patience_seconds)
     try:
 
         async def ask(name: str, limit_bytes: int) -> bytearray:
-            await stream.send(encode(AskFile(model_id, name)), b"", deadline_seconds)
-            frame = await stream.receive(deadline_seconds)
+            await stream.send(encode(AskFile(model_id, name)), b"", patience_seconds)
+            frame = await stream.receive(patience_seconds)
             size_bytes = decode(frame.header, File).size_bytes
             if size_bytes > limit_bytes:
                 raise BadModelFiles(
                     f"{name} of {size_bytes} bytes; at most {limit_bytes} are taken"
                 )
-            return await receive_bytes(stream, frame, size_bytes, deadline_seconds)
+            return await receive_bytes(stream, frame, size_bytes, patience_seconds)
 
         raw = await ask(MANIFEST, MAX_MANIFEST_BYTES)
         manifest = decode_manifest(raw, model_id)

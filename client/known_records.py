@@ -85,29 +85,36 @@ class KnownRecords:
         Those whose records are still valid do where the directory can't be asked, unless `fresh`.
         Raises TraceCancelled, also while another thread asks.
         """
-        with self._turn(ends_at, cancellation):
-            if not fresh and self.are_fresh:
+        if not fresh:
+            if self.are_fresh:
                 return list(self.now)
-            would_do = bool(self.now) and all(map(self.is_valid, self.now)) and not fresh
-            began = time.monotonic()
-            left_seconds = max(ends_at - began, 0.0)
-            try:
-                found = self._swarm.look_up(
-                    self._model_id,
-                    min(left_seconds, ASK_SECONDS) if would_do else left_seconds,
-                    cancellation,
-                )
-                self._learn(found, began)
-            except UnknownModel:  # its last peer withdrew: the route says what is missing
-                self._learn([], began)
-            except ShutOut:
+            if self._valid():  # neither the directory nor another thread is waited for for long
+                ends_at = min(ends_at, time.monotonic() + ASK_SECONDS)
+        try:
+            with self._turn(ends_at, cancellation):
+                if fresh or not self.are_fresh:  # another thread may have asked meanwhile
+                    self._look_up(ends_at, cancellation)
+                return list(self.now)
+        except ShutOut:
+            raise
+        except SwarmError:
+            if fresh or not (valid := self._valid()):
                 raise
-            except SwarmError:
-                if not would_do:
-                    raise
-            finally:
-                self._tried(began)
-            return list(self.now)
+            return valid
+
+    def _valid(self) -> list[PeerRecord]:
+        return [one for one in self.now if self.is_valid(one)]
+
+    def _look_up(self, ends_at: float, cancellation: Cancellation | None) -> None:
+        began = time.monotonic()
+        left_seconds = max(ends_at - began, 0.0)
+        try:
+            found = self._swarm.look_up(self._model_id, left_seconds, cancellation)
+            self._learn(found, began)
+        except UnknownModel:  # its last peer withdrew: the route says what is missing
+            self._learn([], began)
+        finally:
+            self._tried(began)
 
     @contextmanager
     def _turn(self, ends_at: float, cancellation: Cancellation | None) -> Iterator[None]:
@@ -122,14 +129,14 @@ class KnownRecords:
         finally:
             self._lock.release()
 
-    async def ask(self) -> None:
+    async def ask(self, within_seconds: float = ASK_SECONDS) -> None:
         """Ask the directory again, on the loop, and keep what is known if it doesn't answer.
 
         Raises ShutOut, which no later answer takes back. Then the next trace asks, and tells of it.
         """
         began = time.monotonic()
         try:
-            self._learn(await self._swarm.ask_records(self._model_id, ASK_SECONDS), began)
+            self._learn(await self._swarm.ask_records(self._model_id, within_seconds), began)
         except UnknownModel:
             self._learn([], began)
         except ShutOut:
@@ -141,17 +148,25 @@ class KnownRecords:
         finally:
             self._tried(began)
 
-    async def until(self, choose: Callable[[], T], left_seconds: Callable[[], float]) -> T:
+    async def until(
+        self,
+        choose: Callable[[], T],
+        left_seconds: Callable[[], float],
+        ends_at: float = math.inf,
+    ) -> T:
         """What `choose` gives of what is known, asked for again and again while it raises NoRoute.
 
-        On the loop. Raises that NoRoute when no time is left, and ShutOut.
+        On the loop. Raises that NoRoute when no time is left, and ShutOut. `left_seconds` says for
+        how long it is waited, though it is asked once at least; at `ends_at` (monotonic) all ends.
         """
         while True:
-            await self.ask()
+            if (seconds := min(ends_at - time.monotonic(), ASK_SECONDS)) > 0:
+                await self.ask(seconds)
             try:
                 return choose()
             except NoRoute:
-                if (seconds := min(left_seconds(), ASK_AGAIN_SECONDS)) <= 0:
+                seconds = min(left_seconds(), ends_at - time.monotonic(), ASK_AGAIN_SECONDS)
+                if seconds <= 0:
                     raise
             await asyncio.sleep(seconds)
 

@@ -186,9 +186,6 @@ class Router:
         if lost is None:
             raise none
 
-        def left_seconds() -> float:
-            return min(left_out.left_seconds(lost.peer), ends_at - time.monotonic())
-
         def choose() -> Route:
             # A directory that was lost as well may not know of the others yet.
             known = {one.peer_id: one for one in (*before.records, *self.records.now)}
@@ -199,10 +196,11 @@ class Router:
                 also_banned=True,
             )
 
-        if (seconds := left_seconds()) > 0:
+        left_seconds = partial(left_out.left_seconds, lost.peer)
+        if (seconds := min(left_seconds(), ends_at - time.monotonic())) > 0:
             try:
                 return self._swarm.run(
-                    *(self.records.until(choose, left_seconds), seconds + 10),
+                    *(self.records.until(choose, left_seconds, ends_at), seconds + 10),
                     experiment.cancellation,
                 )
             except NoRoute as error:

@@ -156,10 +156,13 @@ class Swarm:
         return self.run(self.ask_records(model, seconds), seconds + 5, cancellation)
 
     async def ask_records(self, model: str | None, seconds: float) -> list[PeerRecord]:
-        """`records`, on the loop of the connection."""
+        """`records`, on the loop of the connection; a new network daemon takes of the time."""
+        clock = asyncio.get_running_loop().time
+        ends_at = clock() + seconds
         await self._alive(seconds)
-        hosts = self._where.hosts
-        return await ask_directory(self._transport, self._bootstraps, model, seconds, where=hosts)
+        return await ask_directory(
+            *(self._transport, self._bootstraps, model, ends_at - clock()), where=self._where.hosts
+        )
 
     def measure(
         self,

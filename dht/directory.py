@@ -18,12 +18,13 @@ next one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import logging
 import re
 import shlex
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,6 +68,8 @@ MAX_RECORDS: Final = 4096
 MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 REQUEST_DEADLINE_SECONDS: Final = 10.0
 PEER_DEADLINE_SECONDS: Final = 10.0
+APART_SECONDS: Final = 0.3
+"""After so long a silence the next peer is asked as well: one that is frozen never says so."""
 CACHE_SECONDS: Final = 1.0
 MAX_CACHED: Final = 64
 MAX_LOOK_UPS: Final = 8
@@ -127,7 +130,8 @@ async def ask_directory(
 ) -> list[PeerRecord]:
     """The live records of `model` (name or manifest hash; None: of all), checked here.
 
-    Asks the peers one after the other until one knows the model. Withdrawn records are left out.
+    Asks the peers one after the other until one knows the model, the next one also when those
+    before are silent for a moment. Withdrawn records are left out.
     Raises AmbiguousModel if the name has several manifests, UnknownModel if those that answered
     know nobody (it names models that are called alike), DirectoryUnavailable if none answered or
     only peers of other swarms did, ShutOut if none lets this key in, DeadlineExceeded. `where` are
@@ -140,37 +144,34 @@ async def ask_directory(
         )
     problems: list[str] = []
     answered: PeerAddress | None = None
-    elsewhere = refused = 0
+    elsewhere = refused = n_asked = 0
     shut_out: list[str] = []
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + deadline_seconds
-    for peer in peers:
-        left_seconds = ends_at - loop.time()
-        if left_seconds <= 0:
-            raise DeadlineExceeded(
-                f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}; "
-                "check that one of these peers runs, or give others"
-            )
-        try:
-            signed = await within(
-                min(left_seconds, PEER_DEADLINE_SECONDS),
-                _ask(transport, peer, model, left_seconds),
-                f"asking {peer.peer_id}",
-            )
-        except SwarmError as error:
-            problems.append(_problem(peer, error))
-            refused += isinstance(error, StreamRefused)
-            if isinstance(error, ShutOut):
-                shut_out.append(str(error).partition(NOT_LET_IN)[2])
-            continue
-        if signed and all(_is_of_another_swarm(one, transport.swarm) for one in signed):
-            elsewhere += 1
-            problems.append(f"{_place(peer)}: it belongs to another swarm than {transport.swarm!r}")
-            continue
-        answered = answered or peer
-        records = _check_all(signed, model, transport)
-        if records or model is None:
-            return resolve(records, model)
+    async with contextlib.aclosing(_answers(transport, peers, model, deadline_seconds)) as answers:
+        async for peer, answer in answers:
+            n_asked += 1
+            if isinstance(answer, SwarmError):
+                problems.append(_problem(peer, answer))
+                refused += isinstance(answer, StreamRefused)
+                if isinstance(answer, ShutOut):
+                    shut_out.append(str(answer).partition(NOT_LET_IN)[2])
+                continue
+            if answer and all(_is_of_another_swarm(one, transport.swarm) for one in answer):
+                elsewhere += 1
+                problems.append(
+                    f"{_place(peer)}: it belongs to another swarm than {transport.swarm!r}"
+                )
+                continue
+            answered = answered or peer
+            records = _check_all(answer, model, transport)
+            if records or model is None:
+                return resolve(records, model)
+    if n_asked < len(peers):
+        raise DeadlineExceeded(
+            f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}; "
+            "check that one of these peers runs, or give others"
+        )
     if answered is not None and model is not None:
         known = await _names(transport, answered, ends_at - loop.time())
         raise _unknown(model, known, where)
@@ -192,6 +193,55 @@ async def ask_directory(
         advice = "check that one of them runs, and that the addresses are those that they printed"
     who = "the bootstrap peer gave no" if one else f"none of {len(peers)} bootstrap peers gave a"
     raise DirectoryUnavailable(f"{who} directory: {'; '.join(problems)}{advice and '; '}{advice}")
+
+
+async def _answers(
+    transport: Transport,
+    peers: Sequence[PeerAddress],
+    model: str | None,
+    deadline_seconds: float,
+) -> AsyncGenerator[tuple[PeerAddress, list[bytes] | SwarmError], None]:
+    """What each peer says, or why it says nothing, as it comes; to be closed by who iterates.
+
+    The first peers are preferred: one is asked when those before it have answered to no use, as
+    nobody iterates on else, or are silent. Those for whom no time was left are missing.
+    """
+    loop = asyncio.get_running_loop()
+    ends_at = loop.time() + deadline_seconds
+    # The last one, too, has half of the time to answer.
+    apart_seconds = min(APART_SECONDS, deadline_seconds / 2 / max(len(peers), 1))
+    to_ask = deque(peers)
+    asked: dict[asyncio.Task[list[bytes]], PeerAddress] = {}
+    try:
+        while to_ask or asked:
+            left_seconds = ends_at - loop.time()
+            if to_ask and left_seconds > 0:
+                peer = to_ask.popleft()
+                answer = within(
+                    min(left_seconds, PEER_DEADLINE_SECONDS),
+                    _ask(transport, peer, model, left_seconds),
+                    f"asking {peer.peer_id}",
+                )
+                asked[asyncio.create_task(answer)] = peer
+            elif not asked:
+                return
+            await asyncio.wait(  # each has a deadline of its own
+                asked,
+                timeout=apart_seconds if to_ask else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in [one for one in asked if one.done()]:
+                peer = asked.pop(task)
+                try:
+                    signed = task.result()
+                except SwarmError as error:
+                    yield peer, error
+                else:
+                    yield peer, signed
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 def _place(peer: PeerAddress) -> str:

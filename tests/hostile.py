@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from soak import SEED, count
 
+from glasshive.client import files
 from glasshive.dht import directory, framing
 from glasshive.dht.framing import FrameLimits, Stream
 from glasshive.security.keys import Identity
@@ -287,7 +288,7 @@ def no_deadlines() -> Iterator[None]:
         return await awaitable
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (framing, directory):
+        for module in (framing, directory, files):
             patch.setattr(module, "within", at_any_time)
         yield
 

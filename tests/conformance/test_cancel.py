@@ -180,12 +180,12 @@ def test_while_a_lost_peer_is_waited_for(
     tracer = generation(hive)
     ask, n_asked = KnownRecords.ask, 0
 
-    async def asking(self: KnownRecords) -> None:
+    async def asking(self: KnownRecords, within_seconds: float) -> None:
         nonlocal n_asked
         n_asked += 1
         if n_asked == 3:
             tracer.cancel()
-        await ask(self)
+        await ask(self, within_seconds)
 
     monkeypatch.setattr(KnownRecords, "ask", asking)
     lost = hive.hosts[1]

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 from waits import wait_for
 
 import glasshive
-from glasshive.client import job, left_out
+from glasshive.client import job, known_records, left_out
 from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.dht.errors import AmbiguousModel, UnknownModel
 from glasshive.dht.messages import TRACE_PROTOCOL, Failed, Prepare, decode, encode
@@ -270,6 +270,48 @@ def test_a_frozen_host_without_a_replacement_is_named(
     finally:
         victim.thaw()
     assert equal(run(model), oracle(llama))
+
+
+def test_a_frozen_first_bootstrap_hinders_nobody(
+    model: glasshive.Model,
+    hive: LocalSwarm,
+    swarm: glasshive.Swarm,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second one, here a host, was asked only when the first had had all of the time."""
+    monkeypatch.setattr(known_records, "FRESH_SECONDS", 0.0)  # each trace asks the directory
+    wanted = oracle(llama)
+    config = hive.config.parent / "two.toml"
+    first, second = hive.bootstrap, hive.hosts[0]
+    both = f'{first.address}", "{second.address}'
+    config.write_text(hive.config.read_text().replace(first.address, both))
+    victim: LocalPeer | None = None
+    with glasshive.connect(config) as other:
+        mine = other.model(NAME)
+        assert equal(run(mine), wanted)
+        first.freeze()
+        try:
+            took_seconds = []
+            for _ in range(4):  # a host's own look-up takes 3 s until it leaves the frozen one out
+                began = time.monotonic()
+                assert equal(run(mine), wanted)
+                took_seconds.append(time.monotonic() - began)
+            assert min(took_seconds) < known_records.ASK_SECONDS, took_seconds
+            before = {one.name: accepted(one) for one in hive.hosts}
+            trace = InThread(lambda: run_heavy(mine, deadline=60))
+            victim = the_one_that_computes(hive, before, lambda: trace.error)
+            victim.kill()
+            trace.join(60)
+            assert trace.error is None
+            assert trace.result.shape == ()
+            with glasshive.connect(config) as new:
+                assert equal(run(new.model(NAME)), wanted)
+        finally:
+            first.thaw()
+            if victim is not None:
+                victim.restart()
+    listed(swarm, hive.hosts[: len(SPANS)])
 
 
 def test_a_stopped_host_withdraws_its_record(

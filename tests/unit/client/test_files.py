@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hostile import PEER, Link, Mutator, at_once, attack, fuzzed, like, no_deadlines
 from hypothesis import given
 from soak import SEED, count
+from virtual_time import VirtualLoop
 
+from glasshive.client import files
 from glasshive.client.errors import BadModelFiles
 from glasshive.client.files import fetch_model_files, read_config, read_tokenizer
 from glasshive.dht.framing import Stream
-from glasshive.dht.messages import File, encode
+from glasshive.dht.memory_transport import MemoryNetwork
+from glasshive.dht.messages import (
+    FILES_PROTOCOL,
+    SILENCE_SECONDS,
+    SLICE_BYTES,
+    AskFile,
+    File,
+    More,
+    decode,
+    encode,
+)
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.security.keys import Identity
 from glasshive.security.manifest import Manifest, ManifestFile
 from glasshive.security.plain import encode_plain
 
@@ -211,3 +226,93 @@ def test_any_manifest_of_a_peer_is_one_or_refused(
     cache = tmp_path_factory.getbasetemp() / "fetched"
     with no_deadlines(), contextlib.suppress(BadModelFiles):
         fetches(cache)(answer(manifest) + answer(FILE))
+
+
+SLICE_WAIT_SECONDS = 10.0
+TOKENIZER_FILE = bytes(3 * SLICE_BYTES)
+SLOW_FILES = {"config.json": FILE, "tokenizer.json": TOKENIZER_FILE}
+
+
+class Host:
+    """Gives the files of `SLOW_FILES`, each slice after a while, or says nothing, as if frozen."""
+
+    def __init__(self, network: MemoryNetwork, *, is_frozen: bool) -> None:
+        self._transport = network.transport(Identity.generate())
+        self._is_frozen = is_frozen
+        self.manifest = Manifest(
+            "m",
+            tuple(
+                ManifestFile(name, len(data), hashlib.sha256(data).digest())
+                for name, data in SLOW_FILES.items()
+            ),
+        )
+
+    async def serve(self) -> PeerAddress:
+        await self._transport.serve(FILES_PROTOCOL, self._answer)
+        return PeerAddress(self._transport.peer_id, self._transport.addresses)
+
+    async def _answer(self, stream: Stream) -> None:
+        files = SLOW_FILES | {"manifest": self.manifest.encode()}
+        for _ in files:
+            asked = decode((await stream.receive(200)).header, AskFile)
+            if self._is_frozen:
+                await stream.receive(200)
+            data = files[asked.name]
+            message: File | More = File(len(data))
+            for offset in range(0, len(data), SLICE_BYTES):
+                await asyncio.sleep(SLICE_WAIT_SECONDS)  # virtual time
+                await stream.send(encode(message), data[offset : offset + SLICE_BYTES])
+                message = More()
+
+
+@pytest.fixture
+def virtual() -> Iterator[VirtualLoop]:
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    yield loop
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.mark.parametrize("n_frozen", [0, 1, 3])
+def test_a_frozen_host_costs_a_silence_and_a_slow_one_is_left_alone(
+    n_frozen: int, virtual: VirtualLoop, tmp_path: Path
+) -> None:
+    """The first one had all of the time, for each of its answers."""
+
+    async def story() -> None:
+        network = MemoryNetwork(clock=virtual.time)
+        client = network.transport(Identity.generate(), dht=False)
+        hosts = [Host(network, is_frozen=True) for _ in range(n_frozen)]
+        # Another one follows, so that the slow one isn't waited for as the last one would be.
+        hosts += [Host(network, is_frozen=False), Host(network, is_frozen=True)]
+        peers = [await one.serve() for one in hosts]
+        folder = await fetch_model_files(client, peers, hosts[0].manifest.model_id, tmp_path, 120)
+        assert (folder / "tokenizer.json").read_bytes() == TOKENIZER_FILE
+        n_slices = 1 + 1 + 3  # manifest, config, tokenizer
+        assert virtual.time() == pytest.approx(
+            n_frozen * SILENCE_SECONDS + n_slices * SLICE_WAIT_SECONDS, abs=1.0
+        )
+
+    virtual.run_until_complete(story())
+
+
+def test_where_all_hosts_are_frozen_each_is_named_in_time(
+    virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one is waited for: it may have others to answer first."""
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
+
+    async def story() -> None:
+        network = MemoryNetwork(clock=virtual.time)
+        client = network.transport(Identity.generate(), dht=False)
+        hosts = [Host(network, is_frozen=True) for _ in range(2)]
+        peers = [await one.serve() for one in hosts]
+        with pytest.raises(BadModelFiles) as caught:
+            await fetch_model_files(client, peers, hosts[0].manifest.model_id, tmp_path, 120)
+        assert all(one.peer_id[-8:] in str(caught.value) for one in peers)
+        assert virtual.time() == pytest.approx(120, abs=0.1)
+        with pytest.raises(BadModelFiles, match="10 s were over before others could be asked"):
+            await fetch_model_files(client, peers, hosts[0].manifest.model_id, tmp_path, 10)
+
+    virtual.run_until_complete(story())

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from glasshive.client import known_records
+from glasshive.client import swarm as client_swarm
+from glasshive.client.errors import NoRoute
 from glasshive.client.known_records import FRESH_SECONDS, KnownRecords
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, UnknownModel
 
@@ -77,8 +79,122 @@ def test_no_trace_waits_past_its_deadline_for_another_s_look_up() -> None:
         other.join()
 
 
-def peer() -> Any:
-    return SimpleNamespace(dtype="float32", attention="sdpa", expires_at_seconds=math.inf)
+class Asking:
+    """Another thread that asks on and on, while the test runs."""
+
+    def __init__(self, records: KnownRecords) -> None:
+        self._asked, self._answered = threading.Event(), threading.Event()
+        records._swarm.look_up = self._look_up  # type: ignore[method-assign]
+        self._thread = threading.Thread(target=records.get, kwargs={"fresh": True})
+
+    def _look_up(self, *args: object) -> list[Any]:
+        self._asked.set()
+        assert self._answered.wait(60)
+        return []
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        assert self._asked.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._answered.set()
+        self._thread.join()
+
+
+@pytest.mark.timeout(30)
+def test_who_knows_its_peers_of_late_waits_for_no_other_trace_s_look_up() -> None:
+    records, known = records_of(is_silent=False)
+    records._learn([known], time.monotonic())
+    with Asking(records):
+        assert records.get(fresh=False) == [known]
+
+
+@pytest.mark.timeout(30)
+def test_whose_peers_are_valid_waits_a_moment_for_another_trace_s_look_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(known_records, "ASK_SECONDS", 0.01)
+    records, known = records_of(is_silent=False)
+    with Asking(records):
+        assert records.get(fresh=False) == [known]
+
+
+def test_a_peer_whose_record_has_expired_spoils_those_of_no_others() -> None:
+    """A trace failed for one that had died a minute ago, as the directory was away as well."""
+    records, known = records_of(is_silent=True)
+    records.now = [peer(expires_at_seconds=-1.0), known]
+    assert records.get(fresh=False) == [known]
+    with pytest.raises(DeadlineExceeded):
+        records.get(fresh=True)
+    records.now = records.now[:1]
+    with pytest.raises(DeadlineExceeded):
+        records.get(fresh=False)
+
+
+@pytest.mark.asyncio
+async def test_who_waits_for_somebody_asks_no_longer_than_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each question had two seconds, also when none was left."""
+    records, _ = records_of(is_silent=True)
+    clock = SimpleNamespace(monotonic=lambda: clock.seconds, seconds=0.0)
+    monkeypatch.setattr(known_records, "time", clock)
+    given: list[float] = []
+
+    async def ask_records(model: str, seconds: float) -> list[Any]:
+        given.append(seconds)
+        clock.seconds += seconds
+        raise DeadlineExceeded("nobody answers")
+
+    async def sleep(seconds: float) -> None:
+        clock.seconds += seconds
+
+    def choose() -> None:
+        raise NoRoute("nobody")
+
+    records._swarm.ask_records = ask_records
+    monkeypatch.setattr(known_records, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(NoRoute):
+        await records.until(choose, lambda: 25.0 - clock.seconds, 6.5)
+    assert given == [2.0, 2.0, 0.5]
+    assert clock.seconds == 6.5
+    given.clear()
+    with pytest.raises(NoRoute):
+        await records.until(choose, lambda: -math.inf)
+    assert given == [2.0]
+
+
+@pytest.mark.asyncio
+async def test_a_new_network_daemon_and_the_directory_share_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each had all of it."""
+    given: list[float] = []
+    swarm: Any = client_swarm.Swarm.__new__(client_swarm.Swarm)
+    swarm._where, swarm._transport, swarm._bootstraps = client_swarm.SOMEWHERE, None, ()
+
+    async def alive(within_seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() < began + 0.01:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    async def ask_directory(
+        transport: object, peers: object, model: str, seconds: float, **_: object
+    ) -> list[Any]:
+        given.append(seconds)
+        return []
+
+    swarm._alive = alive
+    monkeypatch.setattr(client_swarm, "ask_directory", ask_directory)
+    assert await swarm.ask_records("ab", 1.0) == []
+    assert given[0] <= 0.99
+
+
+def peer(**others: Any) -> Any:
+    about = {"dtype": "float32", "attention": "sdpa", "expires_at_seconds": math.inf}
+    return SimpleNamespace(**about | others)
 
 
 class Slow:

@@ -11,6 +11,7 @@ from peer_records import record_of
 from glasshive.dht.announcer import Announcer, announce, withdraw
 from glasshive.dht.directory import (
     DIRECTORY_PROTOCOL,
+    PEER_DEADLINE_SECONDS,
     ask_directory,
     find_records,
     serve_directory,
@@ -225,6 +226,114 @@ async def test_a_peer_that_never_answers_meets_the_deadline() -> None:
     peers = [PeerAddress(silent.peer_id)] * 2
     with pytest.raises((DirectoryUnavailable, DeadlineExceeded)):
         await ask_directory(swarm.client, peers, "tiny", 0.05)
+
+
+class Asked:
+    """A peer whose directory answers as a test says: `answers` has its records, once set.
+
+    `asked` is set when it is, `left` when whoever asked it has ended that.
+    """
+
+    def __init__(self, swarm: Swarm, number: int) -> None:
+        identity = Identity(bytes([number]) * 32)
+        self.transport = swarm.network.transport(identity)
+        self.address = PeerAddress(identity.peer_id, self.transport.addresses)
+        self.asked, self.left = asyncio.Event(), asyncio.Event()
+        self.answers: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+
+    async def serve(self) -> PeerAddress:
+        await self.transport.serve(DIRECTORY_PROTOCOL, self._answer)
+        return self.address
+
+    async def _answer(self, stream: Stream) -> None:
+        await stream.receive(30)
+        self.asked.set()
+        gone = asyncio.ensure_future(self._gone(stream))
+        await asyncio.wait({gone, self.answers}, return_when=asyncio.FIRST_COMPLETED)
+        if self.answers.done():
+            await stream.send([1, True], encode_plain(list(self.answers.result())))
+        await gone
+
+    async def _gone(self, stream: Stream) -> None:
+        with pytest.raises(TransportError):
+            await stream.receive(30)
+        self.left.set()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("between", [0, 1], ids=["one", "and-one-that-knows-nobody"])
+async def test_a_frozen_first_bootstrap_costs_a_moment(between: int) -> None:
+    """It had all the time that there was, and the next one was never asked."""
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    await announce(swarm.alice, ALICE, swarm.record())
+    frozen, ignorant = Asked(swarm, 8), Asked(swarm, 9)
+    ignorant.answers.set_result([])
+    peers = [await frozen.serve(), *[await ignorant.serve()] * between, swarm.bootstrap]
+    async with asyncio.timeout(PEER_DEADLINE_SECONDS / 2):
+        found = await ask_directory(swarm.client, peers, "tiny", 30)
+        assert [one.peer_id for one in found] == [ALICE.peer_id]
+        await frozen.left.wait()
+    assert ignorant.asked.is_set() == bool(between)
+
+
+@pytest.mark.asyncio
+async def test_of_two_bootstraps_that_answer_the_second_is_not_asked() -> None:
+    swarm = Swarm()
+    first, second = Asked(swarm, 8), Asked(swarm, 9)
+    for one, record in ((first, swarm.record(load=0.1)), (second, swarm.record(load=0.2))):
+        one.answers.set_result([record.sign(ALICE, swarm="lab")])
+    peers = [await first.serve(), await second.serve()]
+    (found,) = await ask_directory(swarm.client, peers, "tiny", 30)
+    assert found.load == 0.1
+    assert not second.asked.is_set()
+
+
+@pytest.mark.asyncio
+async def test_the_answer_of_a_slow_first_bootstrap_counts() -> None:
+    """Where the next one, asked meanwhile, knows nobody."""
+    swarm = Swarm()
+    slow, ignorant = Asked(swarm, 8), Asked(swarm, 9)
+    ignorant.answers.set_result([])
+    peers = [await slow.serve(), await ignorant.serve()]
+    asking = asyncio.create_task(ask_directory(swarm.client, peers, "tiny", 30))
+    async with asyncio.timeout(PEER_DEADLINE_SECONDS / 2):
+        await ignorant.left.wait()
+        assert not asking.done()
+        slow.answers.set_result([swarm.record().sign(ALICE, swarm="lab")])
+        (found,) = await asking
+    assert found.peer_id == ALICE.peer_id
+
+
+@pytest.mark.asyncio
+async def test_who_gives_up_leaves_no_bootstrap_waiting() -> None:
+    swarm = Swarm()
+    both = Asked(swarm, 8), Asked(swarm, 9)
+    peers = [await one.serve() for one in both]
+    asking = asyncio.create_task(ask_directory(swarm.client, peers, "tiny", 30))
+    async with asyncio.timeout(PEER_DEADLINE_SECONDS / 2):
+        for one in both:
+            await one.asked.wait()
+        asking.cancel()
+        for one in both:
+            await one.left.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+@pytest.mark.asyncio
+async def test_all_of_many_frozen_bootstraps_are_asked_within_a_short_time() -> None:
+    swarm = Swarm()
+    await serve_directory(swarm.bob)
+    await announce(swarm.alice, ALICE, swarm.record())
+    frozen = [await Asked(swarm, number).serve() for number in range(10, 20)]
+    (found,) = await ask_directory(swarm.client, [*frozen, swarm.bootstrap], "tiny", 1.5)
+    assert found.peer_id == ALICE.peer_id
+    with pytest.raises(DirectoryUnavailable) as caught:
+        await ask_directory(swarm.client, frozen, "tiny", 0.1)
+    assert all(one.addresses[0] in str(caught.value) for one in frozen)
+    with pytest.raises(DeadlineExceeded, match="no answer from the directory in 0 s"):
+        await ask_directory(swarm.client, frozen, "tiny", 0)
 
 
 @pytest.mark.asyncio

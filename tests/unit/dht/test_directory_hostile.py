@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
@@ -43,10 +44,10 @@ def framed(header: bytes, body: bytes = b"") -> bytes:
     return len(header).to_bytes(4, "big") + len(body).to_bytes(4, "big") + header + body
 
 
-def ask(data: bytes) -> None:
+def ask(loop: asyncio.Runner, data: bytes) -> None:
     transport = OneStream()
     transport.data = data
-    at_once(ask_directory(cast(Transport, transport), [PeerAddress(PEER)]))
+    loop.run(ask_directory(cast(Transport, transport), [PeerAddress(PEER)]))
 
 
 def answerer() -> Callable[[bytes], None]:
@@ -67,10 +68,9 @@ BODY: bytes = msgpack.packb([b"a record", b"another"])
 REQUESTS: list[bytes] = [msgpack.packb([1, None]), msgpack.packb([1, "org/model-1B"])]
 
 
-@pytest.mark.asyncio
-async def test_damaged_records_of_an_answer_are_read_or_refused() -> None:
-    with no_deadlines():
-        attack(lambda body: ask(framed(HEADER, body)), [BODY], SwarmError, tries=TRIES)
+def test_damaged_records_of_an_answer_are_read_or_refused() -> None:
+    with no_deadlines(), asyncio.Runner() as loop:
+        attack(lambda body: ask(loop, framed(HEADER, body)), [BODY], SwarmError, tries=TRIES)
 
 
 @pytest.mark.asyncio
@@ -80,8 +80,7 @@ async def test_a_damaged_request_is_answered_or_refused() -> None:
         attack(lambda header: handle(framed(header)), REQUESTS, SwarmError, tries=TRIES)
 
 
-@pytest.mark.asyncio
-async def test_any_bytes_are_a_request_and_an_answer_or_refused() -> None:
+def test_any_bytes_are_a_request_and_an_answer_or_refused() -> None:
     handle = answerer()
 
     @fuzzed
@@ -89,10 +88,10 @@ async def test_any_bytes_are_a_request_and_an_answer_or_refused() -> None:
     def try_all(request: bytes, header: bytes, body: bytes, other: bytes) -> None:
         for data in (framed(header, body), framed(HEADER, body), other):
             with contextlib.suppress(SwarmError):
-                ask(data)
+                ask(loop, data)
         for data in (framed(request), other):
             with contextlib.suppress(SwarmError):
                 handle(data)
 
-    with no_deadlines():
+    with no_deadlines(), asyncio.Runner() as loop:
         try_all()
