@@ -225,7 +225,7 @@ def test_of_equal_peers_each_client_stays_with_one(monkeypatch: pytest.MonkeyPat
     taken = set()
     for _ in range(50):
         model: Any = runner_of(swarm)
-        model._liking = route.liking_of(str(rng.random()))
+        model.router._liking = route.liking_of(str(rng.random()))
         peer = outcome_of(model, monkeypatch, None)
         assert {outcome_of(model, monkeypatch, None) for _ in range(5)} == {peer}
         taken.add(peer)

@@ -157,8 +157,9 @@ def tell(loop: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for kind, options in ((RoundTrips, {}), (WarmRoutes, {"chance": chance})):
         made = partial(kind, clock=loop.time, **options)
         monkeypatch.setattr(client_swarm, kind.__name__, made)
-    monkeypatch.setattr(runner, "needed_blocks", lambda graph, outline: range(BLOCKS))
-    monkeypatch.setattr(runner, "demand_of", lambda experiment: Demand())
+    for module in (router, runner):
+        monkeypatch.setattr(module, "needed_blocks", lambda graph, outline: range(BLOCKS))
+        monkeypatch.setattr(module, "demand_of", lambda experiment: Demand())
     home = Home(tmp_path, loop.time)
     monkeypatch.setattr(client_swarm, "ask_directory", home.ask_directory)
 
