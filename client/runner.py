@@ -185,7 +185,7 @@ class ModelRunner:
             stand_in=partial(
                 self.router.stand_in, hosts, options, demand_of(experiment), tries.left_out
             ),
-            expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.flops),
+            expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.node_flops),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             allowed_seconds=options.deadline_seconds,
