@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
 from glasshive.client.cancellation import Cancellation
-from glasshive.client.coverage import Kind, Wanted
+from glasshive.client.coverage import NOT_QUANTISED, Kind, Wanted
 from glasshive.client.demand import Demand, demand_of
 from glasshive.client.errors import NoRoute, PeerLost
 from glasshive.client.experiment import Experiment, TraceOptions
@@ -72,7 +72,7 @@ class Router:
         self.dtype = dtype
         self.attention = attention
         self._swarm = swarm
-        self._wanted = Wanted(name, Kind(dtype, "none", attention), swarm.where.hosts)
+        self._wanted = Wanted(name, Kind(dtype, NOT_QUANTISED, attention), swarm.where.hosts)
         self._n_blocks = n_blocks
         self._chance = chance
         self._liking = liking or liking_of(str(chance()))

@@ -18,7 +18,9 @@ from glasshive.dht.errors import DeadlineExceeded, ShutOut, UnknownModel
 
 def records_of(*, is_silent: bool) -> tuple[KnownRecords, Any]:
     """Of a swarm whose directory gives nobody, or doesn't answer; and the one known peer."""
-    known = SimpleNamespace(dtype="float32", attention="sdpa", expires_at_seconds=math.inf)
+    known = SimpleNamespace(
+        dtype="float32", quantisation="none", attention="sdpa", expires_at_seconds=math.inf
+    )
 
     def answer() -> list[Any]:
         if is_silent:
@@ -78,7 +80,9 @@ def test_no_trace_waits_past_its_deadline_for_another_s_look_up() -> None:
 
 
 def peer() -> Any:
-    return SimpleNamespace(dtype="float32", attention="sdpa", expires_at_seconds=math.inf)
+    return SimpleNamespace(
+        dtype="float32", quantisation="none", attention="sdpa", expires_at_seconds=math.inf
+    )
 
 
 class Slow:
