@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.plan import Span
+
+NOT_QUANTISED: Final = "none"
+"""The quantisation of whom a trace of this release runs on."""
 
 
 class Kind(NamedTuple):
@@ -22,15 +25,20 @@ class Kind(NamedTuple):
     attention: str
 
     def __str__(self) -> str:
-        quantised = "" if self.quantisation == "none" else f" {self.quantisation}"
+        quantised = "" if self.quantisation == NOT_QUANTISED else f" {self.quantisation}"
         return f"{self.dtype}{quantised}, {self.attention} attention"
+
+
+def kind_of(record: PeerRecord) -> Kind:
+    """That of a peer."""
+    return Kind(record.dtype, record.quantisation, record.attention)
 
 
 def by_kind(records: Sequence[PeerRecord]) -> dict[Kind, list[PeerRecord]]:
     """The records of each kind, the kinds in order of their names."""
     kinds: dict[Kind, list[PeerRecord]] = {}
     for one in records:
-        kinds.setdefault(Kind(one.dtype, one.quantisation, one.attention), []).append(one)
+        kinds.setdefault(kind_of(one), []).append(one)
     return dict(sorted(kinds.items()))
 
 

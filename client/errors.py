@@ -28,6 +28,8 @@ The text of a TraceError starts with the user's own file and line.
 
 from __future__ import annotations
 
+from typing import Final
+
 from glasshive.client.source_lines import SourceLine
 from glasshive.graph.errors import GlasshiveError, ShapeMismatch, UnknownOp
 from glasshive.graph.plan import Span
@@ -140,6 +142,10 @@ class BadAnswer(PeerError):
     """A peer whose answer breaks the protocol or the plan."""
 
 
+_OWN_FAULTS: Final = frozenset({"HostFailed", "NotEnoughMemory", "NotServed"})
+_OUTDATED: Final = frozenset({"NotServed", "RecordRefused"})
+
+
 class PeerFailed(PeerError):
     """A peer that refused its part, or failed in it, and said why.
 
@@ -153,3 +159,13 @@ class PeerFailed(PeerError):
         self.code = code
         self.node = node
         self.span = span
+
+    @property
+    def is_own_fault(self) -> bool:
+        """Whether the peer is to blame, and not the graph: another one may well run its part."""
+        return self.code in _OWN_FAULTS
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether what was known of it, or of those that it sends to, was out of date."""
+        return self.code in _OUTDATED

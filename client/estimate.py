@@ -9,6 +9,7 @@ from glasshive.client.demand import forward_seconds
 from glasshive.client.experiment import Experiment
 from glasshive.client.route import Route
 from glasshive.dht.records import PeerRecord
+from glasshive.graph.graph import NodeId
 from glasshive.graph.order import Passes
 from glasshive.graph.plan import HIDDEN, TOKENS, Plan, Stage
 
@@ -59,9 +60,14 @@ def _compute_seconds(plan: Plan, route: Route) -> float:
 
 
 def stage_seconds(
-    hosts: Sequence[PeerRecord], passes: Passes, flops: int, part: int, stage: Stage
+    hosts: Sequence[PeerRecord],
+    passes: Passes,
+    node_flops: Mapping[NodeId, int],
+    part: int,
+    stage: Stage,
 ) -> float:
-    """About how long a stage takes at most, at the announced speed: all nodes may be in it."""
+    """About how long a stage takes at most, at the announced speed: its nodes, and its pass."""
+    flops = sum(node_flops.get(one, 0) for one in stage.nodes)
     seconds = flops / _FLOPS_PER_SECOND
     if stage.forward:
         one = passes.passes[stage.pass_index]

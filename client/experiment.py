@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -424,12 +425,13 @@ def _save_tokens(
     """
     names: dict[tuple[int, int], str] = {}
     values: dict[str, Ref] = {}
+    free = itertools.count(max(nodes, default=-1) + 1)  # ids; a search a step would be quadratic
     for invoke, shape in enumerate(sites.invokes):
         for step in range(shape.n_steps):
             site = Site(GENERATOR, "output", (), step)
             node_id = sites.standing(site, invoke)
             if node_id is None:
-                node_id = NodeId(max(nodes, default=-1) + 1)
+                node_id = NodeId(next(free))
                 nodes[node_id] = Read(site, invoke)
             names[invoke, step] = name = f"{TOKENS_PREFIX}{invoke}.{step}"
             values[name] = Ref(node_id)

@@ -330,8 +330,9 @@ class Job:
                 try:
                     with blaming(hop, self.silence_seconds, "while it ran its part"):
                         await self._run_part(hop, self._streams[hop.part.index])
-                except PeerLost as error:
-                    if error.peer != hop.peer.peer_id:
+                except (PeerLost, PeerFailed) as error:
+                    is_lost = isinstance(error, PeerLost) or error.is_own_fault
+                    if not is_lost or error.peer != hop.peer.peer_id:
                         raise
                     await self._replace(hop, error)
         except PeerError as error:
@@ -395,8 +396,10 @@ class Job:
 
     # Peers that are lost --------------------------------------------------------------------
 
-    async def _replace(self, hop: HopReport, lost: PeerLost) -> None:
+    async def _replace(self, hop: HopReport, lost: PeerError) -> None:
         """Have another peer accept the part of one that is lost, or that one when it is back.
+
+        One that has failed by its own fault counts as lost.
 
         Raises `lost` if the part doesn't outlive its peers, or nobody can be had for it; with what
         the last one said that was asked, and didn't take it.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
 from glasshive.client.cancellation import Cancellation
+from glasshive.client.coverage import NOT_QUANTISED, Kind, kind_of
 from glasshive.client.errors import NoRoute
 from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, UnknownModel
 from glasshive.dht.records import PeerRecord
@@ -38,7 +39,7 @@ LOOK_SECONDS: Final = 0.05
 
 @final
 class KnownRecords:
-    """The peers of one model, in one dtype and attention, of the last look-up.
+    """The peers of one model, in one dtype and attention, unquantised, of the last look-up.
 
     All routes that there are, so that a next one need not wait.
     """
@@ -46,7 +47,7 @@ class KnownRecords:
     def __init__(self, swarm: Swarm, model_id: str, dtype: str, attention: str) -> None:
         self._swarm = swarm
         self._model_id = model_id
-        self._kind = dtype, attention
+        self._kind = Kind(dtype, NOT_QUANTISED, attention)
         self._lock = threading.Lock()  # held while a thread asks; the loop asks meanwhile
         self._kept = threading.Lock()  # and this for as long as it takes to keep an answer
         self.now: list[PeerRecord] = []
@@ -172,7 +173,7 @@ class KnownRecords:
 
     def _learn(self, records: Iterable[PeerRecord], asked_at: float) -> None:
         """Keep what the directory has just said, unless a newer question was answered before."""
-        found = [one for one in records if (one.dtype, one.attention) == self._kind]
+        found = [one for one in records if kind_of(one) == self._kind]
         with self._kept:
             if asked_at >= self._asked_at:
                 self.now = found

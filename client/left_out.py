@@ -21,7 +21,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, final
 
-from glasshive.client.errors import BadAnswer, PeerBusy, PeerError, PeerLost
+from glasshive.client.errors import (
+    BadAnswer,
+    PeerBusy,
+    PeerError,
+    PeerFailed,
+    PeerLost,
+)
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import PeerId
 
@@ -77,17 +83,20 @@ class LeftOut:
     def heed(self, error: PeerError, *, for_good: bool = False) -> None:
         """Leave out who is to blame, once for each error.
 
-        Who was lost or busy is back when it has announced itself since; who broke the protocol, or
-        refused, doesn't come back. Who is said to be there is not left out at all.
+        Who was lost or busy is back when it has announced itself since, and so is who refused
+        because a record was out of date; who broke the protocol, failed, or refused for another
+        reason doesn't come back. Who is said to be there is not left out at all.
         """
         if any(error is one for one in self._heeded):
             return
         self._heeded.append(error)
         if isinstance(error, PeerLost) and error.is_there and not for_good:
             return
-        self._in_a_row[error.peer] += isinstance(error, PeerLost)
+        is_outdated = isinstance(error, PeerFailed) and error.is_outdated
+        is_lost = isinstance(error, PeerLost) or is_outdated
+        self._in_a_row[error.peer] += is_lost
         is_worn_out = self._in_a_row[error.peer] >= MOST_LOSSES
-        may_return = isinstance(error, PeerLost | PeerBusy) and not for_good and not is_worn_out
+        may_return = (is_lost or isinstance(error, PeerBusy)) and not for_good and not is_worn_out
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
@@ -147,4 +156,7 @@ def what_became(error: PeerError) -> str:
         return LOST
     if isinstance(error, PeerBusy):
         return BUSY
-    return "broke the protocol" if isinstance(error, BadAnswer) else "refused"
+    if isinstance(error, BadAnswer):
+        return "broke the protocol"
+    is_failure = isinstance(error, PeerFailed) and error.is_own_fault and not error.is_outdated
+    return "failed" if is_failure else "refused"

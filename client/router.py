@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
 from glasshive.client.cancellation import Cancellation
-from glasshive.client.coverage import Kind, Wanted
+from glasshive.client.coverage import NOT_QUANTISED, Kind, Wanted
 from glasshive.client.demand import Demand, demand_of
-from glasshive.client.errors import NoRoute, PeerLost
+from glasshive.client.errors import NoRoute, PeerError
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.known_records import KnownRecords
 from glasshive.client.left_out import BUSY, LeftOut
@@ -72,7 +72,7 @@ class Router:
         self.dtype = dtype
         self.attention = attention
         self._swarm = swarm
-        self._wanted = Wanted(name, Kind(dtype, "none", attention), swarm.where.hosts)
+        self._wanted = Wanted(name, Kind(dtype, NOT_QUANTISED, attention), swarm.where.hosts)
         self._n_blocks = n_blocks
         self._chance = chance
         self._liking = liking or liking_of(str(chance()))
@@ -158,10 +158,12 @@ class Router:
         ends_at: float,
         before: Route,
         *,
-        lost: PeerLost | None,
+        lost: PeerError | None,
     ) -> Route:
         """`route` after one that failed, for which it waits if a peer was lost that may return, or
         was busy and may have a place.
+
+        `lost` is the error of a peer that was lost, or has failed by its own fault.
 
         Where there is none without a peer that only another one has lost, or without that one, it
         is one with both: the client then relays.
@@ -241,6 +243,10 @@ class Router:
         And the signed records of all who serve the model. On the loop. Raises NoRoute. Who is known
         of late need not be asked for while all wait; of a swarm whose directory is gone, those who
         were known may still be there. Where there is nobody else, that host itself may come back.
+
+        Peers are dialled by the record that others of the plan are shown of them, and an expired
+        one is refused. So those of the receivers and, where the plan has several parts, its own
+        have to be valid. What isn't yet is waited for.
         """
         lost, records = hosts[part], self.records
         if lost.peer_id in left_out:
@@ -248,10 +254,15 @@ class Router:
             self.bans.trouble(lost.peer_id, BUSY_SECONDS if is_busy else LOST_SECONDS)
 
         def choose(*, also_banned: bool = False) -> PeerRecord:
+            newest = {one.peer_id: one for one in records.now}
             for receiver in (hosts[one] for one in receivers):
-                if receiver.peer_id not in records.signed and not records.is_valid(receiver):
+                if not records.is_valid(newest.get(receiver.peer_id, receiver)):
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
-            known = self._usable(records.now, options, also_banned=also_banned)
+            known = [
+                one
+                for one in self._usable(records.now, options, also_banned=also_banned)
+                if len(hosts) == 1 or records.is_valid(one)
+            ]
             seconds, avoid = self._seconds(demand), left_out.among(records.now)
             return choose_stand_in(known, lost, avoid, seconds, self._liking)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 
 from glasshive.client.demand import demand_of
 from glasshive.client.errors import (
@@ -51,100 +51,31 @@ class ModelRunner:
     def run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
         """Run it, fill what was saved, and say where it came from.
 
-        A trace is a pure function of its request, so after a lost peer, or one whose own limits
-        are too narrow for it, all of it is run again on a route without that peer, `retries` times
-        at most and within the one deadline. Where there is no other, it waits for that one to come
-        back. And it is run again when this process' own network daemon was lost. Raises
-        TraceCancelled as soon as the experiment's cancellation says so, whatever it waits for.
+        A trace is a pure function of its request, so after a lost peer, one that failed by its own
+        fault, or one whose own limits are too narrow for it, all of it is run again on a route
+        without that peer, `retries` times at most and within the one deadline. Where there is no
+        other, it waits for one that was lost to come back. And it is run again when this process'
+        own network daemon was lost. Raises TraceCancelled as soon as the experiment's cancellation
+        says so, whatever it waits for.
         """
         with self._swarm.warm.in_use(self.router.refresh):
             return self._run(experiment, options)
 
     def _run(self, experiment: Experiment, options: TraceOptions) -> Provenance:
-        ends_at = time.monotonic() + options.deadline_seconds
-        tries = self.router.tries(options)
-        try:
-            route = self.router.route(experiment, options, tries, ends_at)
-        except DeadlineExceeded:
-            if time.monotonic() < ends_at:
-                raise
-            raise TraceTimeout(
-                f"the trace was not done in the {options.deadline_seconds:g} s that it had; the "
-                "directory had not said yet who serves the model; allow more time with deadline="
-            ) from None
-        own = self._swarm.where.own
-        refused: PeerFailed | None = None
+        retrying = _Retrying(self.router, experiment, options, self._swarm.where.own)
+        tries, route = retrying.tries, retrying.first_route()
         while True:
             experiment.cancellation.check()  # it may have been while a peer was lost
-            left_seconds = max(ends_at - time.monotonic(), 0.0)
             tries.take(route, needed_blocks(experiment.graph, experiment.outline))
             tries.has_run = False
             try:
-                return self._run_once(experiment, options, route, left_seconds, tries)
+                return self._run_once(experiment, options, route, retrying.left_seconds, tries)
             except TraceTimeout as error:
-                if tries.busy and not tries.has_run:  # a last try, for which no time was left
-                    *_, busy = tries.busy.values()
-                    text = f"{error}{tries.busy_text(busy, options.deadline_seconds)}"
-                    tries.advise(busy, text, own)
-                    raise busy from error
-                error.args = (f"{error}{tries.before_text()}",)
-                raise
-            except PeerFailed as error:
-                line = experiment.line_of(error.node)
-                told = f"{error.code} at peer {error.peer} (blocks {error.span}): {error}"
-                error.args = (f"{f'{line}: ' if line else ''}{told}{tries.before_text()}",)
-                if error.code not in _OWN_LIMITS or tries.are_used_up:
-                    raise
-                refused = error
-                tries.heed(error)  # another peer may allow more, or have more left
-                try:
-                    route = self.router.route(experiment, options, tries, ends_at)
-                except (NoRoute, SwarmError):
-                    raise error from None
+                retrying.end_at_deadline(error)
             except TransportLost as error:  # nobody else's fault: the route stays
-                if tries.are_used_up or time.monotonic() > ends_at:
-                    raise TransportLost(
-                        "the network daemon (p2pd) of this process ended while the trace ran; run "
-                        f"the trace again: a new one is started for it{tries.before_text()}"
-                    ) from error
-                tries.heed_own_loss()
+                retrying.after_own_loss(error)
             except PeerError as error:
-                # Who is busy has refused, mostly before anything ran.
-                is_retry = not isinstance(error, PeerBusy) or tries.has_run
-                tries.hold_against(error, self.router.bans)
-                if is_retry and tries.are_used_up:
-                    tries.advise(error, tries.tried_text(), own)
-                    raise
-                if isinstance(error, PeerBusy) and not tries.has_ever_run:
-                    tries.forget_hardware()
-                try:
-                    route = self.router.another_route(
-                        *(experiment, options, tries, ends_at, route),
-                        lost=error if refused is None and isinstance(error, PeerLost) else None,
-                    )
-                except NoRoute as none:
-                    if refused is not None:  # that says more than that others are gone
-                        raise refused from error
-                    text = str(none).replace("no route", "no other route", 1)
-                    if isinstance(error, PeerBusy):
-                        text += tries.busy_text(error, options.deadline_seconds)
-                    tries.advise(error, text, own)
-                    raise error from none
-                except ShutOut as out:
-                    # It isn't the peer, and no other trace does better.
-                    raise out from error
-                except SwarmError as none:
-                    why = f"whether there is another route is not known: {none}"
-                    tries.advise(error, why, own)
-                    raise error from none
-                if time.monotonic() > ends_at:
-                    why = "the deadline left no time for another route (deadline=)"
-                    tries.advise(error, why, own)
-                    raise
-                if not is_retry:
-                    continue
-            tries.count += 1
-            tries.reruns += 1
+                route = retrying.route_after(error, route)
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:
         """What it would take on the route that it would get now."""
@@ -185,7 +116,7 @@ class ModelRunner:
             stand_in=partial(
                 self.router.stand_in, hosts, options, demand_of(experiment), tries.left_out
             ),
-            expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.flops),
+            expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.node_flops),
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             allowed_seconds=options.deadline_seconds,
@@ -255,3 +186,133 @@ class ModelRunner:
             if (line := experiment.line_of(error.node)) is not None:
                 error.args = (f"{line}: {error}",)
             raise
+
+
+@final
+class _Retrying:
+    """Of one trace, all of its tries: what follows where one has failed.
+
+    That is another route, which is then counted, or the error with which the trace ends; `own` are
+    the arguments with which commands of this user come to the swarm.
+    """
+
+    def __init__(
+        self, router: Router, experiment: Experiment, options: TraceOptions, own: Sequence[str]
+    ) -> None:
+        self._router = router
+        self._experiment = experiment
+        self._options = options
+        self._own = own
+        self._ends_at = time.monotonic() + options.deadline_seconds
+        self._refused: PeerFailed | None = None  # by a host's own limits, the last one
+        self.tries = router.tries(options)
+
+    @property
+    def left_seconds(self) -> float:
+        """How long the trace may still take."""
+        return max(self._ends_at - time.monotonic(), 0.0)
+
+    def first_route(self) -> Route:
+        """The first one. Raises TraceTimeout, and what `Router.route` raises."""
+        try:
+            return self._route()
+        except DeadlineExceeded:
+            if time.monotonic() < self._ends_at:
+                raise
+            raise TraceTimeout(
+                f"the trace was not done in the {self._options.deadline_seconds:g} s that it had; "
+                "the directory had not said yet who serves the model; allow more time with "
+                "deadline="
+            ) from None
+
+    def end_at_deadline(self, error: TraceTimeout) -> NoReturn:
+        """Raise what the trace ends with."""
+        tries = self.tries
+        if tries.busy and not tries.has_run:  # a last try, for which no time was left
+            *_, busy = tries.busy.values()
+            text = f"{error}{tries.busy_text(busy, self._options.deadline_seconds)}"
+            tries.advise(busy, text, self._own)
+            raise busy from error
+        error.args = (f"{error}{tries.before_text()}",)
+        raise error
+
+    def after_own_loss(self, error: TransportLost) -> None:
+        """This process' own network daemon was lost. Raises it if nothing is run again."""
+        if self.tries.are_used_up or time.monotonic() > self._ends_at:
+            raise TransportLost(
+                "the network daemon (p2pd) of this process ended while the trace ran; run the "
+                f"trace again: a new one is started for it{self.tries.before_text()}"
+            ) from error
+        self.tries.heed_own_loss()
+        self.tries.run_again()
+
+    def route_after(self, error: PeerError, before: Route) -> Route:
+        """The route after one on which a peer is to blame. Raises `error` where there is none.
+
+        What is wrong with the graph is so everywhere, and ends the trace at once.
+        """
+        if isinstance(error, PeerFailed):
+            line = self._experiment.line_of(error.node)
+            told = f"{error.code} at peer {error.peer} (blocks {error.span}): {error}"
+            error.args = (f"{f'{line}: ' if line else ''}{told}",)
+            if not error.is_own_fault:
+                return self._route_after_refusal(error)
+            # A graph that has every host fail goes to no more of them than `retries` says, as one
+            # that ends them, which looks like a loss, always did: each admits it within its own
+            # limits, and its client could send it to all of them anyway.
+        return self._route_after_loss(error, before)
+
+    def _route_after_refusal(self, error: PeerFailed) -> Route:
+        error.args = (f"{error}{self.tries.before_text()}",)
+        if error.code not in _OWN_LIMITS or self.tries.are_used_up:
+            raise error
+        self._refused = error
+        self.tries.heed(error)  # another peer may allow more, or have more left
+        try:
+            route = self._route()
+        except (NoRoute, SwarmError):
+            raise error from None
+        self.tries.run_again()
+        return route
+
+    def _route_after_loss(self, error: PeerError, before: Route) -> Route:
+        tries = self.tries
+        # Who is busy has refused, mostly before anything ran.
+        is_retry = not isinstance(error, PeerBusy) or tries.has_run
+        tries.hold_against(error, self._router.bans)
+        if is_retry and tries.are_used_up:
+            raise self._advised(error, tries.tried_text())
+        if isinstance(error, PeerBusy) and not tries.has_ever_run:
+            tries.forget_hardware()
+        may_return = self._refused is None and isinstance(error, PeerLost | PeerFailed)
+        try:
+            route = self._router.another_route(
+                *(self._experiment, self._options, tries, self._ends_at, before),
+                lost=error if may_return else None,
+            )
+        except NoRoute as none:
+            if self._refused is not None:  # that says more than that others are gone
+                raise self._refused from error
+            text = str(none).replace("no route", "no other route", 1)
+            if isinstance(error, PeerBusy):
+                text += tries.busy_text(error, self._options.deadline_seconds)
+            raise self._advised(error, text) from none
+        except ShutOut as out:
+            # It isn't the peer, and no other trace does better.
+            raise out from error
+        except SwarmError as none:
+            why = f"whether there is another route is not known: {none}"
+            raise self._advised(error, why) from none
+        if time.monotonic() > self._ends_at:
+            why = "the deadline left no time for another route (deadline=)"
+            raise self._advised(error, why)
+        if is_retry:
+            tries.run_again()
+        return route
+
+    def _route(self) -> Route:
+        return self._router.route(self._experiment, self._options, self.tries, self._ends_at)
+
+    def _advised(self, error: PeerError, why: str) -> PeerError:
+        self.tries.advise(error, why, self._own)
+        return error

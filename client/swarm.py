@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from glasshive.client.cancellation import Cancellation
-from glasshive.client.coverage import kinds_text
+from glasshive.client.coverage import NOT_QUANTISED, kinds_text
 from glasshive.client.errors import NoRoute
 from glasshive.client.files import (
     fetch_model_files,
@@ -222,7 +222,9 @@ class Swarm:
                     f"{', '.join(sorted(revoked)):.300}"
                 )
             mine = [one for one in mine if one.peer_id not in revoked]
-        for what, wanted in (("dtype", dtype), ("attention", attention)):
+        for what, wanted in (
+            *(("quantisation", NOT_QUANTISED), ("dtype", dtype), ("attention", attention)),
+        ):
             served = sorted({str(getattr(one, what)) for one in mine})
             if wanted is None and len(served) > 1:
                 raise NoRoute(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
-from glasshive.client.errors import PeerBusy, PeerError, PeerLost
+from glasshive.client.errors import PeerBusy, PeerError, PeerFailed, PeerLost
 from glasshive.client.left_out import BUSY, LOST, LeftOut, what_became
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Pair
@@ -58,6 +58,11 @@ class Tries:
     def are_used_up(self) -> bool:
         """Whether nothing may be run again."""
         return self.count >= self.retries
+
+    def run_again(self) -> None:
+        """All of it is."""
+        self.count += 1
+        self.reruns += 1
 
     # Trouble with peers ---------------------------------------------------------------------
 
@@ -197,6 +202,8 @@ class Tries:
         what = f"run the trace again when `{status}` shows its blocks as served"
         if isinstance(error, PeerBusy):
             what = "run the trace again later, or allow more time with deadline="
+        if isinstance(error, PeerFailed) and not error.is_outdated:
+            what = "run the trace again when another peer serves its blocks, and tell its owner"
         error.args = (f"{error}; {why}{self.before_text(error)}; {what}",)
 
     def before_text(self, error: PeerError | None = None) -> str:

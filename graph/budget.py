@@ -105,13 +105,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What a graph costs at most, and the specs of all its values. `seconds` is an estimate."""
+    """What a graph costs at most, and the specs of all its values. `seconds` is an estimate.
+
+    `node_flops` has the nodes that take any.
+    """
 
     peak_bytes: int
     flops: int
     saved_bytes: int
     seconds: float
     specs: Mapping[NodeId, Specs]
+    node_flops: Mapping[NodeId, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,7 @@ class _Admission:
         self._live_bytes = resident_bytes
         self._peak_bytes = 0
         self._flops = 0
+        self._node_flops: dict[NodeId, int] = {}
         self._seconds = 0.0
         self._saved_bytes = 0
         self._ops: dict[Hashable, _Entry] = {}  # those that the graph had so far
@@ -226,11 +231,16 @@ class _Admission:
                 self._specs[node_id] = entry.specs
                 self._hold(node_id, entry.held_bytes)
             self._flops += entry.flops
+            if entry.flops:
+                self._node_flops[node_id] = entry.flops
             self._seconds += entry.seconds
             self._charge(node_id, _in_words(node), entry.workspace_bytes)
             for dead in dying.get(position, ()):
                 self._live_bytes -= self._live.pop(dead, 0)
-        return Bill(self._peak_bytes, self._flops, self._saved_bytes, self._seconds, self._specs)
+        return Bill(
+            *(self._peak_bytes, self._flops, self._saved_bytes, self._seconds),
+            *(self._specs, self._node_flops),
+        )
 
     def _dying(self, sequence: list[NodeId]) -> dict[int, list[NodeId]]:
         """The values that nothing needs any more after each position."""

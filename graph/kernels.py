@@ -35,6 +35,7 @@ from glasshive.graph.kernels_shapes import (
     SHAPES_OF_JOINS,
     VIEWS_AND_COPIES,
 )
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.ops import OPS, find_op
 from glasshive.graph.shape_keys import shape_key
 from glasshive.graph.tensors import MAX_RANK, Bytes, SpecArg, Specs, TensorSpec, check_elements
@@ -107,7 +108,8 @@ def run_op(
 
     `args` are those of a checked node, with tensors in place of refs. `device` is where an op that
     takes no tensor makes one. `guarded` refuses bad indices before torch sees them, as on every
-    device where they would end the process. Raises ShapeMismatch if torch refuses.
+    device where they would end the process. Raises ShapeMismatch if torch refuses, and what says
+    that memory ran out as it is.
     """
     kernel = KERNELS[name]
     if OPS[name].guarded and (ends_process(device) if guarded is None else guarded):
@@ -116,9 +118,9 @@ def run_op(
         args = [_TORCH_DTYPES[arg] if isinstance(arg, DType) else arg for arg in args]
     try:
         return kernel(*args, device=device) if name in MAKERS else kernel(*args)
-    except torch.OutOfMemoryError:
-        raise
     except _REFUSALS as error:
+        if is_out_of_memory(error):  # that is no fault of its arguments
+            raise
         raise ShapeMismatch(_refusal(name, [_seen(arg) for arg in args], error)) from None
 
 

@@ -7,9 +7,10 @@ GlasshiveError
     │   └── MissingTensor          weights that the span needs and no file holds
     ├── BadSpan                    a span that this model does not have
     ├── UnsupportedAttention       an attention backend that the model or this machine lacks
-    ├── NotEnoughMemory            memory ran out while a span was loaded
+    ├── NotEnoughMemory            memory ran out while a span was loaded, or ran
     ├── NoSuchDevice               a device that torch does not have on this machine
     ├── ModelTypeRefused           an architecture that does not split exactly, or is unknown
+    ├── NotServed                  a model, dtype or span that this host doesn't serve
     ├── WrongInput                 tensors that this span cannot run on
     ├── Busy                       what the host allows at a time is running, or waits there
     ├── QuotaExceeded              a member's quota doesn't leave what its trace takes
@@ -61,11 +62,15 @@ class NoSuchDevice(HostError):
 
 
 class NotEnoughMemory(HostError):
-    """Memory ran out while a span was loaded; fewer blocks, or smaller numbers, may fit."""
+    """Memory ran out while a span was loaded, or ran; the text says what takes less."""
 
 
 class ModelTypeRefused(HostError):
     """An architecture that does not split exactly, or that this release does not know."""
+
+
+class NotServed(HostError):
+    """A model, dtype or span that this host doesn't serve, or not any more."""
 
 
 class WrongInput(HostError):

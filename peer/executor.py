@@ -43,6 +43,7 @@ from glasshive.graph.graph import (
 )
 from glasshive.graph.kernels import run_op, to_torch_dtype
 from glasshive.graph.kernels_checks import GuardedOps
+from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.order import Passes, event_of
 from glasshive.graph.outline import GENERATOR, Leaf, Outline
 from glasshive.graph.plan import HIDDEN, TOKENS, Part, Stage
@@ -51,7 +52,7 @@ from glasshive.graph.tensor_trees import leaf_of, with_leaf
 from glasshive.peer.borrowing import borrowing
 from glasshive.peer.bypass import Bypass, Removable
 from glasshive.peer.device import wait_for
-from glasshive.peer.errors import TraceEnded
+from glasshive.peer.errors import NotEnoughMemory, TraceEnded
 from glasshive.peer.generation import Generation, PassInputs
 from glasshive.peer.memory_order import copy_in_order
 from glasshive.peer.sampler import Sampler
@@ -184,8 +185,23 @@ class Executor:
         `[batch]`, where it does) may be on any device. The stages of a generation run in order;
         `inputs` are those of the whole prompt, at its first pass.
 
-        Raises GraphError naming the node that failed, or before which the stage had to end.
+        Raises GraphError naming the node that failed, or before which the stage had to end, and
+        NotEnoughMemory, wherever that ran out: the graph was found to fit, and is not to blame.
         """
+        try:
+            self._run(stage, inputs, hidden, tokens)
+        except Exception as error:
+            if not is_out_of_memory(error.__cause__ or error):
+                raise
+            raise NotEnoughMemory(
+                f"memory ran out on {self._model.device} while blocks {self._part.span} ran, with "
+                "what else takes memory there; run fewer or shorter prompts at a time, or leave "
+                "this peer out with avoid="
+            ) from error
+
+    def _run(
+        self, stage: Stage, inputs: PassInputs, hidden: Tensor | None, tokens: Tensor | None
+    ) -> None:
         self._ends_at = self._clock() + self._stage_seconds
         self._go_on()
         device = self._model.device

@@ -64,7 +64,7 @@ from glasshive.peer.client_stream import ClientStream
 from glasshive.peer.const_cache import ConstCache
 from glasshive.peer.device_memory import DeviceMemory
 from glasshive.peer.edge_streams import EdgeStreams
-from glasshive.peer.errors import Busy, HostFailed, TraceEnded, WrongInput
+from glasshive.peer.errors import Busy, HostFailed, NotServed, TraceEnded
 from glasshive.peer.executor import Aside
 from glasshive.peer.file_server import FileServer
 from glasshive.peer.host_limits import HostLimits
@@ -340,13 +340,13 @@ class Host:
     ) -> tuple[HostedTrace, Bill]:
         limits = self._limits
         if request.model_id != self._manifest.model_id:
-            raise WrongInput(
+            raise NotServed(
                 f"model {request.model_id[:16]!r}... is not served here; this peer serves "
                 f"{self._manifest.model_id[:16]}... ({self._manifest.name})"
             )
         ours = from_torch_dtype(self._model.dtype).value
         if request.dtype != ours:
-            raise WrongInput(f"dtype {request.dtype[:16]!r} is not served here; {ours} is")
+            raise NotServed(f"dtype {request.dtype[:16]!r} is not served here; {ours} is")
         ends_at = self._clock() + min(request.deadline_seconds, limits.trace_seconds)
         shown_at = self._transport.now()
         admission, checked = await self._checked(request, shown_at, body)
@@ -427,7 +427,7 @@ class Host:
             raise BadGraph(f"part {part.index}, and the request is for part {request.part_index}")
         limits.check_graph_bytes(part, len(body))
         if (part.span.start, part.span.end) != (model.start, model.end):
-            raise BadGraph(
+            raise NotServed(
                 f"span {part.span} is not hosted here; this peer hosts {model.start}:{model.end}"
             )
         for one in passes.passes:

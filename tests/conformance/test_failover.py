@@ -24,15 +24,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from waits import wait_for
 
 from glasshive.client import left_out, runner, step_watch
-from glasshive.client.errors import PeerLost
+from glasshive.client.errors import PeerFailed, PeerLost
 from glasshive.client.job import Job
 from glasshive.client.step_watch import StepLimits
-from glasshive.graph.errors import OverBudget
+from glasshive.graph.errors import OverBudget, ShapeMismatch
 from glasshive.graph.plan import Stage
 from glasshive.peer import client_stream
 from glasshive.peer.errors import Busy
 from glasshive.peer.executor import Executor
 from glasshive.peer.served_model import ServedModel
+from glasshive.security.keys import PeerId
 
 NEW = 16
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38]])
@@ -230,6 +231,47 @@ def test_a_thread_that_hangs_is_a_peer_that_is_lost(
     check(plain, hive, found)
     assert [one.lost for one in found[0].result.replaced] == hung
     assert len(hung) == 1
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, hive: Replicas, error: Exception) -> list[PeerId]:
+    """The second part's first host, once it has failed so in the middle of a generation."""
+    run, failed = Executor._run, []
+
+    def fail(executor: Executor, stage: Stage, *inputs: Any) -> None:
+        if executor._part.index == 1 and stage.pass_index == NEW // 2 and not failed:
+            failed.append(hive.jobs[-1].peers[1].peer_id)
+            raise error
+        run(executor, stage, *inputs)
+
+    monkeypatch.setattr(Executor, "_run", fail)
+    return failed
+
+
+@pytest.mark.parametrize("lacks_memory", [False, True])
+def test_a_host_that_fails_is_replaced_as_a_lost_one(
+    lacks_memory: bool, llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to end the generation."""
+    plain, hive = llama
+    error = torch.OutOfMemoryError("CUDA out of memory") if lacks_memory else KeyError("a bug")
+    failed = failing(monkeypatch, hive, error)
+    found = steered(hive.model)
+    check(plain, hive, found)
+    assert [one.lost for one in found[0].result.replaced] == failed
+    assert found[0].result.retried == 0
+    steered(hive.model)
+    assert failed[0] not in [peer.peer_id for peer in hive.jobs[-1].peers]
+
+
+def test_a_graph_that_fails_ends_the_generation(
+    llama: tuple[Any, Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, hive = llama
+    failing(monkeypatch, hive, ShapeMismatch("no such row"))
+    with pytest.raises(PeerFailed, match=r"ShapeMismatch at peer .*: no such row$"):
+        steered(hive.model)
+    assert len(hive.jobs) == 1
+    assert hive.jobs[-1].moves == 0
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from glasshive.client.coverage import Kind, by_kind, kinds_text, serve_command, spans_to_add
+from glasshive.client.errors import NoRoute
+from glasshive.client.swarm import Swarm
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.plan import Span
 from glasshive.security.keys import Identity
@@ -87,3 +94,12 @@ def test_the_command_can_be_pasted() -> None:
         "glasshive serve 'my model' --blocks 0:3 --dtype float32 --attention sdpa "
         "--config 'a b.toml'"
     )
+
+
+def test_a_model_that_is_served_quantised_alone_is_not_this_one() -> None:
+    """Seen to be taken for it, and no trace then found a route."""
+    served = [replace(record(0, 6), quantisation="int8")]
+    swarm: Any = SimpleNamespace(records=lambda name: served, policy=None)
+    text = "^tiny is not served with quantisation none; it is with int8$"
+    with pytest.raises(NoRoute, match=text):
+        Swarm.model(swarm, "tiny")

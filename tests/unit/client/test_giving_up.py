@@ -253,6 +253,18 @@ def test_a_result_says_what_hardware_was_mixed_and_what_changed() -> None:
     assert "hardware" not in repr(same)
 
 
+def test_what_runs_again_does_so_without_quantised_peers(
+    swarm: Swarm, run: Any, tried: list[Any]
+) -> None:
+    """Seen to take a peer of int8 for the second try, of which the result said nothing."""
+    del swarm.known[2:]
+    plain, other = swarm.known
+    swarm.known = [plain, replace(other, quantisation="int8")]
+    with pytest.raises(PeerLost, match="nobody else serves blocks 0:4"):
+        run(lost)
+    assert tried == [(plain.peer_id,)]
+
+
 # What is said -----------------------------------------------------------------------------------
 
 

@@ -20,7 +20,9 @@ from glasshive.dht.errors import DeadlineExceeded, ShutOut, UnknownModel
 
 def records_of(*, is_silent: bool) -> tuple[KnownRecords, Any]:
     """Of a swarm whose directory gives nobody, or doesn't answer; and the one known peer."""
-    known = SimpleNamespace(dtype="float32", attention="sdpa", expires_at_seconds=math.inf)
+    known = SimpleNamespace(
+        dtype="float32", quantisation="none", attention="sdpa", expires_at_seconds=math.inf
+    )
 
     def answer() -> list[Any]:
         if is_silent:
@@ -193,7 +195,12 @@ async def test_a_new_network_daemon_and_the_directory_share_the_time(
 
 
 def peer(**others: Any) -> Any:
-    about = {"dtype": "float32", "attention": "sdpa", "expires_at_seconds": math.inf}
+    about = {
+        "dtype": "float32",
+        "quantisation": "none",
+        "attention": "sdpa",
+        "expires_at_seconds": math.inf,
+    }
     return SimpleNamespace(**about | others)
 
 

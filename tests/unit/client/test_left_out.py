@@ -160,14 +160,33 @@ def test_each_error_counts_once(out: LeftOut, clock: Clock) -> None:
     assert out.gone_seconds(ONE) == 5
 
 
+def failed(code: str) -> PeerFailed:
+    return PeerFailed("7", code=code, node=None, peer=ONE, span=Span(0, 2))
+
+
+@pytest.mark.parametrize("code", ["RecordRefused", "NotServed"])
+def test_who_was_asked_by_an_outdated_record_is_back_with_a_new_one(
+    code: str, out: LeftOut
+) -> None:
+    """Seen to be left out for good, as the only one that could stand in."""
+    for _ in range(left_out.MOST_LOSSES - 1):
+        out.heed(failed(code))
+        assert out.among([announced(NOW)]) == {ONE, OTHER}
+        assert out.among([announced(NOW + 1)]) == {OTHER}
+    out.heed(failed(code))  # which it may say again and again
+    assert out.among([announced(NOW + 1)]) == {ONE, OTHER}
+
+
 @pytest.mark.parametrize(
     ("error", "for_good"),
     [
         (BadAnswer("lies", peer=ONE), False),
-        (PeerFailed("7", code="OverBudget", node=None, peer=ONE, span=Span(0, 2)), False),
+        (failed("OverBudget"), False),
+        (failed("HostFailed"), False),
+        (failed("NotEnoughMemory"), False),
         (PeerLost("given up", peer=ONE), True),
     ],
-    ids=["lies", "refuses", "given up"],
+    ids=["lies", "refuses", "fails", "lacks memory", "given up"],
 )
 def test_who_is_not_to_come_back_does_not(
     error: PeerError, for_good: bool, out: LeftOut, clock: Clock

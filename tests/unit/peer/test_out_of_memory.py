@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from one_host import SITE, news, one_host, part_of, tiny_served
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, core_model_loading
 
+from glasshive.dht.messages import Failed, Saved, decode, is_a
+from glasshive.graph import kernels
+from glasshive.graph.dtypes import DType
+from glasshive.graph.graph import Node, NodeId, Op, Read, Ref, Save
 from glasshive.graph.memory import is_out_of_memory
 from glasshive.graph.plan import Span
 from glasshive.peer import blueprint, checkpoint, self_test, served_model
 from glasshive.peer.checkpoint import Checkpoint
 from glasshive.peer.errors import NotEnoughMemory, WrongWeights
 from glasshive.peer.served_model import load_served_model
+from glasshive.peer.span_model import SpanModel
 
 SaveTinyLlama = Callable[..., Path]
 
@@ -106,6 +112,41 @@ def test_memory_that_runs_out_where_experts_are_joined_is_no_wrong_weight(
     with pytest.raises((MemoryError, WrongWeights)) as told:
         Checkpoint(tmp_path).load_span(0, 2)
     assert is_out_of_memory(told.value) is lacking
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("place", ["an op", "an op of a hook", "the forward pass"])
+async def test_memory_that_runs_out_in_a_pass_is_no_fault_of_the_graph(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to blame a line of the user's, where another host would have run it."""
+    name = "neg" if place == "an op of a hook" else "exp"
+    kernel = kernels.KERNELS[name]
+
+    def lacks(tensor: torch.Tensor) -> Any:
+        return kernel(tensor) if tensor.is_meta else of_torch()
+
+    served = tiny_served(tmp_path)
+    if place == "the forward pass":
+        monkeypatch.setattr(SpanModel, "run", of_a_device)
+    else:
+        monkeypatch.setattr(kernels, "KERNELS", {**kernels.KERNELS, name: lacks})
+    async with one_host(served) as swarm:
+        nodes: list[Node] = [
+            *(Read(SITE, 0), Op("neg", (Ref(NodeId(0)),)), Save(Ref(NodeId(1)), "s")),
+            *(Op("full", ((1,), 0.5, DType.FLOAT32)), Op("exp", (Ref(NodeId(3)),))),
+            Save(Ref(NodeId(4)), "other"),
+        ]
+        stream = await swarm.running(part_of(nodes, swarm.served))
+        while is_a((frame := await news(stream)).header, Saved):
+            pass
+        failed = decode(frame.header, Failed)
+    assert failed == Failed(
+        "NotEnoughMemory",
+        -1,
+        "memory ran out on cpu while blocks 0:2 ran, with what else takes memory there; run fewer "
+        "or shorter prompts at a time, or leave this peer out with avoid=",
+    )
 
 
 @pytest.mark.parametrize(

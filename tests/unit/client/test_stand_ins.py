@@ -1,0 +1,81 @@
+"""Who may stand in for a lost host of a generation: whom others of the plan can be shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from played_swarm import BLOCKS, Swarm, every_block, no_return, runner_of
+
+from glasshive.client import known_records, left_out
+from glasshive.client.demand import Demand
+from glasshive.client.errors import NoRoute, PeerLost
+from glasshive.client.experiment import TraceOptions
+from glasshive.dht.records import PeerRecord
+
+__all__ = ["every_block", "no_return"]  # fixtures of every test
+
+
+def expired(record: PeerRecord, swarm: Swarm) -> PeerRecord:
+    return replace(record, expires_at_seconds=swarm.transport.now() - 1.0)
+
+
+async def stand_in(model: Any, hosts: list[PeerRecord], receivers: tuple[int, ...]) -> PeerRecord:
+    """For the host of part 0, which was lost."""
+    tries = model.router.tries(TraceOptions())
+    tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
+    found, _ = await model.router.stand_in(
+        hosts, TraceOptions(), Demand(), tries.left_out, 0, receivers
+    )
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("returns", [False, True])
+async def test_nobody_is_shown_a_receiver_s_record_that_has_expired(
+    returns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to be shown it, to refuse it, and to be left out for good, with a directory that was
+    back soon after."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 20.0 if returns else 0.0)
+    monkeypatch.setattr(known_records, "ASK_AGAIN_SECONDS", 0.01)
+    swarm = Swarm()
+    lost, other, last = (*(swarm._record(0, 2) for _ in range(2)), swarm._record(2, BLOCKS))
+    swarm.known = [lost, other, expired(last, swarm)]
+    model: Any = runner_of(swarm)
+    model.router.records.get(fresh=True)
+    records, asked = swarm.records, len(swarm.given_seconds)
+
+    def answer(*args: Any) -> list[PeerRecord]:
+        if len(swarm.given_seconds) > asked + 1:
+            swarm.known = [other, last]
+        return records(*args)
+
+    monkeypatch.setattr(swarm, "records", answer)
+    hosts = [lost, expired(last, swarm)]
+    if returns:
+        assert await stand_in(model, hosts, (1,)) == other
+    else:
+        with pytest.raises(NoRoute, match=f"nobody says where {last.peer_id} is now"):
+            await stand_in(model, hosts, (1,))
+
+
+@pytest.mark.asyncio
+async def test_a_receiver_of_which_nobody_tells_any_more_is_where_its_valid_record_says() -> None:
+    swarm = Swarm()
+    lost, other, last = (*(swarm._record(0, 2) for _ in range(2)), swarm._record(2, BLOCKS))
+    swarm.known = [lost, other]
+    assert await stand_in(runner_of(swarm), [lost, last], (1,)) == other
+
+
+@pytest.mark.asyncio
+async def test_who_is_shown_to_others_needs_a_valid_record_itself() -> None:
+    """Else those who send to it refuse its record, and a healthy peer ends the generation."""
+    swarm = Swarm()
+    lost, silent, other, last = (*(swarm._record(0, 2) for _ in range(3)), swarm._record(2, BLOCKS))
+    swarm.known = [lost, expired(silent, swarm), replace(other, load=1.0), last]
+    assert (await stand_in(runner_of(swarm), [lost, last], (1,))).peer_id == other.peer_id
+    whole = [replace(one, end=BLOCKS) for one in swarm.known[:3]]
+    swarm.known = whole
+    assert await stand_in(runner_of(swarm), [whole[0]], ()) == whole[1]
