@@ -222,9 +222,8 @@ class Swarm:
                     f"{', '.join(sorted(revoked)):.300}"
                 )
             mine = [one for one in mine if one.peer_id not in revoked]
-        for what, wanted in (
-            *(("quantisation", NOT_QUANTISED), ("dtype", dtype), ("attention", attention)),
-        ):
+        wanted_of = {"quantisation": NOT_QUANTISED, "dtype": dtype, "attention": attention}
+        for what, wanted in wanted_of.items():
             served = sorted({str(getattr(one, what)) for one in mine})
             if wanted is None and len(served) > 1:
                 raise NoRoute(
