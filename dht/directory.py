@@ -217,11 +217,7 @@ async def _answers(
             left_seconds = ends_at - loop.time()
             if to_ask and left_seconds > 0:
                 peer = to_ask.popleft()
-                answer = within(
-                    min(left_seconds, PEER_DEADLINE_SECONDS),
-                    _ask(transport, peer, model, left_seconds),
-                    f"asking {peer.peer_id}",
-                )
+                answer = _answer(transport, peer, model, left_seconds)
                 asked[asyncio.create_task(answer)] = peer
             elif not asked:
                 return
@@ -242,6 +238,14 @@ async def _answers(
         for task in asked:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def _answer(
+    transport: Transport, peer: PeerAddress, model: str | None, deadline_seconds: float
+) -> list[bytes]:
+    seconds = min(deadline_seconds, PEER_DEADLINE_SECONDS)
+    what = f"asking {peer.peer_id}"
+    return await within(seconds, _ask(transport, peer, model, deadline_seconds), what)
 
 
 def _place(peer: PeerAddress) -> str:
