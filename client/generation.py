@@ -292,14 +292,15 @@ class Generation(Tracer):
 
     def _run(self, experiment: Experiment) -> Provenance:
         try:
-            result = super()._run(experiment)
+            try:
+                result = super()._run(experiment)
+            finally:  # what had come is there, however it ends
+                self._chosen = experiment.chosen
         except TraceCancelled as error:
-            self._chosen = experiment.chosen
             made = sum(self._made(invoke).shape[1] for invoke in self._invokes())
             wanted = sum(one.n_steps for one in self.sites.invokes)
             error.args = (f"{error}; tracer.new_tokens has {made} of {wanted} steps",)
             raise
-        self._chosen = experiment.chosen
         for invoke, tensor in self._results.items():
             if self.sites.recorder.was_saved(tensor):
                 fill_with(tensor, self._ids(invoke))
@@ -320,7 +321,8 @@ class Generation(Tracer):
     def new_tokens(self) -> Any:
         """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes.
 
-        Of one that was cancelled while it ran those that had come, as in `output_ids` and `text`.
+        Of one that ended with an error, or by Ctrl-C, those that had come, as in `output_ids` and
+        `text`.
         """
         ids = [saved(self._made(invoke)) for invoke in self._invokes()]
         return ids if self._prompt is None else ids[0]
@@ -373,9 +375,9 @@ class Generation(Tracer):
         """All invokes, once their tokens are there. Raises TraceError before."""
         if self._chosen is None:
             raise TraceError(
-                "the tokens of a generation are there once its block has ended without an error; "
-                "where there is nothing to read or edit, write `with model.generate(prompt, "
-                "max_new_tokens=...) as tracer: pass`",
+                "the tokens of a generation are there once its block has ended; where there is "
+                "nothing to read or edit, write `with model.generate(prompt, max_new_tokens=...) "
+                "as tracer: pass`",
                 line=here(),
             )
         return range(len(self.tokens))

@@ -132,6 +132,26 @@ def test_from_a_streamer(hive: Replicas, wanted: torch.Tensor) -> None:
     wait_for(lambda: is_free(hive), "every host is free")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_had_come_is_there_after_any_end(
+    error: type[BaseException], hive: Replicas, wanted: torch.Tensor
+) -> None:
+    """Seen to be lost: `new_tokens` said that the block had to end without an error."""
+
+    def interrupt() -> None:
+        raise error
+
+    tracer = generation(hive, streamer=Streamer(interrupt))
+    with pytest.raises(error):
+        with tracer:
+            pass
+    made = tracer.new_tokens
+    assert made.shape[1] >= 3
+    assert torch.equal(made, wanted[:, : made.shape[1]])
+    assert f"{made.shape[1]} of {NEW} new tokens" in repr(tracer) or made.shape[1] == NEW
+    wait_for(lambda: is_free(hive), "every host is free")
+
+
 def test_before_the_end_of_the_block_nothing_is_sent(hive: Replicas) -> None:
     for n_before in (0, 1):
         tracer: Any = hive.model.trace(PROMPT)

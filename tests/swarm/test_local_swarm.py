@@ -210,7 +210,11 @@ def test_a_host_killed_in_a_trace_is_replaced(
 
 
 def test_a_host_killed_without_a_replacement_is_named(
-    model: glasshive.Model, hive: LocalSwarm, llama: Path, monkeypatch: pytest.MonkeyPatch
+    model: glasshive.Model,
+    hive: LocalSwarm,
+    swarm: glasshive.Swarm,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 1.1)
     victim = hive.hosts[0]
@@ -230,6 +234,7 @@ def test_a_host_killed_without_a_replacement_is_named(
     assert "again in a moment" not in text
     assert time.monotonic() - began < 20
     victim.restart()
+    listed(swarm, hive.hosts[: len(SPANS)])
     assert equal(run(model), oracle(llama))
 
 
