@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -29,7 +31,8 @@ def connect(where: str | os.PathLike[str] | Sequence[str] | None = None) -> Swar
     `where` is the path of a hive.toml; or the address of a bootstrap peer (or several), such as
     `/ip4/127.0.0.1/tcp/31330/p2p/12D3KooW...`; or nothing, for the default config. Nobody is asked
     for anything before the first call, but the bootstrap peers for the newest whitelist if the
-    config names a root. The client's key is made at the first connection.
+    config names a root. The client's key is made at the first connection. Who doesn't close it has
+    it closed when Python ends.
 
     Raises ConfigError, KeyFileError, BadTrustStore, NotAMember of a private swarm without having
     joined it, and a TransportError if the network daemon can't be started.
@@ -149,4 +152,12 @@ def open_swarm(
         raise
     where = Where(swarm_arguments(settings, config), host_arguments(settings, config))
     files = cache_dir() / "files"
-    return Swarm(loop, transport, identity, bootstraps, files, keeper, where, ends.aclose)
+    swarm = Swarm(loop, transport, identity, bootstraps, files, keeper, where, ends.aclose)
+    # A loop that still runs while the interpreter ends may crash it; and peers hear of it at once.
+    atexit.register(_close, weakref.ref(swarm))
+    return swarm
+
+
+def _close(swarm: weakref.ref[Swarm]) -> None:
+    if (one := swarm()) is not None:
+        one.close()
