@@ -6,15 +6,20 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
+from glasshive.client.left_out import RETURN_SECONDS
 from glasshive.client.provenance import Hop
-from glasshive.dht.messages import AT_WORK, ITS_TURN
+from glasshive.dht.messages import ALIVE_SECONDS, AT_WORK, ITS_TURN
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Save
 from glasshive.graph.plan import Part
 
 __all__ = ["HopReport"]
+
+SILENT_SECONDS: Final = 1.5 * ALIVE_SECONDS
+"""After which one from whom nothing came is said to be silent: a sign of life is overdue."""
+_WAITED_SECONDS: Final = 1.0  # of waiting for a lost peer that are worth a word
 
 
 @dataclass
@@ -36,6 +41,9 @@ class HopReport:
     peak_bytes: int = 0
     audited: bool = False
     stands_in: bool = False
+    became: str = ""  # what, of its peer (`what_became`), while nobody has its part
+    gone_at: float = math.inf  # by the job's clock: since when that peer is waited for
+    heard_at: float = math.inf  # by the job's clock: when anything last came from its peer
     # As its peer says by `Alive`:
     stages_done: int = 0
     moves: int = 0
@@ -56,10 +64,21 @@ class HopReport:
         """The other parts with which it has an edge."""
         return {i for stage in self.part.stages for _, i in (*stage.imports, *stage.exports)}
 
-    def doing(self, hops: Sequence[HopReport]) -> str:
-        """What its peer does, as it says; `hops` are all of the job."""
+    def doing(self, hops: Sequence[HopReport], now: float) -> str:
+        """What its peer does, as it says, or what became of it.
+
+        `hops` are all of the job, and `now` is by its clock.
+        """
+        if self.became:
+            waited_seconds = min(now - self.gone_at, RETURN_SECONDS)
+            if waited_seconds < _WAITED_SECONDS:
+                return f"{self.became}; looking for another"
+            how_long = f"{waited_seconds:.0f} of {RETURN_SECONDS:.0f} s"
+            return f"{self.became}; waiting {how_long} for it to come back"
         if self.state != "running":
             return self.state
+        if (silent_seconds := now - self.heard_at) >= SILENT_SECONDS:
+            return f"silent for {silent_seconds:.0f} s"
         if self.waits_for == ITS_TURN:
             return "waits for its turn"
         spans = [one.part.span for one in hops if one.part.index == self.waits_for]

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import (
@@ -39,7 +40,7 @@ from glasshive.client.errors import (
 )
 from glasshive.client.hearing import Hearing
 from glasshive.client.hop import HopReport
-from glasshive.client.left_out import LeftOut
+from glasshive.client.left_out import LeftOut, what_became
 from glasshive.client.mending import Mending
 from glasshive.client.peer_stream import PeerStream, blaming, how_little_it_says
 from glasshive.client.provenance import Replaced
@@ -197,7 +198,7 @@ class Job:
                     raise self._limited_by(error) from None
                 raise
             slow = ", ".join(
-                f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.doing(self.hops)})"
+                f"{hop.peer.peer_id} (blocks {hop.part.span}, {hop.doing(self.hops, self.clock())})"
                 for hop in self.hops
                 if hop.state != "done"
             )
@@ -351,7 +352,7 @@ class Job:
         own = hop.saves
         known_saves = len(own & self.saves.keys())
         await stream.stream.send(encode(Run(known_saves)), b"", self.silence_seconds)
-        hop.state = "running"
+        hop.state, hop.heard_at = "running", self.clock()  # only now is it heard again
         if self.replaced:
             for one in self.hops:
                 self._tasks.create_task(self._tell(one))
@@ -423,6 +424,7 @@ class Job:
             self._given[hop.part.index] += 1
             self.relays.forget(hop.peer.peer_id)
             hop.peer = PeerAddress(record.peer_id, record.addresses)
+            hop.became = ""
             self.peers[hop.part.index] = hop.peer
             # They live for a minute.
             both = zip(self.peers, self.records, strict=True)
@@ -459,6 +461,8 @@ class Job:
         is_bad = stream is not None and stream.peer_id == error.peer and not stream.may_return
         worn_out = self._revisions[error.peer] >= MAX_REVISIONS
         self._left_out.heed(error, for_good=is_bad or worn_out)
+        is_awaited = self._left_out.left_seconds(error.peer) > 0
+        hop.became, hop.gone_at = what_became(error), self.clock() if is_awaited else math.inf
 
     def _is_late(self, hop: HopReport) -> bool:
         """Whether a neighbour of a part is done, and so has given up what it had sent."""

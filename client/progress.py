@@ -2,9 +2,9 @@
 
 A row has the peer's blocks and behind them a mark: `*` for who is at work, `+` for who has done its
 part, `~` for who has taken the place of one that was lost. Then the end of its name, how far it is
-and what it does, and in the end where its seconds went. Below stands which of them speak to each
-other by way of this client, as they can't reach each other. What is shown while a trace runs goes
-away; its last state stays if it was shown.
+and what it does, or what became of it, and in the end where its seconds went. Below stands who was
+lost and who took over, and which of them speak to each other by way of this client, as they can't
+reach each other. What is shown while a trace runs goes away; its last state stays if it was shown.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def text_of(job: Job, elapsed_seconds: float, tokens: Sequence[Sequence[str]]) -
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows[:_MOST_ROWS]]
     if len(rows) > _MOST_ROWS:
         lines.append(f"  and {len(rows) - _MOST_ROWS} more")
+    lines += [f"  {one}" for one in job.replaced[-_MOST_ROWS:]]
     lines += [f"  {one.first} and {one.second} through you" for one in job.relayed]
     lines.append(
         f"  {done} of {len(rows)} done{replaced}, {_amount(job.sent_bytes)} out, "
@@ -134,8 +135,8 @@ def _rows(job: Job) -> list[tuple[str, str, str, str]]:
     rows = []
     for hop in job.hops:
         mark = "+" if hop.state == "done" else "*" if hop in at_work else ""
-        blocks = f"{hop.part.span}{mark}{'~' if hop.stands_in else ''}"
-        passes, does = "", hop.doing(job.hops)
+        blocks = f"{hop.part.span}{mark}{'~' if hop.stands_in and not hop.became else ''}"
+        passes, does = "", hop.doing(job.hops, job.clock())
         if hop.state == "done":
             does = f"computed {hop.compute_seconds:.2f} s, waited {hop.wait_seconds:.2f} s"
         elif len(hop.part.stages) > 1:

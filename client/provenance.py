@@ -45,6 +45,11 @@ class Replaced(NamedTuple):
     seconds: float
     backend: str
 
+    def __str__(self) -> str:
+        if self.lost == self.by:
+            return f"{self.lost[-8:]} was lost and came back to {self.blocks}"
+        return f"{self.lost[-8:]} was lost and {self.by[-8:]} took over {self.blocks}"
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
@@ -80,10 +85,8 @@ class Provenance:
     def __repr__(self) -> str:
         route = " > ".join(f"{hop.blocks} {hop.peer[-8:]}" for hop in self.hops)
         retried = f", retried {self.retried}x" if self.retried else ""
-        back = sum(one.lost == one.by for one in self.replaced)
-        for count, what in ((len(self.replaced) - back, "replaced"), (back, "came back")):
-            if count:
-                retried += f", {count} lost peer{'s'[: count > 1]} {what}"
+        for went_on in self.replaced:
+            retried += f", {went_on}"
         for blocks in self.other_hardware:
             retried += f", {blocks} ran again on other hardware"
         for one in self.relayed:

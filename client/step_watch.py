@@ -72,7 +72,7 @@ class StepWatch:
 
     def moved(self) -> None:
         """Something else than a sign of life came from the peer."""
-        self._heard_at = self._clock()
+        self._hop.heard_at = self._clock()
         self.idle_seconds = 0.0
 
     def hear(self, said: Alive) -> bool:
@@ -88,8 +88,8 @@ class StepWatch:
                 f"{said.waits_for}"
             )
         now = self._clock()
-        passed_seconds = min(now - self._heard_at, _MOST_BETWEEN_SECONDS)
-        self._heard_at = now
+        passed_seconds = min(now - hop.heard_at, _MOST_BETWEEN_SECONDS)
+        hop.heard_at = now
         if said.stages > hop.stages_done:
             hop.advanced_at = now
         hop.stages_done, hop.moves, hop.waits_for = said.stages, said.moves, said.waits_for

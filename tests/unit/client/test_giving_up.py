@@ -242,11 +242,16 @@ def test_a_result_says_what_hardware_was_mixed_and_what_changed() -> None:
     )
     result = Provenance(
         *("ab", "float32", "sdpa", b"", hops, 1.0, 0, 0, 1, 1, ("2:4",)),
-        *((Replaced("0:2", PeerId("a"), PeerId("b"), 1.0, "cpu"),), (), False),
+        *(
+            (Replaced("0:2", PeerId("12D3lost-one"), PeerId("12D3took-it-"), 1.0, "cpu"),),
+            (),
+            False,
+        ),
     )
     assert repr(result) == (
         "<1.00 s over 0:2 peer-0 > 2:4 peer-1 > 4:6 peer-2 on cpu and cuda; float32, sdpa "
-        "attention, retried 1x, 1 lost peer replaced, 2:4 ran again on other hardware; unaudited>"
+        "attention, retried 1x, lost-one was lost and took-it- took over 0:2, 2:4 ran again "
+        "on other hardware; unaudited>"
     )
     same = replace(result, hops=hops[::2], other_hardware=())
     assert "cpu" not in repr(same)

@@ -486,6 +486,50 @@ async def test_a_plan_of_too_many_peers_is_nobody_s_fault() -> None:
 
 
 @pytest.mark.asyncio
+async def test_whom_nobody_listened_to_while_another_prepared_was_not_silent() -> None:
+    network = MemoryNetwork()
+    homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
+    now, shown = [0.0], []
+
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110 (the job tells nobody)
+                await asyncio.sleep(0.001)
+
+    async def first(stream: Stream) -> None:
+        prepare = decode((await stream.receive(5)).header, Prepare)
+        await stream.send(encode(Need([])))
+        await stream.send(encode(Accepted(7, 0, 0)))
+        decode((await stream.receive(5)).header, Run)
+        await until(lambda: job.hops[0].state == "running")
+        shown.append(job.hops[0].doing(job.hops, now[0] + 2.9))
+        shown.append(job.hops[0].doing(job.hops, now[0] + 3))
+        await say_done(stream, prepare)
+        await asyncio.Event().wait()
+
+    async def second(stream: Stream) -> None:
+        await until(lambda: job.hops[0].peak_bytes == 7)
+        now[0] += 10
+        await say_done(stream, await prepared(stream), host=OTHER)
+        await asyncio.Event().wait()
+
+    for home, peer in zip(homes, (first, second), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    job = job_of(
+        client,
+        [PeerAddress(one.peer_id, one.addresses) for one in homes],
+        (part_of(0, ()), part_of(1, ())),
+        silence_seconds=5,
+        deadline_seconds=30,
+        clock=lambda: now[0],
+    )
+    await job.run()
+    assert shown == ["at work", "silent for 3 s"]
+    for transport in (client, *homes):
+        await transport.close()
+
+
+@pytest.mark.asyncio
 async def test_a_silent_peer_is_lost() -> None:
     async def frozen(stream: Stream) -> None:
         await prepared(stream)
@@ -644,7 +688,10 @@ async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
         job._streams[0].give_up("no stream to it could be opened", may_return=may_return)
         await asyncio.Event().wait()
 
+    shown: list[str] = []
+
     async def nobody(part: int, receivers: object) -> Any:
+        shown.append(job.hops[0].doing(job.hops, job.clock() + 12))
         raise NoRoute("nobody else")
 
     await home.serve(TRACE_PROTOCOL, waits)
@@ -659,6 +706,8 @@ async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
     with pytest.raises(PeerLost, match="no stream to it could be opened"):
         await job.run()
     assert (job._left_out.left_seconds(home.peer_id) > 0) == may_return
+    waits_for = "waiting 12 of 25 s for it to come back" if may_return else "looking for another"
+    assert shown == [f"lost; {waits_for}"]
     for transport in (client, home):
         await transport.close()
 
@@ -669,12 +718,14 @@ async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
     network = MemoryNetwork()
     homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
     asked: list[int] = []
+    shown: list[str] = []
 
     async def dies(stream: Stream) -> None:
         await prepared(stream)
         stream.reset()
 
     async def busy_at_first(stream: Stream) -> None:
+        shown.append(job.hops[0].doing(job.hops, job.clock()))
         asked.append(len(asked))
         if len(asked) <= 3:
             await stream.receive(5)
@@ -685,6 +736,7 @@ async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
 
     async def other(part: int, receivers: object) -> Any:
         home = homes[1]
+        shown.append(job.hops[0].doing(job.hops, job.clock()))
         record = SimpleNamespace(peer_id=home.peer_id, addresses=home.addresses, backend="cpu")
         return record, {}
 
@@ -702,6 +754,10 @@ async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
     assert len(asked) == 4
     assert job.moves == 1
     assert [(one.by, one.backend) for one in job.replaced] == [(homes[1].peer_id, "cpu")]
+    assert shown == [
+        *("lost; looking for another", "preparing"),
+        *(["busy; looking for another", "preparing"] * 3),
+    ]
     for transport in (client, *homes):
         await transport.close()
 

@@ -49,7 +49,10 @@ def job(
             hop(i, one, passes, stands_in=i in stands_in, **said) for i, one in enumerate(states)
         ],
         plan=SimpleNamespace(passes=SimpleNamespace(are_generation=generation)),
-        replaced=[Replaced("2:4", PeerId("a"), PeerId("b"), 1.0, "cpu") for _ in stands_in],
+        replaced=[
+            Replaced("2:4", PeerId("12D3KooWlost-one"), PeerId("12D3KooWnumber1"), 1.0, "cpu")
+            for _ in stands_in
+        ],
         relayed=tuple(Relayed(*blocks, 7) for blocks in relayed),
         expected=dict.fromkeys(["s0", *names]),
         saves=dict.fromkeys(["s0", *names[: tokens[0]]]),
@@ -98,8 +101,53 @@ def test_in_a_generation_all_are_at_work_and_who_stands_in_is_marked() -> None:
         "  0:2*  Wnumber0  12 of 64 passes  waits for blocks 4:6",
         "  2:4~  Wnumber1  0 of 64 passes   preparing",
         "  4:6*  Wnumber2  11 of 64 passes  at work",
+        "  lost-one was lost and Wnumber1 took over 2:4",
         f"  0 of 3 done, 1 replaced, {TRAFFIC}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "row"),
+    [
+        ("running", {"heard_at": 0.5}, "2:4*  Wnumber1  17 of 60 passes  at work"),
+        ("running", {"heard_at": -5.0}, "2:4*  Wnumber1  17 of 60 passes  silent for 8 s"),
+        (
+            "preparing",
+            {"became": "lost", "gone_at": 2.5},
+            "2:4   Wnumber1  17 of 60 passes  lost; looking for another",
+        ),
+        (
+            "preparing",
+            {"became": "lost", "gone_at": -9.0},
+            "2:4   Wnumber1  17 of 60 passes  lost; waiting 12 of 25 s for it to come back",
+        ),
+        (
+            "preparing",
+            {"became": "lost", "gone_at": -40.0},
+            "2:4   Wnumber1  17 of 60 passes  lost; waiting 25 of 25 s for it to come back",
+        ),
+        (
+            "preparing",
+            {"became": "failed"},  # for good
+            "2:4   Wnumber1  17 of 60 passes  failed; looking for another",
+        ),
+    ],
+)
+def test_trouble_with_a_peer_is_said_in_its_row(state: str, said: Any, row: str) -> None:
+    """The clock is at 3 s. Seen to say `at work`, and `preparing` of who was dead."""
+    made = job(["running"] * 2, generation=True, tokens=(17, 60))
+    for name, value in {"state": state, "stages_done": 17, "stands_in": True, **said}.items():
+        setattr(made.hops[1], name, value)
+    if state == "running":
+        made.hops[1].stands_in = False
+    assert lines_of(made)[2] == f"  {row}"
+    assert max(map(len, lines_of(made))) <= 80
+
+
+def test_who_came_back_is_told_from_who_was_replaced() -> None:
+    made = job(["running"] * 2, generation=True, tokens=(3, 60))
+    made.replaced = [Replaced("2:4", *[made.hops[1].peer.peer_id] * 2, 1.0, "cpu")]
+    assert lines_of(made)[-2] == "  Wnumber1 was lost and came back to 2:4"
 
 
 def test_who_speaks_by_way_of_this_client_is_said() -> None:

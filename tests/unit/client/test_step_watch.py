@@ -76,6 +76,7 @@ def test_who_computes_and_gets_no_further_is_found() -> None:
         assert swarm.hear(*words) == [True, False]
         assert swarm.watches[0].at_odds_with is None
         assert swarm.watches[0].idle_seconds == 16
+        assert swarm.hops[0].heard_at == swarm.now
 
 
 def test_who_gets_further_is_waited_for_however_slow() -> None:
