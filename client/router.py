@@ -200,11 +200,14 @@ class Router:
 
         left_seconds = partial(left_out.left_seconds, lost.peer)
         if (seconds := min(left_seconds(), ends_at - time.monotonic())) > 0:
+            until = self.records.until(choose, left_seconds, ends_at)
+            text = f"waiting for {lost.peer[-8:]}, which was lost, to come back"
             try:
-                return self._swarm.run(
-                    *(self.records.until(choose, left_seconds, ends_at), seconds + 10),
-                    experiment.cancellation,
-                )
+                with JobDisplay(options.show_progress) as display:
+                    return self._swarm.run(
+                        *(until, seconds + 10, experiment.cancellation),
+                        lambda: display.say(text, left_out.gone_seconds(lost.peer)),
+                    )
             except NoRoute as error:
                 none = error if isinstance(none, NoRoute) else none
         gone_seconds = left_out.gone_seconds(lost.peer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from played_swarm import BLOCKS, Experiment, Swarm, every_block, no_return, runner_of, set_clock
 
+from glasshive.client import left_out, router
 from glasshive.client import tries as tries_module
 from glasshive.client.errors import (
     ClientError,
@@ -133,6 +136,34 @@ def test_at_the_deadline_it_says_who_is_busy(
     assert "before that" not in text
     assert text.endswith("run the trace again later, or allow more time with deadline=")
     assert len(tried) > 4
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"),
+    [(busy, "waiting for a place at {}"), (lost, "waiting for {}, which was lost, to come back")],
+)
+def test_who_waits_says_for_whom(
+    outcome: Outcome, text: str, swarm: Swarm, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del swarm.known[1:]
+    said: set[str] = set()
+    display = SimpleNamespace(say=lambda text, seconds: said.add(text))
+    monkeypatch.setattr(router, "JobDisplay", lambda wanted: contextlib.nullcontext(display))
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.01)
+
+    def ticking(
+        coroutine: Coroutine[Any, Any, Any],
+        seconds: float,
+        cancellation: object,
+        on_tick: Callable[[], None],
+    ) -> Any:
+        on_tick()
+        return asyncio.run(coroutine)
+
+    swarm.run = ticking  # type: ignore[method-assign, assignment]
+    with pytest.raises(PeerLost if outcome is lost else PeerBusy):
+        run(outcome, deadline_seconds=0.2)
+    assert said == {text.format(swarm.known[0].peer_id[-8:])}
 
 
 def test_a_last_try_that_comes_to_nothing_says_who_is_busy(
