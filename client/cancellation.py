@@ -76,7 +76,7 @@ class Cancellation:
             how_far = "before its block had ended, and nothing was sent"
         else:
             seconds = time.monotonic() - self._began_at
-            how_far = f"{seconds:.3g} s after its block had ended, and its peers stop"
+            how_far = f"{seconds:.3g} s after it had begun to run, and its peers stop"
         return TraceCancelled(
             f"{self._what} was cancelled by tracer.cancel() {how_far}; write the block again to "
             "run it"

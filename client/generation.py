@@ -7,10 +7,8 @@ every step of the current invoke, and Python's own `if` about some of them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -23,11 +21,11 @@ from glasshive.client.functional import DeadCell, intern_layout
 from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.saved import fill_with, saved
-from glasshive.client.source_lines import at_line, here
+from glasshive.client.source_lines import at_line, here, warn_here
 from glasshive.client.token_choice import choice_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
-from glasshive.graph.errors import ShapeMismatch, UnsupportedModel
+from glasshive.graph.errors import UnsupportedModel
 from glasshive.graph.order import InvokeShape, before_last_chunk
 from glasshive.graph.outline import GENERATOR
 from glasshive.graph.plan_codec import MAX_PASSES
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _MOST_ROWS_SAID = 8
+_TOKENS_OF = ("that of the prompt", "which has one token, the last: the prompt's are at step 0")
 
 
 class Steps:
@@ -127,26 +126,12 @@ class Generation(Tracer):
         self._asked_tokens: int | None = None
         self._streamer = streamer
         self._step = 0
-        self._asked_step = 0  # of the site that was named last
         self._said_step = False  # whether the body has said of which step it speaks
         self._advanced: dict[str, int] = {}
         self._results: dict[int, TracedTensor] = {}
         self._chosen: Chosen | None = None
 
     # The body -------------------------------------------------------------------------------
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if isinstance(error, ShapeMismatch) and self._asked_step:
-            error.add_note(
-                f"this is step {self._asked_step}, which has one token, the last; the prompt's are "
-                "those of step 0"
-            )
-        return super().__exit__(kind, error, trace)
 
     def invoke(self, prompt: Prompt | None = None, *, max_new_tokens: int | None = None) -> Any:
         """One more prompt, or batch of prompts, with its own number of new tokens if it says one.
@@ -190,13 +175,19 @@ class Generation(Tracer):
             _warn_of_one_token()
         step = self._step + self._advanced.get(module, 0)
         self._require_step(step)
-        self._asked_step = step
+        self._tell_step(step)
         return step
 
     def advance(self, module: str, steps: int) -> None:
         """Go on to a later step for one module."""
         self._said_step = True
         self._advanced[module] = self._advanced.get(module, 0) + steps
+
+    def _tell_step(self, step: int | None) -> None:
+        """Have errors of what the body computes say at which step it is; None: it can't be told."""
+        self.sites.recorder.at_step = (
+            "" if step is None else f"; at step {step} of the generation, {_TOKENS_OF[step > 0]}"
+        )
 
     def _require_step(self, step: int) -> None:
         if not 0 <= step < self.n_steps:
@@ -208,6 +199,7 @@ class Generation(Tracer):
         if asked is None:
             asked = self._choice.new_tokens(tokens.input_ids.shape[1])
         self._step = 0
+        self._tell_step(None)
         self._advanced.clear()
         if type(asked) is not int or not 1 <= asked <= MAX_PASSES:
             raise TraceError(
@@ -253,8 +245,9 @@ class Generation(Tracer):
             batch, seq = self.tokens[invoke].input_ids.shape
             layout = intern_layout(torch.int64, (batch, seq + self.n_steps))
             reason = (
-                "tracer.result is there after the block, when it is known how many tokens there "
-                "are: save it; the token of one step is model.generator.output"
+                "in the block tracer.result is all tokens, as in NNsight, which are there after "
+                "it, when it is known how many: save it; the token of one step is "
+                "model.generator.output; which peers ran what, tracer.result says after the block"
             )
             self._results[invoke] = TracedTensor.wrap(DeadCell(recorder, layout, reason).root)
         return self._results[invoke]
@@ -397,11 +390,7 @@ def _warn_of_one_token() -> None:
         "model.generator.output outside of a loop over steps is the token of step 0 alone; all "
         "tokens are tracer.result.save(), or tracer.output_ids after the block"
     )
-    line = here()
-    if line is None:
-        warnings.warn(text, stacklevel=2)
-    else:
-        warnings.warn_explicit(text, UserWarning, line.file, line.line)
+    warn_here(text)
 
 
 def _no_step(step: int, n_steps: int) -> TraceError:
@@ -424,10 +413,12 @@ class _AtStep:
         self._before = self._tracer._step
         self._tracer._said_step = True
         self._tracer._step = self._step
+        self._tracer._tell_step(self._step)
         self._tracer._advanced.clear()
 
     def __exit__(self, *error: object) -> None:
         self._tracer._step = self._before
+        self._tracer._tell_step(None)
         self._tracer._advanced.clear()
 
 

@@ -19,7 +19,7 @@ from glasshive.client.misfits import array_hint
 from glasshive.client.source_lines import at_line, here
 from glasshive.client.structures import NamedValues, Parts
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import GraphError, NotASite, NotYet
+from glasshive.graph.errors import GraphError, NotASite, NotYet, ShapeMismatch
 from glasshive.graph.graph import IO, Call, LeafPath, Param, Ref, Site
 from glasshive.graph.outline import GENERATOR, Leaf, ModuleInfo
 from glasshive.graph.tensors import TensorSpec
@@ -137,7 +137,8 @@ class Module:
         try:
             result = self._model.calls.spec(self.path, specs)
         except GraphError as error:
-            error.args = (f"{at_line()}{error}",)
+            at = recorder.at_step if isinstance(error, ShapeMismatch) else ""
+            error.args = (f"{at_line()}{error}{at}",)
             raise
         node = recorder.add(Call(self.path, tuple(Ref(recorder.value(arg)) for arg in args)))
         return recorder.traced(node, result)

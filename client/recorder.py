@@ -50,6 +50,8 @@ class Recorder:
         self.consts: dict[bytes, tuple[TensorSpec, torch.Tensor]] = {}
         self.value_info: dict[NodeId, Any] = {}
         self.is_open = False
+        self.at_step = ""  # for an error's text: at which step of a generation the body is
+        self.ended_with = ""  # the error with which the trace ended, if it did
         self.saves: dict[str, TracedTensor] = {}
         self.containers: list[Any] = []  # that were saved: also what they hold in the end
         self.never_came: dict[str, str] = {}  # why a save has no value, by name
@@ -172,6 +174,17 @@ class Recorder:
             if not owner_is_open:
                 tensor.to()  # raises NotSaved
             refuse_two_traces(owner, self)
+
+    # The end --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def keeping_error(self) -> Iterator[None]:
+        """Inside it the trace ends: an error with which it does is kept, by name."""
+        try:
+            yield
+        except BaseException as error:
+            self.ended_with = type(error).__name__
+            raise
 
     # Saves ----------------------------------------------------------------------------------------
 

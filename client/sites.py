@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from glasshive.client.constants import Constants
 from glasshive.client.functional import Alias, Cell, View
 from glasshive.client.misfits import array_hint
 from glasshive.client.recorder import Recorder
-from glasshive.client.source_lines import Mark, at_line, here, mark, resolve
+from glasshive.client.source_lines import Mark, at_line, mark, resolve, warn_here
 from glasshive.client.traced import TracedTensor
 from glasshive.graph.errors import (
     GraphError,
@@ -179,11 +178,7 @@ class Sites:
             "an index on axis 0 of a block's output takes one row of the batch: blocks return a "
             "tensor in transformers 5, not a tuple; leave out the [0] if you mean the hidden states"
         )
-        line = here()
-        if line is None:
-            warnings.warn(text, RowTaken, stacklevel=2)
-        else:
-            warnings.warn_explicit(text, RowTaken, line.file, line.line)
+        warn_here(text, RowTaken)
 
     def _give(self, seen: _Seen, moment: Moment, value: object) -> TracedTensor:
         """Make `value` what stands at a site, if the rules allow it at this moment."""
@@ -310,10 +305,11 @@ class Sites:
         if isinstance(value, int | float | bool):
             full = self.recorder.add_op("full", (seen.spec.shape, value, seen.spec.dtype))
             return self.recorder.traced(full, seen.spec)
+        at = self._at_step(seen.invoke, seen.site.step)
         if not isinstance(value, Tensor):
             raise ShapeMismatch(
-                f"{at_line()}a {type(value).__name__} is assigned to {seen.site}; a tensor of "
-                f"{seen.spec} is wanted{array_hint(value)}"
+                f"{at_line()}a {type(value).__name__} is assigned to {seen.site}{at}; a tensor "
+                f"of {seen.spec} is wanted{array_hint(value)}"
             )
         got = TensorSpec(from_torch_dtype(value.dtype), tuple(value.shape))
         if got != seen.spec:
@@ -323,7 +319,7 @@ class Sites:
                 else ""
             )
             raise ShapeMismatch(
-                f"{at_line()}a tensor of {got} is assigned to {seen.site}, which is "
+                f"{at_line()}a tensor of {got} is assigned to {seen.site}{at}, which is "
                 f"{seen.spec}{hint}"
             )
         if isinstance(value, TracedTensor):

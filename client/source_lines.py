@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -114,3 +115,16 @@ def at_line() -> str:
     """How an error begins that blames the line running now: `experiment.py:85: `, or nothing."""
     line = here()
     return f"{line}: " if line is not None else ""
+
+
+def warn_here(text: str, kind: type[Warning] = UserWarning) -> None:
+    """Give a warning that blames the line of the user's own code that is running now."""
+    line = here()
+    if line is None:
+        warnings.warn(text, kind, stacklevel=3)
+    else:
+        seen = _SEEN.setdefault(line.file, {})  # as Python keeps it: a loop is warned once
+        warnings.warn_explicit(text, kind, line.file, line.line, registry=seen)
+
+
+_SEEN: Final[dict[str, dict[Any, Any]]] = {}

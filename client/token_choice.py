@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glasshive.client.errors import TraceError
-from glasshive.client.source_lines import here
+from glasshive.client.source_lines import here, warn_here
 from glasshive.graph.errors import BadGraph
 from glasshive.graph.sampling import WITHOUT_CHANCE, Sampling
 
@@ -124,6 +124,7 @@ def choice_of(
     pad = values["pad_token_id"]
     asked: dict[str, Any] = {name: _asked(name, values[name]) for name in _OURS}
     if not is_drawn:
+        _warn_without_chance(choice, defaults)
         asked |= WITHOUT_CHANCE
     if values["min_new_tokens"] is not None:
         asked["min_length"] = 0  # transformers goes by the other then
@@ -142,6 +143,18 @@ def choice_of(
         raise TraceError(str(error), line=here()) from None
     chunk_tokens = _chunk_tokens(values[_CHUNKS])
     return TokenChoice(sampling, values["max_new_tokens"], values["max_length"], chunk_tokens)
+
+
+def _warn_without_chance(choice: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Warn of what was written in this call and makes no difference, as chance decides nothing."""
+    idle = [
+        f"{name}={choice[name]!r:.40}"
+        for name in choice.keys() & WITHOUT_CHANCE.keys()
+        if choice[name] not in (None, WITHOUT_CHANCE[name], defaults[name])
+    ]
+    if idle:
+        have = "has" if len(idle) == 1 else "have"
+        warn_here(f"{' and '.join(sorted(idle))} {have} no effect without do_sample=True")
 
 
 def _check_names(choice: Mapping[str, object], known: Mapping[str, object]) -> None:

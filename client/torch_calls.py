@@ -49,11 +49,18 @@ class TorchCalls(TorchFunctionMode):
                 with values_only():
                     return func(*args, **named)
             return func(*args, **named)
+        except Misfit as error:
+            found = _traced((*args, *named.values()))
+            error.args = (f"{error}{_at_step(found)}",)
+            raise
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or not _traced((*args, *named.values())):
+            if isinstance(error, torch.OutOfMemoryError) or not (
+                found := _traced((*args, *named.values()))
+            ):
                 raise
             kind = next(one for one in _MISFITS if isinstance(error, one))
-            raise _MISFITS[kind](_refusal(func, args, named, error), line=here()) from error
+            text = _refusal(func, args, named, error) + _at_step(found)
+            raise _MISFITS[kind](text, line=here()) from error
 
 
 def _traced(args: Sequence[Any]) -> list[TracedTensor]:
@@ -64,6 +71,11 @@ def _traced(args: Sequence[Any]) -> list[TracedTensor]:
         elif isinstance(arg, list | tuple):
             found.extend(_traced(arg))
     return found
+
+
+def _at_step(found: Sequence[TracedTensor]) -> str:
+    """Words for the step of a generation at which its values are combined."""
+    return found[0]._alias.cell.recorder.at_step if found else ""
 
 
 def _refusal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> str:

@@ -137,6 +137,18 @@ class TracedTensor(torch.Tensor):
             dtype = dtype.dtype
         return self.to(dtype)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            alias = self.__dict__.get("_alias")
+            dead = alias is not None and isinstance(alias.cell, DeadCell)
+            raise AttributeError(
+                f"{at_line() if dead else ''}a traced tensor has no attribute {name!r}"
+                + (f": {alias.cell.reason}" if dead else ""),
+                name=name,
+                obj=self,
+            )
+
     # Copies -------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -255,9 +267,10 @@ def not_saved_text(tensor: TracedTensor) -> str:
         if recorder.saves[name] is tensor:
             return f"{at_line()}the saved value {alias.layout} never came: {why}"
     if recorder.was_saved(tensor):
+        how = f"ended with {recorder.ended_with} and " if recorder.ended_with else ""
         return (
-            f"{at_line()}the saved value {alias.layout} has no value, because its trace has "
-            "not brought results back"
+            f"{at_line()}the saved value {alias.layout} has no value, because its trace {how}"
+            "has not brought results back"
         )
     made = None if isinstance(alias.cell, DeadCell) else recorder.line_of(alias.cell.vid)
     where = f", made at {made} in {recorder.title}," if made is not None else ""

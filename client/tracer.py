@@ -127,6 +127,9 @@ class Tracer:
         trace: TracebackType | None,
     ) -> bool:
         experiment: Experiment | None = None
+        recorder = self.sites.recorder
+        if kind is not None and kind is not _Stop:
+            recorder.ended_with = kind.__name__
         if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
             for note in sorted(self.notes):
                 error.add_note(note)
@@ -135,8 +138,9 @@ class Tracer:
             error.add_note("torch.from_numpy(array) makes a tensor of a NumPy array")
         try:
             if error is None or isinstance(error, _Stop):
-                self._cancellation.check()
-                experiment = self._finish()
+                with recorder.keeping_error():
+                    self._cancellation.check()
+                    experiment = self._finish()
         finally:
             self._stack.close()
             if experiment is None:
@@ -151,7 +155,7 @@ class Tracer:
         return True
 
     def _run(self, experiment: Experiment) -> Provenance:
-        with self._cancellation.running():
+        with self.sites.recorder.keeping_error(), self._cancellation.running():
             return self.model.run(experiment, self.options)
 
     @contextlib.contextmanager

@@ -116,7 +116,7 @@ def test_from_another_thread(hive: Replicas, wanted: torch.Tensor) -> None:
     assert said == [True]
     assert n_made < NEW
     check_cancelled(hive, tracer, wanted)
-    with pytest.raises(GlasshiveError, match="has not brought results back"):
+    with pytest.raises(GlasshiveError, match="because its trace ended with TraceCancelled and has"):
         state.mean()
 
 

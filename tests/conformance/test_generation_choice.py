@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -435,7 +437,9 @@ def test_what_stays_in_a_saved_list_has_its_place(model: Any) -> None:
 
 
 def test_chance_that_is_off_is_not_looked_at(model: Any, plain: Any) -> None:
-    with model.generate(ROWS, max_new_tokens=4, temperature=0.0, top_p=7.0) as tracer:
+    with pytest.warns(UserWarning, match="have no effect without do_sample=True"):
+        tracer = model.generate(ROWS, max_new_tokens=4, temperature=0.0, top_p=7.0)
+    with tracer:
         pass
     assert torch.equal(tracer.output_ids, generate_hooked(plain, ROWS, 4)[0])
 
@@ -475,18 +479,97 @@ def test_tokens_go_to_a_streamer_as_generate_gives_them(model: Any, plain: Any) 
     assert got.ended == wanted.ended == 1
 
 
+STEP_1 = "; at step 1 of the generation, which has one token, the last: the prompt's are at step 0"
+
+
 def test_what_does_not_fit_says_of_which_step(model: Any) -> None:
+    """Seen failing without `Recorder.at_step`."""
     layer = model.model.layers[2]
-    said = "this is step 1, which has one token, the last; the prompt's are those of step 0"
-    with pytest.raises(Misfit) as indexed, model.generate(ROWS, max_new_tokens=3) as tracer:
+    whole = torch.zeros(1, 4, 48)
+
+    def told(body: Callable[[Any], None]) -> str:
+        with (
+            pytest.raises(ShapeMismatch) as caught,
+            model.generate(ROWS, max_new_tokens=3) as tracer,
+        ):
+            body(tracer)
+        return str(caught.value)
+
+    def indexed(tracer: Any) -> None:
         for _ in tracer.iter[:]:
             layer.output[:, 2] = 0
-    with pytest.raises(ShapeMismatch) as assigned, model.generate(ROWS, max_new_tokens=3) as tracer:
+
+    def advanced(tracer: Any) -> None:
         layer.output[:, -1] = 0
         tracer.next()
         layer.output[:, -1] = torch.zeros(5)
-    for caught in (indexed, assigned):
-        assert caught.value.__notes__ == [said]
-    with pytest.raises(Misfit) as first, model.generate(ROWS, max_new_tokens=3):
+
+    def one_module(tracer: Any) -> None:
+        layer.next().output.add_(whole)
+
+    def called(tracer: Any) -> None:
+        for _ in tracer.iter[1]:
+            model.model.norm(layer.output[..., :-1])
+
+    for body in (indexed, advanced, one_module, called):
+        assert told(body).endswith(STEP_1), body
+
+    def assigned(tracer: Any) -> None:
+        for _ in tracer.iter[2]:
+            layer.output = whole
+
+    assert "is assigned to model.layers.2.output at step 2, which is " in told(assigned)
+
+    def at_the_prompt(tracer: Any) -> None:
         layer.output[:, 7] = 0
-    assert not hasattr(first.value, "__notes__")
+
+    assert told(at_the_prompt).endswith("; at step 0 of the generation, that of the prompt")
+
+    def after_a_loop(tracer: Any) -> None:
+        states = [layer.output for _ in tracer.iter[:]]
+        torch.cat([states[0], states[1]])
+
+    assert "at step" not in told(after_a_loop), "it is of two"
+
+
+def test_an_error_in_a_trace_says_nothing_of_steps(model: Any) -> None:
+    with pytest.raises(Misfit) as caught, model.trace(ROWS):
+        model.model.layers[2].output[:, 7] = 0
+    assert "step" not in str(caught.value)
+
+
+def test_what_only_chance_asks_for_warns_once_at_the_users_line(model: Any) -> None:
+    """Seen failing without the warning, and with one for each call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            model.generate(ROWS, max_new_tokens=2, temperature=0.7, top_p=None, top_k=50)
+        model.generate(ROWS, max_new_tokens=2, temperature=0.7, top_p=0.9)
+    assert [str(one.message) for one in caught] == [
+        "temperature=0.7 has no effect without do_sample=True",
+        "temperature=0.7 and top_p=0.9 have no effect without do_sample=True",
+    ]
+    assert {one.filename for one in caught} == {__file__}
+    assert {one.category for one in caught} == {UserWarning}
+
+
+def test_no_warning_of_what_was_not_written_or_is_used(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.generation_config, "temperature", 0.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(ROWS, max_new_tokens=2)
+        model.generate(ROWS, max_new_tokens=2, temperature=0.7, do_sample=True)
+
+
+def test_an_attribute_of_the_tokens_in_the_block_says_what_they_are(model: Any) -> None:
+    """Seen failing without `TracedTensor.__getattr__`."""
+    with model.generate(ROWS, max_new_tokens=2) as tracer:
+        with pytest.raises(AttributeError) as caught:
+            _ = tracer.result.seconds
+        with pytest.raises(AttributeError, match=r"^a traced tensor has no attribute 'nothing'$"):
+            _ = model.model.layers[2].output.nothing
+    assert "no attribute 'seconds': in the block tracer.result is all tokens" in str(caught.value)
+    assert "which peers ran what, tracer.result says after the block" in str(caught.value)
+    assert tracer.result.passes

@@ -538,6 +538,13 @@ def _quoted(path: Path) -> list[str]:
 
 
 GOTCHAS = DOCS / "gotchas.md"
+RESEARCHERS = DOCS / "for-researchers.md"
+
+
+def test_example_for_researchers_runs(names: dict[str, Any]) -> None:
+    (block,) = _blocks(RESEARCHERS)
+    _run(RESEARCHERS, block, names)
+    assert len(names["states"]) == names["tracer"].new_tokens.shape[1]
 
 
 @pytest.mark.parametrize("block", _blocks(GOTCHAS), ids=lambda block: f"line {block[0]}")
