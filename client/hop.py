@@ -74,7 +74,7 @@ class HopReport:
             if waited_seconds < _WAITED_SECONDS:
                 return f"{self.became}; looking for another"
             how_long = f"{waited_seconds:.0f} of {RETURN_SECONDS:.0f} s"
-            return f"{self.became}; waiting {how_long} for it to come back"
+            return f"{self.became}; waiting {how_long} for it or another"
         if self.state != "running":
             return self.state
         if (silent_seconds := now - self.heard_at) >= SILENT_SECONDS:

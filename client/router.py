@@ -169,22 +169,16 @@ class Router:
         is one with both: the client then relays.
         """
         left_out = tries.left_out
-        try:
-            return self.route(experiment, options, tries, ends_at)
-        except ShutOut:
-            raise
-        except (NoRoute, SwarmError) as error:
-            none = error
+        none = self._route_or_why(experiment, options, tries, ends_at)
+        if isinstance(none, Route):
+            return none
         if lost is not None and isinstance(none, NoRoute) and (by := tries.accuser_of(lost)):
             left_out.forgive(lost.peer, by)  # maybe it can reach nobody
             return self.route(experiment, options, tries, ends_at)
         if tries.busy and self._wait_for_a_place(experiment, options, tries, ends_at):
-            try:
-                return self.route(experiment, options, tries, ends_at)
-            except ShutOut:
-                raise
-            except (NoRoute, SwarmError) as error:
-                none = error
+            none = self._route_or_why(experiment, options, tries, ends_at)
+            if isinstance(none, Route):
+                return none
         if lost is None:
             raise none
 
@@ -215,6 +209,17 @@ class Router:
             waited = f"waited {gone_seconds:.0f} s for {lost.peer} to come back; "
             none.args = (f"{waited}{none}",)
         raise none
+
+    def _route_or_why(
+        self, experiment: Experiment, options: TraceOptions, tries: Tries, ends_at: float
+    ) -> Route | NoRoute | SwarmError:
+        """`route`, or why there is none, but that the swarm has shut this client out."""
+        try:
+            return self.route(experiment, options, tries, ends_at)
+        except ShutOut:
+            raise
+        except (NoRoute, SwarmError) as error:
+            return error
 
     def _wait_for_a_place(
         self, experiment: Experiment, options: TraceOptions, tries: Tries, ends_at: float

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -46,8 +47,11 @@ def _library_folders() -> tuple[str, ...]:
 _OWN: Final = tuple(os.path.join(path, "") for path in _own_folders())
 _LIBRARIES: Final = tuple(os.path.join(path, "") for path in _library_folders())
 _FROZEN: Final = ("<frozen ", "<__array_function__", "<attrs generated", "<eval_with_key>")
-# File name -> 0 for the user's own, 1 for a library, 2 for glasshive. One entry a source file.
+# File name -> 0 for the user's own, 1 for a library, 2 for glasshive.
 _RANK: dict[str, int] = {}
+_MOST_RANKS: Final = 10_000  # each cell of a notebook has a file name of its own
+# What each of the user's functions and cells was warned of, while it lives.
+_SEEN: Final[WeakKeyDictionary[CodeType, dict[Any, Any]]] = WeakKeyDictionary()
 
 
 def _rank(file: str) -> int:
@@ -58,6 +62,8 @@ def _rank(file: str) -> int:
     else:
         real = os.path.realpath(file)
         rank = 2 if real.startswith(_OWN) else int(real.startswith(_LIBRARIES))
+    if len(_RANK) >= _MOST_RANKS:
+        _RANK.clear()
     _RANK[file] = rank
     return rank
 
@@ -119,12 +125,11 @@ def at_line() -> str:
 
 def warn_here(text: str, kind: type[Warning] = UserWarning) -> None:
     """Give a warning that blames the line of the user's own code that is running now."""
-    line = here()
-    if line is None:
+    place = mark()
+    line = resolve(place)
+    if place is None or line is None:
         warnings.warn(text, kind, stacklevel=3)
     else:
-        seen = _SEEN.setdefault(line.file, {})  # as Python keeps it: a loop is warned once
+        code, _ = place
+        seen = _SEEN.setdefault(code, {})  # as Python keeps it: a loop is warned once
         warnings.warn_explicit(text, kind, line.file, line.line, registry=seen)
-
-
-_SEEN: Final[dict[str, dict[Any, Any]]] = {}

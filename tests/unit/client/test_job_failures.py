@@ -706,7 +706,7 @@ async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
     with pytest.raises(PeerLost, match="no stream to it could be opened"):
         await job.run()
     assert (job._left_out.left_seconds(home.peer_id) > 0) == may_return
-    waits_for = "waiting 12 of 25 s for it to come back" if may_return else "looking for another"
+    waits_for = "waiting 12 of 25 s for it or another" if may_return else "looking for another"
     assert shown == [f"lost; {waits_for}"]
     for transport in (client, home):
         await transport.close()

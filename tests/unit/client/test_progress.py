@@ -119,12 +119,12 @@ def test_in_a_generation_all_are_at_work_and_who_stands_in_is_marked() -> None:
         (
             "preparing",
             {"became": "lost", "gone_at": -9.0},
-            "2:4   Wnumber1  17 of 60 passes  lost; waiting 12 of 25 s for it to come back",
+            "2:4   Wnumber1  17 of 60 passes  lost; waiting 12 of 25 s for it or another",
         ),
         (
             "preparing",
             {"became": "lost", "gone_at": -40.0},
-            "2:4   Wnumber1  17 of 60 passes  lost; waiting 25 of 25 s for it to come back",
+            "2:4   Wnumber1  17 of 60 passes  lost; waiting 25 of 25 s for it or another",
         ),
         (
             "preparing",
