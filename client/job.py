@@ -84,7 +84,7 @@ TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
 
 StandIn: TypeAlias = Callable[
-    [int, Collection[int]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
+    [int, Callable[[], Collection[int]]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
 ]
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
@@ -120,7 +120,7 @@ class Job:
     objection: Callable[[str, Tensor], str] = lambda name, tensor: ""
     # Who may run the part of this index in place of its peer, or that peer itself where it has come
     # back; raises NoRoute. With the records of all peers as they are now, which those of the
-    # parts that it sends to (the second argument) have to be.
+    # parts that it dials (the second argument says which they are at the time) have to be.
     stand_in: StandIn | None = None
     # Told how long a peer took to answer what it was asked first.
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
@@ -305,7 +305,12 @@ class Job:
             hop.peak_bytes = decode(frame.header, Accepted).peak_bytes
 
     def _request(self, hop: HopReport, part_sha256: bytes, revision: int) -> TraceRequest:
-        relayed = [i for i in hop.neighbours if self.relays.are_relayed(hop, self._hop(i))]
+        # One that nobody has now is not dialled either: who has it next is told of.
+        relayed = [
+            i
+            for i in hop.neighbours
+            if self.relays.are_relayed(hop, self._hop(i)) or self._hop(i).became
+        ]
         receivers = hop.part.receivers.difference(relayed)
         return TraceRequest(
             client=self.transport.peer_id,
@@ -415,7 +420,7 @@ class Job:
         while self.moves < self.most_moves and not self._is_late(hop):
             self._streams[hop.part.index].stream.reset()
             try:
-                record, fresh = await self.stand_in(hop.part.index, hop.part.receivers)
+                record, fresh = await self.stand_in(hop.part.index, partial(self._to_dial, hop))
             except TransportLost:
                 raise
             except (NoRoute, SwarmError):
@@ -454,6 +459,10 @@ class Job:
             return
         lost.args = (f"{lost}{said}",)
         raise lost
+
+    def _to_dial(self, hop: HopReport) -> Collection[int]:
+        """The parts to which a part sends, but those that nobody has now."""
+        return [index for index in hop.part.receivers if not self._hop(index).became]
 
     def _leave_out(self, hop: HopReport, error: PeerError) -> None:
         """Who is lost may come back, but not who did too little, or has had its revisions."""

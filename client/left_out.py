@@ -10,6 +10,8 @@ first look-up that followed the loss at once: nobody is back so soon. Hence
 - a clock that is ahead brings nobody back by a record of before the loss, unless nobody looked for
   that within a second of it;
 - who is back so soon, or has a clock that is behind, is seen to be by a later record.
+
+Who refuses because a record was out of date is there, and any other record than that one counts.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ class LeftOut:
         self._clock = clock
         self._losses = {peer: _Loss(math.inf, -math.inf, "named in avoid=") for peer in for_good}
         self._heeded: list[PeerError] = []
+        self._seen: dict[PeerId, float] = {}  # when each announced itself that was known last
         self._in_a_row: Counter[PeerId] = Counter()
 
     def heed(self, error: PeerError, *, for_good: bool = False) -> None:
@@ -100,7 +103,11 @@ class LeftOut:
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            self._losses[error.peer] = _Loss(at, self._clock(), what_became(error))
+            loss = _Loss(at, self._clock(), what_became(error))
+            if may_return and is_outdated:
+                loss.at, loss.newest_at = -math.inf, self._seen.get(error.peer, at)
+                loss.is_newest = True
+            self._losses[error.peer] = loss
 
     def forgive(self, *peers: PeerId) -> None:
         """Only other peers have lost them. Who is left out for good stays so."""
@@ -128,6 +135,7 @@ class LeftOut:
         `records` are all that are known.
         """
         announced_at = {one.peer_id: one.announced_at_seconds for one in records}
+        self._seen = announced_at
         tried_at, out = self._tried_at(), set()
         for peer, loss in self._losses.items():
             at = announced_at.get(peer, -math.inf)
@@ -137,6 +145,13 @@ class LeftOut:
             if at <= max(loss.at, loss.newest_at):
                 out.add(peer)
         return out
+
+    def awaited(self) -> PeerId | None:
+        """Who is waited for longest of all that may come back; None if nobody is."""
+        left_seconds, peer = max(
+            ((self.left_seconds(one), one) for one in self._losses), default=(0.0, None)
+        )
+        return peer if left_seconds > 0 else None
 
     def left_seconds(self, peer: PeerId) -> float:
         """How much longer it is waited for; 0 or less if it is not."""

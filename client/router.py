@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, final
 
@@ -192,21 +192,22 @@ class Router:
                 also_banned=True,
             )
 
-        left_seconds = partial(left_out.left_seconds, lost.peer)
+        awaited = left_out.awaited() or lost.peer  # that one may have failed for good
+        left_seconds = partial(left_out.left_seconds, awaited)
         if (seconds := min(left_seconds(), ends_at - time.monotonic())) > 0:
             until = self.records.until(choose, left_seconds, ends_at)
-            text = f"waiting for {lost.peer[-8:]}, which was lost, to come back"
+            text = f"waiting for {awaited[-8:]}, which was lost, to come back"
             try:
                 with JobDisplay(options.show_progress) as display:
                     return self._swarm.run(
                         *(until, seconds + 10, experiment.cancellation),
-                        lambda: display.say(text, left_out.gone_seconds(lost.peer)),
+                        lambda: display.say(text, left_out.gone_seconds(awaited)),
                     )
             except NoRoute as error:
                 none = error if isinstance(none, NoRoute) else none
-        gone_seconds = left_out.gone_seconds(lost.peer)
+        gone_seconds = left_out.gone_seconds(awaited)
         if 1 <= gone_seconds < math.inf:
-            waited = f"waited {gone_seconds:.0f} s for {lost.peer} to come back; "
+            waited = f"waited {gone_seconds:.0f} s for {awaited} to come back; "
             none.args = (f"{waited}{none}",)
         raise none
 
@@ -244,7 +245,7 @@ class Router:
         demand: Demand,
         left_out: LeftOut,
         part: int,
-        receivers: Collection[int],
+        receivers: Callable[[], Collection[int]],
     ) -> tuple[PeerRecord, Mapping[PeerId, bytes]]:
         """Who may run a part in place of its host, which was lost; that is changed in `hosts`.
 
@@ -253,8 +254,8 @@ class Router:
         were known may still be there. Where there is nobody else, that host itself may come back.
 
         Peers are dialled by the record that others of the plan are shown of them, and an expired
-        one is refused. So those of the receivers and, where the plan has several parts, its own
-        have to be valid. What isn't yet is waited for.
+        one is refused. So those of the receivers, which may change meanwhile, and, where the plan
+        has several parts, its own have to be valid. What isn't yet is waited for.
         """
         lost, records = hosts[part], self.records
         if lost.peer_id in left_out:
@@ -263,7 +264,7 @@ class Router:
 
         def choose(*, also_banned: bool = False) -> PeerRecord:
             newest = {one.peer_id: one for one in records.now}
-            for receiver in (hosts[one] for one in receivers):
+            for receiver in (hosts[one] for one in receivers()):
                 if not records.is_valid(newest.get(receiver.peer_id, receiver)):
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
             known = [
@@ -283,7 +284,8 @@ class Router:
             with contextlib.suppress(NoRoute):
                 hosts[part] = choose()
                 return hosts[part], records.signed
-        hosts[part] = await records.until(choose_any, lambda: left_out.left_seconds(lost.peer_id))
+        awaited = left_out.awaited() or lost.peer_id  # that one may have failed for good
+        hosts[part] = await records.until(choose_any, lambda: left_out.left_seconds(awaited))
         return hosts[part], records.signed
 
     def describe(self) -> str:

@@ -72,8 +72,8 @@ class ModelRunner:
                 return self._run_once(experiment, options, route, retrying.left_seconds, tries)
             except TraceTimeout as error:
                 retrying.end_at_deadline(error)
-            except TransportLost as error:  # nobody else's fault: the route stays
-                retrying.after_own_loss(error)
+            except TransportLost as error:
+                route = retrying.after_own_loss(error, route)
             except PeerError as error:
                 route = retrying.route_after(error, route)
 
@@ -236,15 +236,26 @@ class _Retrying:
         error.args = (f"{error}{tries.before_text()}",)
         raise error
 
-    def after_own_loss(self, error: TransportLost) -> None:
-        """This process' own network daemon was lost. Raises it if nothing is run again."""
+    def after_own_loss(self, error: TransportLost, before: Route) -> Route:
+        """The route after this process' own network daemon was lost, which is no peer's fault.
+
+        By the records of now: peers refuse old ones. Where there is none now, the one before may
+        still do. Raises TransportLost if nothing is run again.
+        """
         if self.tries.are_used_up or time.monotonic() > self._ends_at:
             raise TransportLost(
                 "the network daemon (p2pd) of this process ended while the trace ran; run the "
                 f"trace again: a new one is started for it{self.tries.before_text()}"
             ) from error
         self.tries.heed_own_loss()
+        try:
+            route = self._route()
+        except ShutOut:
+            raise
+        except (NoRoute, SwarmError):
+            route = before
         self.tries.run_again()
+        return route
 
     def route_after(self, error: PeerError, before: Route) -> Route:
         """The route after one on which a peer is to blame. Raises `error` where there is none.

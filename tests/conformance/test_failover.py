@@ -137,6 +137,9 @@ def check(
     assert all(map(torch.equal, logits, wanted_logits))
 
 
+OLD_SECONDS = 100.0  # by which every record has expired
+
+
 @pytest.mark.parametrize(
     ("lost", "at"),
     [
@@ -161,6 +164,30 @@ def test_others_go_on_where_the_lost_ones_were(
         assert one.lost not in [hop.peer for hop in result.hops]
     # What had come was not sent again.
     assert result.received_bytes == undisturbed.result.received_bytes
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (0, 1, 2)], ids=str)
+def test_lost_ones_whose_records_are_old_are_replaced_together(
+    lost: tuple[int, ...], llama: tuple[Any, Replicas]
+) -> None:
+    """As of hosts that were stopped, and of which the directory says nothing any more.
+
+    All three send in a circle. Seen to wait, each for a record of another lost one.
+    """
+    plain, hive = llama
+    steered(hive.model)
+
+    def lose() -> None:
+        hive.pass_time(OLD_SECONDS)
+        hive.kill(*lost)()
+
+    hive.after(1, NEW // 2, lose)
+    found = steered(hive.model)
+    check(plain, hive, found)
+    result = found[0].result
+    assert result.retried == 0
+    assert result.relayed == ()
+    assert sorted(one.blocks for one in result.replaced) == [f"{2 * i}:{2 * i + 2}" for i in lost]
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("gemma3_text", 0), ("mixtral", 1), ("mamba2", 2)])

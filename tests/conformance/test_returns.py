@@ -295,6 +295,21 @@ def test_a_client_that_loses_its_own_daemon_runs_all_again(
     assert traced(hive.model)[0].retried == 0
 
 
+def test_a_client_that_loses_its_own_daemon_takes_records_of_now(
+    hive: Replicas, wanted: tuple[Tensor, list[Tensor]]
+) -> None:
+    """Those of a long generation's beginning have expired. Seen to be refused, and to end it."""
+
+    def lose() -> None:
+        hive.pass_time(100)
+        hive.network.kill(hive.client.peer_id)
+
+    hive.after(1, NEW // 2, lose)
+    found = steered(hive.model)
+    check(found, wanted)
+    assert found[0].result.retried == 1
+
+
 def test_streams_that_end_before_the_daemon_is_seen_to_have_blame_nobody(
     hive: Replicas, wanted: tuple[Tensor, list[Tensor]]
 ) -> None:

@@ -14,7 +14,7 @@ from glasshive.dht.records import MAX_LIFETIME_SECONDS, ModelId, PeerRecord
 from glasshive.graph.plan import Span
 from glasshive.security.keys import Identity, PeerId
 
-ONE, OTHER = (Identity.generate().peer_id for _ in range(2))
+ONE, OTHER, THIRD, FOURTH = (Identity.generate().peer_id for _ in range(4))
 NOW = 1_800_000_000.0
 
 
@@ -166,13 +166,20 @@ def failed(code: str) -> PeerFailed:
 
 @pytest.mark.parametrize("code", ["RecordRefused", "NotServed"])
 def test_who_was_asked_by_an_outdated_record_is_back_with_a_new_one(
-    code: str, out: LeftOut
+    code: str, out: LeftOut, clock: Clock
 ) -> None:
-    """Seen to be left out for good, as the only one that could stand in."""
+    """Also with one of before it refused, that is known by its first look-up after that.
+
+    Seen to be left out for good, as the only one that could stand in, and until its next record.
+    """
+    at = NOW - 10.0
+    assert out.among([announced(at)]) == {OTHER}
     for _ in range(left_out.MOST_LOSSES - 1):
         out.heed(failed(code))
-        assert out.among([announced(NOW)]) == {ONE, OTHER}
-        assert out.among([announced(NOW + 1)]) == {OTHER}
+        assert out.among([announced(at)]) == {ONE, OTHER}
+        clock.look_up(NOW)
+        at += 1
+        assert out.among([announced(at)]) == {OTHER}
     out.heed(failed(code))  # which it may say again and again
     assert out.among([announced(NOW + 1)]) == {ONE, OTHER}
 
@@ -216,6 +223,19 @@ def test_the_wait_has_an_end(out: LeftOut, clock: Clock) -> None:
     clock.now += 1
     assert out.left_seconds(ONE) == 0
     assert out.left_seconds(Identity.generate().peer_id) == -math.inf
+
+
+def test_who_is_waited_for_longest_is_not_who_failed_for_good(out: LeftOut, clock: Clock) -> None:
+    assert out.awaited() is None
+    out.heed(PeerLost("gone", peer=ONE))
+    clock.now += 5
+    out.heed(PeerFailed("7", code="HostFailed", node=None, peer=THIRD, span=Span(0, 2)))
+    assert out.awaited() == ONE
+    clock.now += 5
+    out.heed(PeerLost("gone", peer=FOURTH))
+    assert out.awaited() == FOURTH
+    clock.now += left_out.RETURN_SECONDS
+    assert out.awaited() is None
 
 
 def test_a_record_of_a_shorter_life_was_announced_later_than_it_seems() -> None:

@@ -138,7 +138,7 @@ def test_trouble_leaves_a_peer_out_for_a_while(
 
 def stand_in(model: Any, hosts: list[PeerRecord], tries: Any) -> Any:
     """For part 0, which sends to nobody."""
-    return model.router.stand_in(hosts, TraceOptions(), Demand(), tries.left_out, 0, ())
+    return model.router.stand_in(hosts, TraceOptions(), Demand(), tries.left_out, 0, tuple)
 
 
 @pytest.mark.asyncio

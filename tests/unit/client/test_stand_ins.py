@@ -10,9 +10,10 @@ from played_swarm import BLOCKS, Swarm, every_block, no_return, runner_of
 
 from glasshive.client import known_records, left_out
 from glasshive.client.demand import Demand
-from glasshive.client.errors import NoRoute, PeerLost
+from glasshive.client.errors import NoRoute, PeerFailed, PeerLost
 from glasshive.client.experiment import TraceOptions
 from glasshive.dht.records import PeerRecord
+from glasshive.graph.plan import Span
 
 __all__ = ["every_block", "no_return"]  # fixtures of every test
 
@@ -26,7 +27,7 @@ async def stand_in(model: Any, hosts: list[PeerRecord], receivers: tuple[int, ..
     tries = model.router.tries(TraceOptions())
     tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
     found, _ = await model.router.stand_in(
-        hosts, TraceOptions(), Demand(), tries.left_out, 0, receivers
+        hosts, TraceOptions(), Demand(), tries.left_out, 0, lambda: receivers
     )
     return found  # type: ignore[no-any-return]
 
@@ -79,3 +80,33 @@ async def test_who_is_shown_to_others_needs_a_valid_record_itself() -> None:
     whole = [replace(one, end=BLOCKS) for one in swarm.known[:3]]
     swarm.known = whole
     assert await stand_in(runner_of(swarm), [whole[0]], ()) == whole[1]
+
+
+@pytest.mark.asyncio
+async def test_who_was_lost_first_is_waited_for_where_the_next_one_fails_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen to give up at once, with the first one back a few seconds later."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 20.0)
+    monkeypatch.setattr(known_records, "ASK_AGAIN_SECONDS", 0.01)
+    swarm = Swarm()
+    lost, other = (swarm._record(0, BLOCKS) for _ in range(2))
+    model: Any = runner_of(swarm)
+    tries = model.router.tries(TraceOptions())
+    tries.left_out.heed(PeerLost("gone", peer=lost.peer_id))
+    tries.left_out.heed(
+        PeerFailed("7", code="HostFailed", node=None, peer=other.peer_id, span=Span(0, BLOCKS))
+    )
+    swarm.known = [other]
+    records, asked = swarm.records, len(swarm.given_seconds)
+
+    def answer(*args: Any) -> list[PeerRecord]:
+        if len(swarm.given_seconds) > asked + 1:
+            swarm.known = [other, replace(lost, expires_at_seconds=lost.expires_at_seconds + 20)]
+        return records(*args)
+
+    monkeypatch.setattr(swarm, "records", answer)
+    found, _ = await model.router.stand_in(
+        [other], TraceOptions(), Demand(), tries.left_out, 0, tuple
+    )
+    assert found.peer_id == lost.peer_id
