@@ -17,7 +17,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import glasshive
 
 KINDS = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba2")
-QUICK_KINDS = ("llama", "gpt2", "gemma3_text")
 CUTS: tuple[tuple[int, ...], ...] = ((), (3,), (2, 4), (1, 3, 5))
 NEW = 34  # well over the windows of Gemma's sliding layers
 PROMPT = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38]]
@@ -82,29 +81,6 @@ def pair(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
     return get_pair(*request.param)
 
 
-@pytest.fixture(
-    params=[(kind, cuts) for kind in KINDS for cuts in (CUTS[0], CUTS[-1])],
-    ids=lambda param: f"{param[0]}-{len(param[1]) + 1}",
-)
-def ends(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
-    """Every kind over one span and over four."""
-    return get_pair(*request.param)
-
-
-@pytest.fixture(
-    params=[
-        (kind, cuts)
-        for kind in KINDS
-        for cuts in CUTS
-        if cuts in (CUTS[0], CUTS[-1]) or kind in QUICK_KINDS
-    ],
-    ids=lambda param: f"{param[0]}-{len(param[1]) + 1}",
-)
-def most(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
-    """Every kind over one span and over four, and the quick ones over two and three as well."""
-    return get_pair(*request.param)
-
-
 @pytest.fixture(params=[CUTS[1], CUTS[-1]], ids=lambda cuts: f"{len(cuts) + 1}-spans")
 def llama(request: pytest.FixtureRequest, get_pair: GetPair) -> Pair:
     """A tiny Llama over two spans and over four."""
@@ -136,69 +112,69 @@ def test_tokens_and_every_step_of_every_block(pair: Pair) -> None:
         assert equal([one[:, -1] for one in saved[path]], [one[:, -1] for one in wanted[path]])
 
 
-def test_steering_at_every_step(most: Pair) -> None:
+def test_steering_at_every_step(pair: Pair) -> None:
     ids = torch.tensor(PROMPT)
     direction = torch.linspace(-3, 3, 64)
 
     def steer(step: int, output: Tensor) -> None:
         output[:, -1] += direction
 
-    path = most.block(2)
+    path = pair.block(2)
     wanted_ids, wanted = generate_hooked(
-        most.plain, ids, NEW, edits={path: steer}, reads=[most.block(4)]
+        pair.plain, ids, NEW, edits={path: steer}, reads=[pair.block(4)]
     )
-    plain_ids, _ = generate_hooked(most.plain, ids, NEW)
+    plain_ids, _ = generate_hooked(pair.plain, ids, NEW)
     assert not torch.equal(wanted_ids, plain_ids), "an edit that changes nothing shows nothing"
-    with most.model.generate(ids, max_new_tokens=NEW) as tracer:
+    with pair.model.generate(ids, max_new_tokens=NEW) as tracer:
         saved = []
         for _ in tracer.all():
-            most.at(path).output[:, -1] += direction
-            saved.append(most.at(most.block(4)).output.save())
+            pair.at(path).output[:, -1] += direction
+            saved.append(pair.at(pair.block(4)).output.save())
     assert torch.equal(tracer.output_ids, wanted_ids)
-    assert equal(saved, wanted[most.block(4)])
+    assert equal(saved, wanted[pair.block(4)])
 
 
-def test_ablation_at_one_step_is_seen_by_all_later_ones(most: Pair) -> None:
+def test_ablation_at_one_step_is_seen_by_all_later_ones(pair: Pair) -> None:
     ids = torch.tensor(PROMPT)
-    path = most.block(3)
+    path = pair.block(3)
 
     def ablate(step: int, output: Tensor) -> Tensor | None:
         return torch.zeros_like(output) if step == 5 else None
 
-    wanted_ids, wanted = generate_hooked(most.plain, ids, NEW, edits={path: ablate}, reads=[path])
-    with most.model.generate(ids, max_new_tokens=NEW) as tracer:
+    wanted_ids, wanted = generate_hooked(pair.plain, ids, NEW, edits={path: ablate}, reads=[path])
+    with pair.model.generate(ids, max_new_tokens=NEW) as tracer:
         saved = []
         for step in tracer.iter[:]:
             if step == 5:
-                most.at(path).output = torch.zeros_like(most.at(path).output)
-            saved.append(most.at(path).output.save())
+                pair.at(path).output = torch.zeros_like(pair.at(path).output)
+            saved.append(pair.at(path).output.save())
     assert torch.equal(tracer.output_ids, wanted_ids)
     assert equal(saved, wanted[path])
 
 
-def test_a_patch_of_the_prompt_from_another_invoke(most: Pair) -> None:
+def test_a_patch_of_the_prompt_from_another_invoke(pair: Pair) -> None:
     """What one prompt has at block 4 goes into another at block 1, and is read at every step."""
     clean, corrupt = torch.tensor(PROMPT), torch.tensor(OTHER)
-    _, kept = generate_hooked(most.plain, clean, 1, reads=[most.block(4)])
+    _, kept = generate_hooked(pair.plain, clean, 1, reads=[pair.block(4)])
 
     def patch(step: int, output: Tensor) -> None:
         if step == 0:
-            output[:, 3:6] = kept[most.block(4)][0][:, 3:6]
+            output[:, 3:6] = kept[pair.block(4)][0][:, 3:6]
 
     wanted_ids, wanted = generate_hooked(
-        most.plain, corrupt, NEW, edits={most.block(1): patch}, reads=[most.block(5)]
+        pair.plain, corrupt, NEW, edits={pair.block(1): patch}, reads=[pair.block(5)]
     )
-    with most.model.generate() as tracer:
+    with pair.model.generate() as tracer:
         with tracer.invoke(clean, max_new_tokens=1):
-            value = most.at(most.block(4)).output[:, 3:6]
+            value = pair.at(pair.block(4)).output[:, 3:6]
         with tracer.invoke(corrupt, max_new_tokens=NEW):
-            most.at(most.block(1)).output[:, 3:6] = value
-            saved = [most.at(most.block(5)).output.save() for _ in tracer.iter[:]]
+            pair.at(pair.block(1)).output[:, 3:6] = value
+            saved = [pair.at(pair.block(5)).output.save() for _ in tracer.iter[:]]
     assert torch.equal(tracer.output_ids[1], wanted_ids)
-    assert equal(saved, wanted[most.block(5)])
+    assert equal(saved, wanted[pair.block(5)])
 
 
-def test_a_value_of_one_step_goes_into_a_later_one(ends: Pair) -> None:
+def test_a_value_of_one_step_goes_into_a_later_one(pair: Pair) -> None:
     ids = torch.tensor(PROMPT)
     kept: list[Tensor] = []
 
@@ -211,35 +187,35 @@ def test_a_value_of_one_step_goes_into_a_later_one(ends: Pair) -> None:
             output += kept[0]
 
     wanted_ids, wanted = generate_hooked(
-        ends.plain,
+        pair.plain,
         ids,
         NEW,
-        edits={ends.block(4): keep, ends.block(1): add},
+        edits={pair.block(4): keep, pair.block(1): add},
         reads=["lm_head"],
     )
-    with ends.model.generate(ids, max_new_tokens=NEW) as tracer:
+    with pair.model.generate(ids, max_new_tokens=NEW) as tracer:
         for step in tracer.iter[[2, 7]]:
             if step == 2:
-                value = ends.at(ends.block(4)).output
+                value = pair.at(pair.block(4)).output
             else:
-                ends.at(ends.block(1)).output += value
-        saved = [ends.model.lm_head.output[:, -1].save() for _ in tracer.iter[:]]
+                pair.at(pair.block(1)).output += value
+        saved = [pair.model.lm_head.output[:, -1].save() for _ in tracer.iter[:]]
     assert torch.equal(tracer.output_ids, wanted_ids)
     assert equal(saved, [one[:, -1] for one in wanted["lm_head"]])
 
 
-def test_two_invokes_of_different_lengths(most: Pair) -> None:
+def test_two_invokes_of_different_lengths(pair: Pair) -> None:
     one, two = torch.tensor(PROMPT), torch.tensor([[5, 6, 7]])
-    path = most.block(3)
+    path = pair.block(3)
     wanted = [
-        generate_hooked(most.plain, one, NEW, reads=[path]),
-        generate_hooked(most.plain, two, 21, reads=[path]),
+        generate_hooked(pair.plain, one, NEW, reads=[path]),
+        generate_hooked(pair.plain, two, 21, reads=[path]),
     ]
-    with most.model.generate(max_new_tokens=NEW) as tracer:
+    with pair.model.generate(max_new_tokens=NEW) as tracer:
         with tracer.invoke(one):
-            first = [most.at(path).output.save() for _ in tracer.iter[:]]
+            first = [pair.at(path).output.save() for _ in tracer.iter[:]]
         with tracer.invoke(two, max_new_tokens=21):
-            second = [most.at(path).output.save() for _ in tracer.iter[:]]
+            second = [pair.at(path).output.save() for _ in tracer.iter[:]]
     for ids, saved, (wanted_ids, reads) in zip(
         tracer.output_ids, (first, second), wanted, strict=True
     ):
