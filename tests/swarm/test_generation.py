@@ -177,7 +177,7 @@ def test_lost_peers_cost_nothing_but_time(
     """At a random step: others that serve the same blocks go on in their place, and soon.
 
     Seen failing: with saves that a stand-in sends again, with an edge that a stand-in sends from
-    its beginning, and with nothing kept of what was sent.
+    its beginning, with nothing kept of what was sent, and with 40 s for who says nothing.
     """
     chance = random.Random(seed)
     what, parts = DISASTERS[seed] if seed < len(DISASTERS) else chance.choice(DISASTERS)
