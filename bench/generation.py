@@ -30,6 +30,8 @@ from glasshive.testing import LocalSwarm
 EDITS = (0, 1, 30)
 NEW = 32
 FEW = 8
+# Peers, and threads of each. Hosts that share two cores wake each other's threads.
+ARMS: list[tuple[int, int | None]] = [*((peers, None) for peers in CUTS), (3, 1)]
 PROMPT = tokens(1, 8)
 REPEATS = 5
 
@@ -84,12 +86,12 @@ def swarm_arm(
     return run
 
 
-def measure_swarm(plain: Any, peers: int) -> list[dict[str, Any]]:
-    """Ratios over the plain arm for one number of peers."""
+def measure_swarm(plain: Any, peers: int, threads: int | None) -> list[dict[str, Any]]:
+    """Ratios over the plain arm for one number of peers, each with so many threads to compute."""
     rows = []
     folder = find_model("SmolLM2-135M-Instruct")
     with (
-        LocalSwarm(folder, spans=CUTS[peers]) as local,
+        LocalSwarm(folder, spans=CUTS[peers], threads=threads) as local,
         glasshive.connect(local.config) as swarm,
     ):
         model = swarm.model(folder.name)
@@ -111,6 +113,7 @@ def measure_swarm(plain: Any, peers: int) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "peers": peers,
+                    "threads": threads or torch.get_num_threads(),
                     "edits": edits,
                     "plain_tokens_per_second": NEW / found["plain"].median,
                     "swarm_tokens_per_second": NEW / found["swarm"].median,
@@ -167,7 +170,7 @@ def nnsight_worker() -> None:
 def main() -> None:
     """Print the figures."""
     plain = plain_model()
-    rows = [row for peers in CUTS for row in measure_swarm(plain, peers)]
+    rows = [row for peers, threads in ARMS for row in measure_swarm(plain, peers, threads)]
     nnsight = measure_nnsight()
     for row in rows:
         row["nnsight_ratio"] = nnsight[row["edits"]]
