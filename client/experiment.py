@@ -128,12 +128,20 @@ class Chosen:
         if len(saves) >= len(self._came):
             self.hear_all(saves)
 
+    def keep(self, saves: Mapping[str, Tensor]) -> None:
+        """As `hear`, but nobody is told, whose own error could hide why the generation ended."""
+        if len(saves) >= len(self._came):
+            self._take(saves)
+
     def hear_all(self, saves: Mapping[str, Tensor]) -> None:
         """What has come in the end, be it less than a run before had come to."""
-        self._came = saves
-        self._steps.clear()
+        self._take(saves)
         if self._tell is not None:
             self._tell(self)
+
+    def _take(self, saves: Mapping[str, Tensor]) -> None:
+        self._came = saves
+        self._steps.clear()
 
     def of(self, saves: Mapping[str, Tensor]) -> Chosen:
         """The same of what has come, which nobody is told of."""

@@ -12,13 +12,14 @@ import os
 import re
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from glasshive.client.errors import BadModelFiles
 from glasshive.dht.deadline import within
-from glasshive.dht.errors import SwarmError
+from glasshive.dht.errors import DeadlineExceeded, SwarmError
 from glasshive.dht.messages import (
     FILES_PROTOCOL,
     SILENCE_SECONDS,
@@ -30,6 +31,7 @@ from glasshive.dht.messages import (
 from glasshive.dht.tensor_frames import receive_bytes
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.security.errors import SecurityError
+from glasshive.security.keys import PeerId
 from glasshive.security.manifest import (
     CLIENT_FILES,
     MANIFEST,
@@ -55,28 +57,32 @@ async def fetch_model_files(
 ) -> Path:
     """A folder with the configuration and tokenizer of a model, taken from the first good peer.
 
-    One that says nothing for `SILENCE_SECONDS` may be frozen, and the next one is asked. The last
-    one is waited for, as it may have others to answer first. Raises BadModelFiles if no peer gave
-    files that fit the model's id, naming what each did.
+    One that says nothing for `SILENCE_SECONDS` may be frozen, or have others to answer first: the
+    next one is asked, and after all of them it again, while there is time. Raises BadModelFiles if
+    no peer gave files that fit the model's id, naming what each did.
     """
     folder = cache / model_id
     if (folder / MANIFEST).exists():
         return folder
     ends_at = time.monotonic() + deadline_seconds
-    problems = []
-    for number, peer in enumerate(peers, 1):
-        if (left_seconds := ends_at - time.monotonic()) <= 0:
-            problems.append(f"{deadline_seconds:g} s were over before others could be asked")
-            break
-        is_last = number == len(peers)
-        patience_seconds = left_seconds if is_last else min(left_seconds, SILENCE_SECONDS)
+    problems: dict[PeerId, str] = {}
+    to_ask = deque(peers)
+    while to_ask and (left_seconds := ends_at - time.monotonic()) > 0:
+        peer = to_ask.popleft()
+        # Who is the only one left keeps its place in that peer's queue.
+        patience_seconds = min(left_seconds, SILENCE_SECONDS) if to_ask else left_seconds
         fetching = _fetch_from(transport, peer, model_id, cache, patience_seconds)
         try:
             return await within(left_seconds, fetching, "fetching its files")
         except (SwarmError, SecurityError, BadModelFiles) as error:
-            problems.append(f"{peer.peer_id[-8:]}: {error}")
+            problems[peer.peer_id] = f"{peer.peer_id[-8:]}: {error}"
+            if isinstance(error, DeadlineExceeded):
+                to_ask.append(peer)
+    said = list(problems.values())
+    if any(one.peer_id not in problems for one in to_ask):
+        said.append(f"{deadline_seconds:g} s were over before others could be asked")
     raise BadModelFiles(
-        f"no peer gave the files of model {model_id[:16]}...: {'; '.join(problems) or 'none known'}"
+        f"no peer gave the files of model {model_id[:16]}...: {'; '.join(said) or 'none known'}"
     )
 
 

@@ -133,6 +133,8 @@ class ModelRunner:
             try:
                 self._swarm.run_job(job, tick, experiment.cancellation)
             finally:
+                if experiment.chosen is not None:  # what has come since the last tick
+                    experiment.chosen.keep(dict(job.saves))
                 tries.count += job.moves
                 tries.has_run = job.has_run
                 tries.has_ever_run |= job.has_run

@@ -110,12 +110,13 @@ class Swarm:
         self.close()
 
     def close(self) -> None:
-        """End the connection; may be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.run(self._close(), _CLOSE_SECONDS)
-        self._loop.close()
+        """End the connection; may be called again, also after a call that was interrupted."""
+        try:
+            if not self._closed:
+                self._closed = True
+                self._loop.run(self._close(), _CLOSE_SECONDS)
+        finally:
+            self._loop.close()
 
     async def _close(self) -> None:
         await self.warm.close()

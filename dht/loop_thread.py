@@ -88,12 +88,14 @@ class LoopThread:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Cancels what runs, and ends the thread; waits for that, unless it is the thread's own."""
+        """Cancels what runs, and ends the thread; waits for that, unless it is the thread's own.
+
+        May be called again: a wait that was interrupted goes on.
+        """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+            is_first, self._closed = not self._closed, True
+        if is_first:
+            self._loop.call_soon_threadsafe(self._loop.stop)
         # Python's collector ends what nobody holds any more in whatever thread it runs.
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_DEADLINE_SECONDS)

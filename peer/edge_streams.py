@@ -84,4 +84,5 @@ class EdgeStreams:
                     while refusal and self._runs(trace):
                         await trace.revised.wait()
                         refusal = trace.refusal(opening, sender)
-        return refusal
+        # It may have ended as soon as the word came by which the stream would be taken.
+        return refusal or ("" if self._runs(trace) else "the trace has ended")

@@ -84,10 +84,18 @@ class MemoryBook:
             )
         room_bytes = self._mark_bytes if self._room_bytes is None else self._room_bytes()
         if promised_bytes + peak_bytes > room_bytes:
-            raise Busy(
+            # What torch's own libraries take of a device after the host's start counts as theirs.
+            here = (
                 f"this peer has {max(room_bytes, 0)} bytes of memory for all traces now, since "
                 f"other programs on its machine have taken the rest of {self._mark_bytes}; "
-                f"{promised_bytes} of them are promised to other traces, and this one takes "
+            )
+            if not promised_bytes:
+                raise Busy(
+                    f"{here}no other trace has any of them, and this one takes {peak_bytes}; save "
+                    "or edit less in one trace, go by way of another peer, or try again later"
+                )
+            raise Busy(
+                f"{here}{promised_bytes} of them are promised to other traces, and this one takes "
                 f"{peak_bytes}; try again later, or by way of another peer"
             )
         self._promises[holder] = _Promise(client, peak_bytes, ends_at)

@@ -7,7 +7,7 @@ import os
 import re
 import weakref
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _START_SECONDS = 90.0
 _KEEP_SECONDS = 30.0  # between two looks for a newer whitelist: clients are many
 _MEMBER_SECONDS = 10.0  # and for who was thrown out, which is one short question
+_open_swarms: weakref.WeakSet[Swarm] = weakref.WeakSet()
 # What is meant as an address, well formed or not: a multiaddr, a URL, a host with a port.
 _ADDRESS = re.compile(r"/(ip4|ip6|dns\w*)/|[a-z]+://|[\w.-]+:\d+$")
 
@@ -153,11 +154,18 @@ def open_swarm(
     where = Where(swarm_arguments(settings, config), host_arguments(settings, config))
     files = cache_dir() / "files"
     swarm = Swarm(loop, transport, identity, bootstraps, files, keeper, where, ends.aclose)
-    # A loop that still runs while the interpreter ends may crash it; and peers hear of it at once.
-    atexit.register(_close, weakref.ref(swarm))
+    _open_swarms.add(swarm)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)  # the last to come is the first to run: its imports are still whole
     return swarm
 
 
-def _close(swarm: weakref.ref[Swarm]) -> None:
-    if (one := swarm()) is not None:
-        one.close()
+def _close_all() -> None:
+    """Have peers hear of the end at once; and a loop that still runs then may crash Python."""
+    with ExitStack() as ends:  # each one, whatever the others raise
+        for swarm in _open_swarms:
+            ends.callback(swarm.close)
+
+
+# A forked child has the loops of its parent's connections, but not the threads that run them.
+os.register_at_fork(after_in_child=_open_swarms.clear)

@@ -20,6 +20,7 @@ from waits import wait_for
 from glasshive.client import known_records, left_out
 from glasshive.client.errors import TraceCancelled, TraceError
 from glasshive.client.known_records import KnownRecords
+from glasshive.dht import loop_thread
 from glasshive.graph.errors import GlasshiveError
 from glasshive.peer.served_model import ServedModel
 
@@ -150,6 +151,22 @@ def test_what_had_come_is_there_after_any_end(
     assert torch.equal(made, wanted[:, : made.shape[1]])
     assert f"{made.shape[1]} of {NEW} new tokens" in repr(tracer) or made.shape[1] == NEW
     wait_for(lambda: is_free(hive), "every host is free")
+
+
+def test_what_had_come_since_the_last_look_is_there(
+    hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are heard four times a second. Of a short generation none was there."""
+    monkeypatch.setattr(loop_thread, "TICK_SECONDS", 60.0)
+    tracer = generation(hive)
+    hive.after(1, NEW // 2, tracer.cancel)
+    with pytest.raises(TraceCancelled) as caught:
+        with tracer:
+            pass
+    n_made = tracer.new_tokens.shape[1]
+    assert 0 < n_made < NEW
+    assert str(caught.value).endswith(f"; tracer.new_tokens has {n_made} of 12 steps")
+    check_cancelled(hive, tracer, wanted)
 
 
 def test_before_the_end_of_the_block_nothing_is_sent(hive: Replicas) -> None:

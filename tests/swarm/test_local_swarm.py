@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from transformers import LlamaForCausalLM
 from waits import wait_for
 
 import glasshive
-from glasshive import connection
 from glasshive.client import job, known_records, left_out
 from glasshive.client.errors import PeerLost, TraceTimeout
 from glasshive.dht.errors import AmbiguousModel, UnknownModel
@@ -209,18 +207,6 @@ def test_a_host_killed_in_a_trace_is_replaced(
     assert accepted(other) == before[other.name] + 1
     victim.restart()
     listed(swarm, hive.hosts[: len(SPANS)])
-
-
-def test_a_connection_that_nobody_closes_is_closed_at_exit(
-    hive: LocalSwarm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered: list[Any] = []
-    register = SimpleNamespace(register=lambda *what: registered.append(what))
-    monkeypatch.setattr(connection, "atexit", register)
-    swarm = glasshive.connect(hive.config)
-    ((close, *arguments),) = registered
-    close(*arguments)
-    assert repr(swarm).endswith(", closed>")
 
 
 def test_a_host_killed_without_a_replacement_is_named(

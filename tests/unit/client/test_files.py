@@ -234,11 +234,17 @@ SLOW_FILES = {"config.json": FILE, "tokenizer.json": TOKENIZER_FILE}
 
 
 class Host:
-    """Gives the files of `SLOW_FILES`, each slice after a while, or says nothing, as if frozen."""
+    """Gives the files of `SLOW_FILES`, each slice after a while, or says nothing, as if frozen.
 
-    def __init__(self, network: MemoryNetwork, *, is_frozen: bool) -> None:
+    Or only to who asks once others have been answered, which takes `busy_seconds`.
+    """
+
+    def __init__(
+        self, network: MemoryNetwork, *, is_frozen: bool, busy_seconds: float = 0.0
+    ) -> None:
         self._transport = network.transport(Identity.generate())
         self._is_frozen = is_frozen
+        self._busy_seconds = busy_seconds
         self.manifest = Manifest(
             "m",
             tuple(
@@ -255,7 +261,7 @@ class Host:
         files = SLOW_FILES | {"manifest": self.manifest.encode()}
         for _ in files:
             asked = decode((await stream.receive(200)).header, AskFile)
-            if self._is_frozen:
+            if self._is_frozen or asyncio.get_running_loop().time() < self._busy_seconds:
                 await stream.receive(200)
             data = files[asked.name]
             message: File | More = File(len(data))
@@ -300,7 +306,7 @@ def test_a_frozen_host_costs_a_silence_and_a_slow_one_is_left_alone(
 def test_where_all_hosts_are_frozen_each_is_named_in_time(
     virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last one is waited for: it may have others to answer first."""
+    """And asked until then: it may have others to answer first."""
     monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
 
     async def story() -> None:
@@ -314,5 +320,47 @@ def test_where_all_hosts_are_frozen_each_is_named_in_time(
         assert virtual.time() == pytest.approx(120, abs=0.1)
         with pytest.raises(BadModelFiles, match="10 s were over before others could be asked"):
             await fetch_model_files(client, peers, hosts[0].manifest.model_id, tmp_path, 10)
+
+    virtual.run_until_complete(story())
+
+
+def test_a_busy_host_is_asked_again_where_the_others_are_frozen(
+    virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one of the list had all the time that was left, and the busy one none."""
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
+
+    async def story() -> None:
+        network = MemoryNetwork(clock=virtual.time)
+        client = network.transport(Identity.generate(), dht=False)
+        busy = Host(network, is_frozen=False, busy_seconds=SILENCE_SECONDS + 1)
+        peers = [await one.serve() for one in (busy, Host(network, is_frozen=True))]
+        await fetch_model_files(client, peers, busy.manifest.model_id, tmp_path, 120)
+        assert virtual.time() == pytest.approx(2 * SILENCE_SECONDS + 50, abs=1.0)
+
+    virtual.run_until_complete(story())
+
+
+def test_who_refuses_is_asked_once(
+    virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
+    asked: list[str] = []
+
+    async def refuse(stream: Stream) -> None:
+        asked.append(decode((await stream.receive(200)).header, AskFile).name)
+        await stream.refuse("no such file of this model")
+
+    async def story() -> None:
+        network = MemoryNetwork(clock=virtual.time)
+        client = network.transport(Identity.generate(), dht=False)
+        refusing = network.transport(Identity.generate())
+        await refusing.serve(FILES_PROTOCOL, refuse)
+        frozen = Host(network, is_frozen=True)
+        peers = [PeerAddress(refusing.peer_id, refusing.addresses), await frozen.serve()]
+        with pytest.raises(BadModelFiles, match=f"{peers[0].peer_id[-8:]}: .*no such file"):
+            await fetch_model_files(client, peers, frozen.manifest.model_id, tmp_path, 60)
+        assert asked == ["manifest"]
+        assert virtual.time() == pytest.approx(60, abs=0.1)
 
     virtual.run_until_complete(story())

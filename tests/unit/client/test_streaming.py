@@ -56,6 +56,15 @@ def test_what_had_come_stays_until_a_new_run_has_come_as_far(chosen: Chosen) -> 
     assert chosen.tokens(0).tolist() == [[3]]
 
 
+def test_what_is_kept_is_told_nobody(chosen: Chosen, streamer: Streamer) -> None:
+    chosen.hear(saves(3, 4))
+    chosen.keep(saves(3, 4, 5))
+    assert chosen.tokens(0).tolist() == [[3, 4, 5]]
+    chosen.keep(saves(3))  # of a run that had not come as far
+    assert chosen.tokens(0).tolist() == [[3, 4, 5]]
+    assert streamer.given == [[1, 2], [3], [4]]
+
+
 def test_other_tokens_are_not_told_behind_those_that_were(
     chosen: Chosen, streamer: Streamer
 ) -> None:

@@ -118,3 +118,27 @@ def test_it_may_be_closed_from_its_own_thread() -> None:
     thread.join(20)
     assert not thread.is_alive()
     loop.close()
+
+
+def test_a_close_that_was_interrupted_may_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = LoopThread()
+    thread, told = loop._thread, threading.Event()
+
+    async def hold() -> None:
+        told.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    loop.submit(hold())
+    assert told.wait(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "join", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.close()
+    loop.close()
+    assert not thread.is_alive()

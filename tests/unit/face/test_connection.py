@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,41 @@ def test_importing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def _run_to_its_end(tmp_path: Path, script: str) -> tuple[int, str, str]:
+    """The exit code, output and warnings of a script that has connected to nobody as `swarm`."""
+    code = f"""
+import atexit, os, sys
+import glasshive
+atexit.register(lambda: print(os.getpid() == parent, repr(swarm)))
+parent = os.getpid()
+swarm = glasshive.connect({ONE!r})
+{script}
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    env = {**os.environ, "GLASSHIVE_DATA": str(tmp_path / "data"), "GLASSHIVE_SWARM": "local-1-2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_connection_that_nobody_closes_is_closed_at_exit(tmp_path: Path) -> None:
+    code, said, warned = _run_to_its_end(tmp_path, "")
+    assert said == "True <Swarm 'local-1-2' through 1 bootstrap peer, closed>\n"
+    assert (code, warned) == (0, "")
+
+
+def test_a_forked_child_ends_without_the_connections_of_its_parent(tmp_path: Path) -> None:
+    """It waited 30 s for a thread that only the parent has, and ended with a traceback."""
+    script = """
+if (child := os.fork()) == 0:
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+    code, said, warned = _run_to_its_end(tmp_path, script)
+    assert said.splitlines() == [
+        "False <Swarm 'local-1-2' through 1 bootstrap peer>",
+        "7",
+        "True <Swarm 'local-1-2' through 1 bootstrap peer, closed>",
+    ]
+    assert (code, warned) == (0, "")

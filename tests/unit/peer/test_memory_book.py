@@ -74,6 +74,15 @@ def test_what_other_programs_take_is_not_promised() -> None:
     )
     assert book.promised_bytes == 400
     book.promise("b", BOB, 200, 0.0)
+    book.release("a")
+    book.release("b")
+    with pytest.raises(Busy) as alone:  # no trace has to end for it
+        book.promise("c", CAROL, 601, 0.0)
+    assert str(alone.value) == (
+        "this peer has 600 bytes of memory for all traces now, since other programs on its machine "
+        "have taken the rest of 1000; no other trace has any of them, and this one takes 601; save "
+        "or edit less in one trace, go by way of another peer, or try again later"
+    )
 
 
 def test_one_client_s_traces_leave_room_for_others() -> None:
