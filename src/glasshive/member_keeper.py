@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Final, final
+from typing import Any, Final, final
 
 import structlog
 
@@ -27,6 +27,7 @@ from glasshive.dht.revocation_lists import (
     serve_revocations,
 )
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.good_answer import good_answer
 from glasshive.security.errors import NotAMember, SecurityError
 from glasshive.security.invite_book import InviteBook
 from glasshive.security.invites import renew_request
@@ -77,35 +78,58 @@ class MemberKeeper:
         self._keep = keep
         self._book = book
         self._period_seconds = period_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._tried_at_seconds = 0.0
         self._said: dict[str, str] = {}
 
     async def start(self) -> None:
-        """Returns when the bootstrap peers were asked once; goes on in a task of its own."""
+        """Returns when the bootstrap peers were asked once; goes on in tasks of its own.
+
+        It doesn't wait for those that are silent while another has answered well. What they say
+        later counts as soon as they do.
+        """
         await serve_revocations(self._transport, self._gate)
-        await self._round()
-        self._task = asyncio.create_task(self._keep_asking())
+        if self._book is not None:
+            await self._look_into(self._book)
+        answers = self._asked()
+        first = asyncio.create_task(self._end_round(answers))
+        self._tasks = {*answers, first, asyncio.create_task(self._keep_asking(first))}
+        try:
+            await good_answer(answers, [first])
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Stop. Never raises; may be called again."""
-        task, self._task = self._task, None
-        if task is not None:
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
             task.cancel()
-            await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
-    async def _keep_asking(self) -> None:
+    async def _keep_asking(self, first: asyncio.Task[None]) -> None:
+        """Round after round; the first one was begun at the start."""
+        current: Awaitable[None] = first
         while True:
-            await asyncio.sleep(self._period_seconds)
             try:
-                await self._round()
+                await current
             except Exception:
                 log.exception("membership_round_failed")  # a bug of ours must not end the others
+            await asyncio.sleep(self._period_seconds)
+            current = self._round()
 
     async def _round(self) -> None:
         if self._book is not None:
             await self._look_into(self._book)
-        await asyncio.gather(*map(self._ask, self._bootstraps))
+        await self._end_round(self._asked())
+
+    def _asked(self) -> list[asyncio.Task[bool]]:
+        """All bootstrap peers, each in a task that says whether it answered."""
+        return [asyncio.create_task(self._ask(one)) for one in self._bootstraps]
+
+    async def _end_round(self, answers: Sequence[asyncio.Task[bool]]) -> None:
+        await asyncio.gather(*answers)
         with self._saying("revocations"):
             await asyncio.to_thread(self._gate.membership.save)
         await self._renew()
@@ -117,10 +141,14 @@ class MemberKeeper:
             if signed is not None and self._gate.learn(signed):
                 log.info("revocations_changed")
 
-    async def _ask(self, bootstrap: PeerAddress) -> None:
+    async def _ask(self, bootstrap: PeerAddress) -> bool:
+        """Whether it answered."""
+        has_answered = False
         with self._saying(bootstrap.peer_id):
             if await fetch_revocations(self._transport, bootstrap, self._gate, EXCHANGE_SECONDS):
                 log.info("revocations_changed", by=bootstrap.peer_id)
+            has_answered = True
+        return has_answered
 
     async def _renew(self) -> None:
         """A new certificate, if it is time and the issuer of the last one can be asked."""

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Final, final
+from typing import Any, Final, final
 
 import structlog
 
@@ -24,6 +24,7 @@ from glasshive.dht.errors import RecordRefused, ShutOut, SwarmError
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
 from glasshive.dht.trust_exchange import exchange_trust, serve_trust, versions_of
+from glasshive.good_answer import good_answer
 from glasshive.security.errors import BadPolicy, BadTrustStore, SecurityError
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import PeerId
@@ -69,7 +70,7 @@ class TrustKeeper:
         self._rng = rng or random.Random()  # noqa: S311 (whom to ask next is no secret)
         self._news = asyncio.Event()
         self._look = asyncio.Event()  # at the store: what the policy is made of may be other
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._said: dict[PeerId, str] = {}  # what each neighbour's last failure was
         self._policy = Policy.floor()
         self._made_of: tuple[int, int, str] | None = None
@@ -82,20 +83,25 @@ class TrustKeeper:
     async def start(self) -> Policy:
         """The policy in force, once the bootstrap peers were asked; goes on in tasks of its own.
 
-        Raises BadTrustStore.
+        It doesn't wait for those that are silent while another has answered well. What they say
+        later counts as soon as they do. Raises BadTrustStore.
         """
         known = [one.peer_id for one in self._bootstraps]
         await serve_trust(self._transport, self._store, self._on_news, known=known)
-        await self._ask(self._bootstraps)
-        self._store.refresh()
-        now = self._clock()
-        self._made_of = rules_state(self._store, now)
-        self._policy = host_rules(self._store, self._own, now)
-        self._say_wider()
-        self._tasks = {
-            asyncio.create_task(self._keep_asking()),
-            asyncio.create_task(self._keep_applied()),
-        }
+        answers = [asyncio.create_task(self._exchange(one)) for one in self._bootstraps]
+        asking = asyncio.create_task(self._keep_asking(answers))
+        self._tasks = {*answers, asking}
+        try:
+            await good_answer(answers)
+            self._store.refresh()
+            now = self._clock()
+            self._made_of = rules_state(self._store, now)
+            self._policy = host_rules(self._store, self._own, now)
+            self._say_wider()
+        except BaseException:
+            await self.close()
+            raise
+        self._tasks.add(asyncio.create_task(self._keep_applied()))
         return self._policy
 
     async def close(self) -> None:
@@ -106,7 +112,12 @@ class TrustKeeper:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
-    async def _keep_asking(self) -> None:
+    async def _keep_asking(self, answers: Sequence[asyncio.Task[bool]]) -> None:
+        """Round after round; the first is over when those who were asked at the start answered."""
+        try:
+            await asyncio.gather(*answers)
+        except Exception:
+            log.exception("trust_round_failed")
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._period_seconds):
@@ -179,7 +190,8 @@ class TrustKeeper:
         """Exchange with all of them, side by side; what fails is logged once for each."""
         await asyncio.gather(*(self._exchange(one) for one in neighbours))
 
-    async def _exchange(self, neighbour: PeerAddress) -> None:
+    async def _exchange(self, neighbour: PeerAddress) -> bool:
+        """Whether that went well."""
         before = versions_of(self._store)
         said = ""
         try:
@@ -194,6 +206,7 @@ class TrustKeeper:
             del self._said[next(iter(self._said))]
         if versions_of(self._store) != before:
             self._on_news()
+        return not said
 
     async def _hosts(self) -> list[PeerAddress]:
         """Some hosts that the DHT knows, first those that announce a newer whitelist than ours."""

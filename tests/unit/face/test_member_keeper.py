@@ -16,9 +16,12 @@ from joiners import ALICE, BOB, DAY, EVE, ISSUER, NOW
 from lab import Lab, address_of, certificate_of
 from structlog.testing import capture_logs
 
+from glasshive.dht.framing import Stream
 from glasshive.dht.issuing import serve_issuer
 from glasshive.dht.member_gate import MemberGate
 from glasshive.dht.memory_transport import MemoryTransport
+from glasshive.dht.messages import MEMBERS_PROTOCOL
+from glasshive.dht.revocation_lists import EXCHANGE_SECONDS, serve_revocations
 from glasshive.member_keeper import MemberKeeper
 from glasshive.security.errors import MembershipFileError, MembershipRevoked
 from glasshive.security.invite_book import InviteBook
@@ -236,6 +239,64 @@ async def test_one_bootstrap_that_is_away_keeps_no_other_from_being_asked(swarm:
     async with keeper:
         swarm.book.revoke(NOW, peers=[ALICE.peer_id])
         await eventually(lambda: bool(gate.membership.lists))
+
+
+@pytest.mark.asyncio
+async def test_a_frozen_bootstrap_keeps_nobody_waiting_nor_revocations_back(swarm: Swarm) -> None:
+    """It had 10 s of every start. The other one may hide who was thrown out."""
+    lab, thawed, asked = swarm.lab, asyncio.Event(), asyncio.Event()
+    slows = lab.gate(swarm.book.enrol(EVE.peer_id, Role.HOST, NOW))
+    slow = lab.network.transport(EVE, gate=slows)
+    await serve_revocations(slow, slows)
+    answer = slow._handlers[MEMBERS_PROTOCOL]
+
+    async def frozen(stream: Stream) -> None:
+        asked.set()
+        await thawed.wait()
+        await answer(stream)
+
+    await slow.serve(MEMBERS_PROTOCOL, frozen)
+    await swarm.open_desk(period_seconds=600)
+    gate = lab.gate(swarm.book.enrol(BOB.peer_id, Role.HOST, NOW))
+    transport = lab.network.transport(BOB, gate=gate)
+    bootstraps = [address_of(slow), address_of(swarm.desk)]
+    before = asyncio.all_tasks()
+    keeper = MemberKeeper(
+        *(transport, gate, BOB, bootstraps, lambda data: None), period_seconds=600
+    )
+    slows.learn(swarm.book.revoke(NOW, peers=[ALICE.peer_id]))
+    async with asyncio.timeout(EXCHANGE_SECONDS / 2):
+        await keeper.start()
+    assert asked.is_set()
+    assert gate.membership.lists == ()
+    thawed.set()
+    await eventually(lambda: bool(gate.membership.lists))  # without a period between
+    await keeper.close()
+    assert [one for one in asyncio.all_tasks() - before if "MemberKeeper." in repr(one)] == []
+
+
+@pytest.mark.asyncio
+async def test_no_frozen_bootstrap_is_asked_on_for_who_gave_up(swarm: Swarm) -> None:
+    asked = asyncio.Event()
+    slow = swarm.lab.network.transport(
+        EVE, gate=swarm.lab.gate(swarm.book.enrol(EVE.peer_id, Role.HOST, NOW))
+    )
+
+    async def frozen(stream: Stream) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    await slow.serve(MEMBERS_PROTOCOL, frozen)
+    gate = swarm.lab.gate(swarm.book.enrol(BOB.peer_id, Role.HOST, NOW))
+    transport = swarm.lab.network.transport(BOB, gate=gate)
+    before = asyncio.all_tasks()
+    keeper = MemberKeeper(transport, gate, BOB, [address_of(slow)], lambda data: None)
+    starting = asyncio.create_task(keeper.start())
+    await asked.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert [one for one in asyncio.all_tasks() - before if "MemberKeeper." in repr(one)] == []
 
 
 def test_a_client_s_own_script_says_nothing_of_it() -> None:

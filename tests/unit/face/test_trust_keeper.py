@@ -14,7 +14,7 @@ from signers import ANN, CAT, DAN, DAY, EVE, FIRST, NOW, ROOT, SWARM, WHITELIST,
 from signers import signed_whitelist as signed
 from structlog.testing import capture_logs
 
-from glasshive import trust_keeper
+from glasshive import good_answer, trust_keeper
 from glasshive.dht import trust_exchange
 from glasshive.dht.announcer import Announcer
 from glasshive.dht.errors import ShutOut, StreamRefused
@@ -92,6 +92,125 @@ async def test_a_host_begins_with_what_its_bootstrap_has(swarm: Swarm) -> None:
     assert len(policy.signers) == 2
     assert set(policy.signers) <= set(ROOT.whitelist_keys)
     assert swarm.store("host").highest_version == 7  # and keeps it for its next start
+
+
+class Slow:
+    """A bootstrap peer that has the whitelist `version`, but is frozen up to `thaw`.
+
+    `asked` is set when it is, `left` when whoever asked has ended that.
+    """
+
+    def __init__(self, swarm: Swarm, version: int) -> None:
+        self.store = swarm.store(f"slow-{version}")
+        self.store.accept_whitelist(*signed(version))
+        keeper, self.place = swarm.keeper(self.store)
+        self._transport = keeper._transport
+        self._thawed = asyncio.Event()
+        self.asked, self.left = asyncio.Event(), asyncio.Event()
+
+    async def serve(self) -> PeerAddress:
+        await serve_trust(self._transport, self.store)
+        answer = self._transport._handlers[TRUST_PROTOCOL]  # type: ignore[attr-defined]
+
+        async def frozen(stream: Stream) -> None:
+            self.asked.set()
+            try:
+                await self._thawed.wait()
+                await answer(stream)
+            finally:
+                self.left.set()
+
+        await self._transport.serve(TRUST_PROTOCOL, frozen)
+        return self.place
+
+    def thaw(self) -> None:
+        self._thawed.set()
+
+
+async def quick_bootstrap(swarm: Swarm, store: TrustStore | None = None) -> PeerAddress:
+    """One that answers at once, with whitelist 7 if not with what `store` has."""
+    if store is None:
+        store = swarm.store("quick")
+        store.accept_whitelist(*signed())
+    keeper, place = swarm.keeper(store)
+    await keeper.start()
+    return place
+
+
+START_SECONDS = trust_exchange.EXCHANGE_SECONDS / 2  # too few to wait for who is frozen
+
+
+@pytest.mark.asyncio
+async def test_a_frozen_bootstrap_keeps_nobody_waiting_nor_news_back(swarm: Swarm) -> None:
+    """It had 10 s of every start. The other, which has an older whitelist, may be hostile."""
+    slow = Slow(swarm, 8)
+    told: list[Policy] = []
+    places = [await slow.serve(), await quick_bootstrap(swarm)]
+    host, _ = swarm.keeper(swarm.store("host"), *places, on_policy=told.append)
+    async with asyncio.timeout(START_SECONDS):
+        assert (await host.start()).version == 7
+    assert not slow.left.is_set()
+    slow.thaw()
+    await until(lambda: told)  # without a period between
+    assert [one.version for one in told] == [8]
+
+
+@pytest.mark.asyncio
+async def test_the_other_bootstraps_have_a_moment(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(good_answer, "MOMENT_SECONDS", 20.0)
+    slow = Slow(swarm, 8)
+    store = swarm.store("host")
+    host, _ = swarm.keeper(store, await quick_bootstrap(swarm), await slow.serve())
+    starting = asyncio.create_task(host.start())
+    await until(lambda: store.highest_version == 7)
+    slow.thaw()
+    assert (await starting).version == 8
+
+
+@pytest.mark.asyncio
+async def test_a_bad_answer_is_not_enough_to_begin_with(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(good_answer, "MOMENT_SECONDS", 0.0)
+    liars = swarm.store("liar")
+    liars.accept_whitelist(*signed(6, expires_seconds=NOW + DAY))
+    liar = await quick_bootstrap(swarm, liars)
+    swarm.now = NOW + DAY  # what the liar has is out of date
+    slow = Slow(swarm, 7)
+    host, _ = swarm.keeper(swarm.store("host"), liar, await slow.serve())
+    starting = asyncio.create_task(host.start())
+    await until(lambda: host._said)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert "expired" in host._said[liar.peer_id]
+    assert not starting.done()
+    slow.thaw()
+    assert (await starting).version == 7
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("given_up", [False, True], ids=["closed", "given-up"])
+async def test_no_frozen_bootstrap_is_asked_on_for_who_has_left(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    monkeypatch.setattr(good_answer, "MOMENT_SECONDS", 20.0 if given_up else 0.0)
+    slow, quick = Slow(swarm, 8), await quick_bootstrap(swarm)
+    place, before = await slow.serve(), asyncio.all_tasks()
+    store = swarm.store("host")
+    host, _ = swarm.keeper(store, quick, place)
+    starting = asyncio.create_task(host.start())
+    await until(lambda: store.highest_version == 7 and slow.asked.is_set())
+    if given_up:
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    else:
+        await starting
+        await host.close()
+    left = asyncio.all_tasks() - before
+    assert [one for one in left if "TrustKeeper." in repr(one)] == []
 
 
 @pytest.mark.asyncio
