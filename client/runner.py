@@ -20,14 +20,20 @@ from glasshive.client.errors import (
 )
 from glasshive.client.estimate import estimate_of, stage_seconds
 from glasshive.client.experiment import Experiment, TraceOptions
-from glasshive.client.job import Job
+from glasshive.client.job import TIMERS_SECONDS, Job
 from glasshive.client.progress import JobDisplay
 from glasshive.client.provenance import Provenance
 from glasshive.client.relay import Pair
 from glasshive.client.route import Route
 from glasshive.client.router import Router
 from glasshive.client.tries import Tries
-from glasshive.dht.errors import DeadlineExceeded, ShutOut, SwarmError, TransportLost
+from glasshive.dht.errors import (
+    DeadlineExceeded,
+    DirectoryUnavailable,
+    ShutOut,
+    SwarmError,
+    TransportLost,
+)
 from glasshive.graph.errors import GraphError
 from glasshive.graph.plan import Plan
 from glasshive.graph.split import needed_blocks, split
@@ -218,13 +224,13 @@ class _Retrying:
         """The first one. Raises TraceTimeout, and what `Router.route` raises."""
         try:
             return self._route()
-        except DeadlineExceeded:
-            if time.monotonic() < self._ends_at:
+        except (DeadlineExceeded, DirectoryUnavailable) as error:
+            if time.monotonic() < self._ends_at - TIMERS_SECONDS:
                 raise
             raise TraceTimeout(
                 f"the trace was not done in the {self._options.deadline_seconds:g} s that it had; "
-                "the directory had not said yet who serves the model; allow more time with "
-                "deadline="
+                f"the directory had not said yet who serves the model ({error}); allow more time "
+                "with deadline="
             ) from None
 
     def end_at_deadline(self, error: TraceTimeout) -> NoReturn:

@@ -168,9 +168,10 @@ async def ask_directory(
             if records or model is None:
                 return resolve(records, model)
     if n_asked < len(peers):
+        said = f": {'; '.join(problems)}" if problems else ""
         raise DeadlineExceeded(
-            f"no answer from the directory in {deadline_seconds:g} s: {'; '.join(problems)}; "
-            "check that one of these peers runs, or give others"
+            f"no answer from the directory in {deadline_seconds:g} s{said}; check that one of its "
+            "bootstrap peers runs, or give others"
         )
     if answered is not None and model is not None:
         known = await _names(transport, answered, ends_at - loop.time())

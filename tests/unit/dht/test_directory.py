@@ -348,7 +348,7 @@ async def test_all_of_many_frozen_bootstraps_are_asked_within_a_short_time() -> 
     with pytest.raises(DirectoryUnavailable) as caught:
         await ask_directory(swarm.client, frozen[:2], "tiny", 2.0)
     assert all(one.addresses[0] in str(caught.value) for one in frozen[:2])
-    with pytest.raises(DeadlineExceeded, match="no answer from the directory in 0 s"):
+    with pytest.raises(DeadlineExceeded, match="no answer from the directory in 0 s; check that"):
         await ask_directory(swarm.client, frozen, "tiny", 0)
 
 
