@@ -438,7 +438,7 @@ class Job:
                 await self._prepare(hop)
             except PeerError as error:
                 self._leave_out(hop, error)
-                if isinstance(error, PeerBusy):
+                if isinstance(error, PeerBusy | PeerLost):
                     self.moves -= 1  # it ran nothing again; the deadline bounds how often
                 did = "refused" if isinstance(error, PeerFailed | PeerBusy) else "could not"
                 said = f"; {hop.peer.peer_id}, asked to stand in, {did}: {error}"

@@ -59,7 +59,8 @@ class ModelRunner:
 
         A trace is a pure function of its request, so after a lost peer, one that failed by its own
         fault, or one whose own limits are too narrow for it, all of it is run again on a route
-        without that peer, `retries` times at most and within the one deadline. Where there is no
+        without that peer, `retries` times at most and within the one deadline. Nothing is run again
+        where nothing had run yet, as the peer was busy, or was lost before. Where there is no
         other, it waits for one that was lost to come back. And it is run again when this process'
         own network daemon was lost. Raises TraceCancelled as soon as the experiment's cancellation
         says so, whatever it waits for.
@@ -296,12 +297,13 @@ class _Retrying:
 
     def _route_after_loss(self, error: PeerError, before: Route) -> Route:
         tries = self.tries
-        # Who is busy has refused, mostly before anything ran.
-        is_retry = not isinstance(error, PeerBusy) or tries.has_run
+        # Who is busy, or not there any more, was mostly found to be before anything ran.
+        is_retry = tries.has_run or not isinstance(error, PeerBusy | PeerLost)
         tries.hold_against(error, self._router.bans)
-        if is_retry and tries.are_used_up:
+        ends = is_retry or (isinstance(error, PeerLost) and tries.retries == 0)
+        if ends and tries.are_used_up:
             raise self._advised(error, tries.tried_text())
-        if isinstance(error, PeerBusy) and not tries.has_ever_run:
+        if not is_retry and not tries.has_ever_run:
             tries.forget_hardware()
         may_return = self._refused is None and isinstance(error, PeerLost | PeerFailed)
         try:

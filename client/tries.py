@@ -34,7 +34,7 @@ class Tries:
     """Of one trace. `retries` and `across_hardware` are its options.
 
     `count` is what is spent of `retries`: how often all or a part of it was run again. Only all of
-    it is a rerun. What a busy peer refuses before anything ran counts as neither.
+    it is a rerun. Where a peer was busy, or lost, before anything ran, that counts as neither.
     """
 
     left_out: LeftOut

@@ -74,8 +74,14 @@ def busy(route: Route, *rest: object) -> PeerBusy:
     return PeerBusy(f"peer {peer} is busy: 16 traces are running here", peer=peer)
 
 
-def lost(route: Route, *rest: object) -> PeerLost:
+def unreached(route: Route, *rest: object) -> PeerLost:
     return PeerLost("gone", peer=route.records[0].peer_id)
+
+
+def lost(route: Route, tries: Tries) -> PeerLost:
+    """While it ran."""
+    tries.has_run = tries.has_ever_run = True
+    return unreached(route)
 
 
 def short(swarm: Swarm) -> list[str]:
@@ -249,7 +255,7 @@ def test_each_block_runs_again_on_the_hardware_that_it_ran_on(
     def lose(route: Route, tries: Tries) -> PeerLost:
         if other not in swarm.known:
             swarm.known.append(other)
-        return lost(route)
+        return lost(route, tries)
 
     with pytest.raises(PeerLost, match=re.escape(text)):
         run(lose)
@@ -307,7 +313,7 @@ def test_what_runs_again_does_so_without_quantised_peers(
 def test_a_timeout_says_what_was_tried_before(swarm: Swarm, run: Any, tried: list[Any]) -> None:
     def outcome(route: Route, tries: Tries) -> Any:
         if len(tried) == 1:
-            return lost(route)
+            return lost(route, tries)
         if len(tried) == 2:
             return TransportLost("the network daemon of this process is lost")
         tries.heed_replaced([Replaced("0:4", PeerId("x" * 20), PeerId("y"), 1.0, "cpu")])
@@ -321,12 +327,31 @@ def test_a_timeout_says_what_was_tried_before(swarm: Swarm, run: Any, tried: lis
     )
 
 
+def test_who_was_lost_before_anything_ran_costs_no_retry(
+    swarm: Swarm, run: Any, tried: list[Any]
+) -> None:
+    """Seen to end a trace that had never run: a directory tells of the dead for a minute."""
+    swarm.known = [swarm._record() for _ in range(6)] + [replace(swarm._record(), load=1.0)]
+    alive = swarm.known[-1].peer_id
+    outcome = lambda route, tries: (  # noqa: E731
+        "done" if route.records[0].peer_id == alive else unreached(route)
+    )
+    assert run(outcome, retries=1) == "done"
+    assert len(tried) == len(set(tried)) == 7
+    with pytest.raises(PeerLost, match="gone; 1 route was tried, as retries=0 says"):
+        run(unreached, retries=0)
+    tried.clear()
+    with pytest.raises(PeerLost, match="gone; 2 routes were tried, as retries=1 says"):
+        run(lost, retries=1)
+    assert len(tried) == 2
+
+
 def test_stand_ins_are_no_routes(swarm: Swarm, run: Any) -> None:
     """Seen to say that five routes were tried."""
 
     def outcome(route: Route, tries: Tries) -> PeerLost:
         tries.count += 3
-        return lost(route)
+        return lost(route, tries)
 
     with pytest.raises(PeerLost, match=r"1 route and 3 stand-ins were tried, as retries=3 says"):
         run(outcome, retries=3)

@@ -713,8 +713,9 @@ async def test_who_was_only_not_reached_may_return(may_return: bool) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
-    """Seen to end as lost, with the one retry used up by a refusal."""
+@pytest.mark.parametrize("is_busy", [True, False], ids=["busy", "lost"])
+async def test_a_stand_in_that_ran_nothing_is_no_retry(is_busy: bool) -> None:
+    """Seen to end as lost, with the one retry used up by a refusal, or by one that had died."""
     network = MemoryNetwork()
     homes, client = [network.transport(one) for one in (HOST, OTHER)], network.transport(CLIENT)
     asked: list[int] = []
@@ -729,6 +730,9 @@ async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
         asked.append(len(asked))
         if len(asked) <= 3:
             await stream.receive(5)
+            if not is_busy:
+                stream.reset()
+                return
             await stream.send(encode(Failed("Busy", -1, "16 traces are running here")))
             await asyncio.Event().wait()
         await say_done(stream, await prepared(stream), host=OTHER)
@@ -756,7 +760,7 @@ async def test_a_stand_in_that_is_busy_is_asked_again_and_is_no_retry() -> None:
     assert [(one.by, one.backend) for one in job.replaced] == [(homes[1].peer_id, "cpu")]
     assert shown == [
         *("lost; looking for another", "preparing"),
-        *(["busy; looking for another", "preparing"] * 3),
+        *([f"{'busy' if is_busy else 'lost'}; looking for another", "preparing"] * 3),
     ]
     for transport in (client, *homes):
         await transport.close()

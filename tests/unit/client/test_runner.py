@@ -47,7 +47,8 @@ def test_a_route_without_the_lost_peer_waits_for_no_directory_while_the_peers_ar
     model: Any = runner_of(swarm)
     tried: list[str] = []
 
-    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+    def lose(experiment: object, options: object, route: Route, left: float, tries: Any) -> None:
+        tries.has_run = True
         tried.append(route.records[0].peer_id)
         raise PeerLost("gone", peer=route.records[0].peer_id)
 
@@ -67,7 +68,8 @@ def test_what_is_known_for_long_is_asked_for_again_within_the_deadline(
     swarm = Swarm()
     model: Any = runner_of(swarm)
 
-    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+    def lose(experiment: object, options: object, route: Route, left: float, tries: Any) -> None:
+        tries.has_run = True
         clock[0] += 16.0
         raise PeerLost("gone", peer=route.records[0].peer_id)
 
@@ -381,7 +383,8 @@ def lost_text(
     """The text of the PeerLost of a trace whose every peer is lost; `then` is done after each."""
     model: Any = runner_of(swarm)
 
-    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+    def lose(experiment: object, options: object, route: Route, left: float, tries: Any) -> None:
+        tries.has_run = True
         if then is not None:
             then()
         raise PeerLost("peer X (blocks 0:2) was lost: gone", peer=route.records[0].peer_id)
@@ -582,7 +585,8 @@ def test_a_trace_is_cancelled_while_it_waits_for_a_lost_peer(
     model: Any = runner_of(swarm)
     tried: list[PeerId] = []
 
-    def lose(experiment: object, options: object, route: Route, *rest: object) -> None:
+    def lose(experiment: object, options: object, route: Route, left: float, tries: Any) -> None:
+        tries.has_run = True
         tried.append(route.records[0].peer_id)
         raise PeerLost("gone", peer=tried[-1])
 
