@@ -11,7 +11,8 @@ first look-up that followed the loss at once: nobody is back so soon. Hence
   that within a second of it;
 - who is back so soon, or has a clock that is behind, is seen to be by a later record.
 
-Who refuses because a record was out of date is there, and any other record than that one counts.
+Any other record than the one that was used counts where it names other addresses, as the peer was
+started again; and of who refused because a record was out of date, as it is there.
 """
 
 from __future__ import annotations
@@ -53,8 +54,18 @@ class _Loss:
     at: float  # swarm time; infinite: for good
     seen_at: float  # by the clock
     why: str
+    used: PeerRecord | None = None  # by which it was found
     newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
     is_newest: bool = False  # that was looked for after the loss
+
+    def is_before(self, record: PeerRecord) -> bool:
+        """Whether it was started again at other addresses, and announced itself from there."""
+        return (
+            self.at < math.inf
+            and self.used is not None
+            and self.used.announced_at_seconds < record.announced_at_seconds
+            and self.used.addresses != record.addresses
+        )
 
 
 @final
@@ -80,7 +91,7 @@ class LeftOut:
         self._clock = clock
         self._losses = {peer: _Loss(math.inf, -math.inf, "named in avoid=") for peer in for_good}
         self._heeded: list[PeerError] = []
-        self._seen: dict[PeerId, float] = {}  # when each announced itself that was known last
+        self._seen: dict[PeerId, PeerRecord] = {}  # all that were known last
         self._in_a_row: Counter[PeerId] = Counter()
 
     def heed(self, error: PeerError, *, for_good: bool = False) -> None:
@@ -103,9 +114,9 @@ class LeftOut:
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            loss = _Loss(at, self._clock(), what_became(error))
-            if may_return and is_outdated:
-                loss.at, loss.newest_at = -math.inf, self._seen.get(error.peer, at)
+            loss = _Loss(at, self._clock(), what_became(error), self._seen.get(error.peer))
+            if may_return and is_outdated and loss.used is not None:
+                loss.at, loss.newest_at = -math.inf, loss.used.announced_at_seconds
                 loss.is_newest = True
             self._losses[error.peer] = loss
 
@@ -134,11 +145,13 @@ class LeftOut:
 
         `records` are all that are known.
         """
-        announced_at = {one.peer_id: one.announced_at_seconds for one in records}
-        self._seen = announced_at
+        self._seen = {one.peer_id: one for one in records}
         tried_at, out = self._tried_at(), set()
         for peer, loss in self._losses.items():
-            at = announced_at.get(peer, -math.inf)
+            record = self._seen.get(peer)
+            at = -math.inf if record is None else record.announced_at_seconds
+            if record is not None and loss.is_before(record):
+                continue
             if not loss.is_newest and tried_at < loss.seen_at + SOON_SECONDS:
                 loss.newest_at = max(loss.newest_at, at)
             loss.is_newest |= tried_at >= loss.seen_at

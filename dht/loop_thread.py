@@ -117,9 +117,16 @@ class LoopThread:
                 ended = asyncio.wait(tasks, timeout=CLOSE_DEADLINE_SECONDS / 2)
                 self._loop.run_until_complete(ended)
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(_settle())
         finally:
             asyncio.set_event_loop(None)
             self._loop.close()
+
+
+async def _settle() -> None:
+    """Streams that were just closed give up what they hold of the loop in its next turns."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

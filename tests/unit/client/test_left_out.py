@@ -225,6 +225,18 @@ def test_the_wait_has_an_end(out: LeftOut, clock: Clock) -> None:
     assert out.left_seconds(Identity.generate().peer_id) == -math.inf
 
 
+def test_who_was_started_again_elsewhere_is_back_at_once(out: LeftOut, clock: Clock) -> None:
+    """It had announced itself when its old address was tried. Seen to be left out for 20 s more."""
+    assert out.among([announced(NOW - 30)]) == {OTHER}
+    out.heed(PeerLost("nothing listens there", peer=ONE))
+    again = announced(NOW - 1)
+    clock.look_up(NOW)
+    assert out.among([again]) == {ONE, OTHER}
+    elsewhere = dataclasses.replace(again, addresses=("/ip4/127.0.0.1/tcp/2",))
+    assert out.among([elsewhere]) == {OTHER}
+    assert out.among([dataclasses.replace(elsewhere, expires_at_seconds=NOW)]) == {ONE, OTHER}
+
+
 def test_who_is_waited_for_longest_is_not_who_failed_for_good(out: LeftOut, clock: Clock) -> None:
     assert out.awaited() is None
     out.heed(PeerLost("gone", peer=ONE))
