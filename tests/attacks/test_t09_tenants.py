@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -247,12 +248,19 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(
     monkeypatch.setattr(torch_thread, "TURN_SECONDS", -1.0)
     monkeypatch.setattr(torch_thread, "GRACE_SECONDS", 1e9)
     run, in_between = TorchThread._run, [0]
+    both: list[asyncio.Task[Any]] = []
 
-    def counted(thread: TorchThread, work: Any) -> None:
+    def meeting(thread: TorchThread, work: Any) -> None:
+        """Begin no stage before the other tenant's waits, or will not come any more."""
         in_between[0] += bool(thread._running)
+        deadline = time.monotonic() + 30
+        while not thread._running and thread._queue.is_empty and time.monotonic() < deadline:
+            if not both or any(task.done() for task in both):
+                break
+            time.sleep(0.0005)
         run(thread, work)
 
-    monkeypatch.setattr(TorchThread, "_run", counted)
+    monkeypatch.setattr(TorchThread, "_run", meeting)
     # B's kinds come one after the other here, faster than one client may open streams.
     streams = StreamLimits(new_per_second=1e6, burst=10**6)
     async with Tenants(served, stream_limits=streams) as tenants:
@@ -274,9 +282,10 @@ async def test_a_gets_what_it_gets_alone_beside_any_b(
             alone = bits(await run_a())
             kind = KINDS[number % len(KINDS)]
             b = Neighbour(tenants, eve, draw, theirs)
-            beside = asyncio.create_task(kind(b))
-            first, second = await run_a(), await run_a()
-            await beside
+            both += [asyncio.create_task(kind(b)), asyncio.create_task(run_a())]
+            first, second = await both[1], await run_a()
+            await both[0]
+            both.clear()
             after = await run_a()
             for saved in (first, second, after):
                 assert bits(saved) == alone, (number, kind.__name__)
