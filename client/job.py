@@ -83,9 +83,7 @@ OWN_DAEMON_SECONDS: Final = 0.2
 TIMERS_SECONDS: Final = 0.05
 """So much earlier than its time a timer may end, by another clock than its own."""
 
-StandIn: TypeAlias = Callable[
-    [int, Callable[[], Collection[int]]], Awaitable[tuple[PeerRecord, Mapping[PeerId, bytes]]]
-]
+StandIn: TypeAlias = Callable[[int, Callable[[], Collection[int]]], Awaitable[PeerRecord]]
 State: TypeAlias = Literal["preparing", "running", "done", "failed", "cancelled"]
 
 
@@ -119,9 +117,11 @@ class Job:
     # What is wrong with a save that has come as announced; empty if nothing is.
     objection: Callable[[str, Tensor], str] = lambda name, tensor: ""
     # Who may run the part of this index in place of its peer, or that peer itself where it has come
-    # back; raises NoRoute. With the records of all peers as they are now, which those of the
-    # parts that it dials (the second argument says which they are at the time) have to be.
+    # back; raises NoRoute. What is known of the peers that it dials has to be valid then: the
+    # second argument says which parts they have at the time.
     stand_in: StandIn | None = None
+    # The records of peers that have announced themselves anew since: these live for a minute.
+    known: Callable[[], Mapping[PeerId, bytes]] = dict
     # Told how long a peer took to answer what it was asked first.
     on_answer: Callable[[PeerId, float], None] = lambda peer, seconds: None
     most_moves: int = 0
@@ -312,6 +312,8 @@ class Job:
             if self.relays.are_relayed(hop, self._hop(i)) or self._hop(i).became
         ]
         receivers = hop.part.receivers.difference(relayed)
+        known, both = self.known(), zip(self.peers, self.records, strict=True)
+        self.records = [known.get(peer.peer_id, old) for peer, old in both]
         return TraceRequest(
             client=self.transport.peer_id,
             host=hop.peer.peer_id,
@@ -420,7 +422,7 @@ class Job:
         while self.moves < self.most_moves and not self._is_late(hop):
             self._streams[hop.part.index].stream.reset()
             try:
-                record, fresh = await self.stand_in(hop.part.index, partial(self._to_dial, hop))
+                record = await self.stand_in(hop.part.index, partial(self._to_dial, hop))
             except TransportLost:
                 raise
             except (NoRoute, SwarmError):
@@ -431,9 +433,7 @@ class Job:
             hop.peer = PeerAddress(record.peer_id, record.addresses)
             hop.became = ""
             self.peers[hop.part.index] = hop.peer
-            # They live for a minute.
-            both = zip(self.peers, self.records, strict=True)
-            self.records = [fresh.get(peer.peer_id, old) for peer, old in both]
+            self.records[hop.part.index] = record.signed
             try:
                 await self._prepare(hop)
             except PeerError as error:

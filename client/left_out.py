@@ -11,8 +11,9 @@ first look-up that followed the loss at once: nobody is back so soon. Hence
   that within a second of it;
 - who is back so soon, or has a clock that is behind, is seen to be by a later record.
 
-Any other record than the one that was used counts where it names other addresses, as the peer was
-started again; and of who refused because a record was out of date, as it is there.
+A record that is newer than the one by which the peer was dialled counts at once where it names
+other addresses, as the peer was started again there; and any newer one of who refused because
+records were out of date, as it is there.
 """
 
 from __future__ import annotations
@@ -54,17 +55,18 @@ class _Loss:
     at: float  # swarm time; infinite: for good
     seen_at: float  # by the clock
     why: str
-    used: PeerRecord | None = None  # by which it was found
+    dialled: PeerRecord | None = None  # by which record
+    is_outdated: bool = False  # that, or what it was shown of others
     newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
     is_newest: bool = False  # that was looked for after the loss
 
-    def is_before(self, record: PeerRecord) -> bool:
-        """Whether it was started again at other addresses, and announced itself from there."""
+    def is_news(self, record: PeerRecord) -> bool:
+        """Whether it says at once that the peer is there, or is now elsewhere."""
         return (
             self.at < math.inf
-            and self.used is not None
-            and self.used.announced_at_seconds < record.announced_at_seconds
-            and self.used.addresses != record.addresses
+            and self.dialled is not None
+            and self.dialled.announced_at_seconds < record.announced_at_seconds
+            and (self.is_outdated or self.dialled.addresses != record.addresses)
         )
 
 
@@ -91,8 +93,12 @@ class LeftOut:
         self._clock = clock
         self._losses = {peer: _Loss(math.inf, -math.inf, "named in avoid=") for peer in for_good}
         self._heeded: list[PeerError] = []
-        self._seen: dict[PeerId, PeerRecord] = {}  # all that were known last
+        self._dialled: dict[PeerId, PeerRecord] = {}  # by which record, the last time
         self._in_a_row: Counter[PeerId] = Counter()
+
+    def dialled(self, records: Iterable[PeerRecord]) -> None:
+        """These are tried, by these records of them."""
+        self._dialled |= {one.peer_id: one for one in records}
 
     def heed(self, error: PeerError, *, for_good: bool = False) -> None:
         """Leave out who is to blame, once for each error.
@@ -114,11 +120,9 @@ class LeftOut:
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            loss = _Loss(at, self._clock(), what_became(error), self._seen.get(error.peer))
-            if may_return and is_outdated and loss.used is not None:
-                loss.at, loss.newest_at = -math.inf, loss.used.announced_at_seconds
-                loss.is_newest = True
-            self._losses[error.peer] = loss
+            dialled = self._dialled.get(error.peer)
+            why = what_became(error)
+            self._losses[error.peer] = _Loss(at, self._clock(), why, dialled, is_outdated)
 
     def forgive(self, *peers: PeerId) -> None:
         """Only other peers have lost them. Who is left out for good stays so."""
@@ -145,12 +149,12 @@ class LeftOut:
 
         `records` are all that are known.
         """
-        self._seen = {one.peer_id: one for one in records}
+        known = {one.peer_id: one for one in records}
         tried_at, out = self._tried_at(), set()
         for peer, loss in self._losses.items():
-            record = self._seen.get(peer)
+            record = known.get(peer)
             at = -math.inf if record is None else record.announced_at_seconds
-            if record is not None and loss.is_before(record):
+            if record is not None and loss.is_news(record):
                 continue
             if not loss.is_newest and tried_at < loss.seen_at + SOON_SECONDS:
                 loss.newest_at = max(loss.newest_at, at)
@@ -159,12 +163,14 @@ class LeftOut:
                 out.add(peer)
         return out
 
-    def awaited(self) -> PeerId | None:
-        """Who is waited for longest of all that may come back; None if nobody is."""
-        left_seconds, peer = max(
-            ((self.left_seconds(one), one) for one in self._losses), default=(0.0, None)
-        )
-        return peer if left_seconds > 0 else None
+    def awaited(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
+        """Who of those left out may still come back, by the records by which they were dialled.
+
+        The one that is waited for longest first. `records` are all that are known.
+        """
+        peers = [one for one in self.among(records) if self.left_seconds(one) > 0]
+        peers.sort(key=self.left_seconds, reverse=True)
+        return [self._dialled[one] for one in peers if one in self._dialled]
 
     def left_seconds(self, peer: PeerId) -> float:
         """How much longer it is waited for; 0 or less if it is not."""

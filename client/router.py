@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, final
 
@@ -182,21 +182,23 @@ class Router:
         if lost is None:
             raise none
 
-        def choose() -> Route:
+        def choose(back: Sequence[PeerRecord] = ()) -> Route:
             # A directory that was lost as well may not know of the others yet.
-            known = {one.peer_id: one for one in (*before.records, *self.records.now)}
+            known = {one.peer_id: one for one in (*back, *before.records, *self.records.now)}
             return self._choose(
-                [one for one in known.values() if self.records.is_valid(one)],
+                [one for one in known.values() if back or self.records.is_valid(one)],
                 *(needed_blocks(experiment.graph, experiment.outline), demand_of(experiment)),
                 *(tries, options.route),
                 also_banned=True,
+                back=[one.peer_id for one in back],
             )
 
-        awaited = left_out.awaited() or lost.peer  # that one may have failed for good
+        # The one that was lost last may have failed for good, and another one not.
+        awaited = self._awaited(left_out, choose) or lost.peer
         left_seconds = partial(left_out.left_seconds, awaited)
         if (seconds := min(left_seconds(), ends_at - time.monotonic())) > 0:
             until = self.records.until(choose, left_seconds, ends_at)
-            text = f"waiting for {awaited[-8:]}, which was lost, to come back"
+            text = f"waiting for {awaited[-8:]}, which was {left_out.why(awaited)}, to come back"
             try:
                 with JobDisplay(options.show_progress) as display:
                     return self._swarm.run(
@@ -210,6 +212,20 @@ class Router:
             waited = f"waited {gone_seconds:.0f} s for {awaited} to come back; "
             none.args = (f"{waited}{none}",)
         raise none
+
+    def _awaited(
+        self, left_out: LeftOut, choose: Callable[[Sequence[PeerRecord]], object]
+    ) -> PeerId | None:
+        """Whom to wait for: `choose` gives somebody when it is back, and those with more time left.
+
+        None if it would raise NoRoute even then.
+        """
+        awaited = left_out.awaited(self.records.now)
+        for count, one in enumerate(awaited, 1):
+            with contextlib.suppress(NoRoute):
+                choose(awaited[:count])
+                return one.peer_id
+        return None
 
     def _route_or_why(
         self, experiment: Experiment, options: TraceOptions, tries: Tries, ends_at: float
@@ -246,12 +262,12 @@ class Router:
         left_out: LeftOut,
         part: int,
         receivers: Callable[[], Collection[int]],
-    ) -> tuple[PeerRecord, Mapping[PeerId, bytes]]:
+    ) -> PeerRecord:
         """Who may run a part in place of its host, which was lost; that is changed in `hosts`.
 
-        And the signed records of all who serve the model. On the loop. Raises NoRoute. Who is known
-        of late need not be asked for while all wait; of a swarm whose directory is gone, those who
-        were known may still be there. Where there is nobody else, that host itself may come back.
+        On the loop. Raises NoRoute. Who is known of late need not be asked for while all wait; of a
+        swarm whose directory is gone, those who were known may still be there. Where there is
+        nobody else, that host itself may come back.
 
         Peers are dialled by the record that others of the plan are shown of them, and an expired
         one is refused. So those of the receivers, which may change meanwhile, and, where the plan
@@ -267,26 +283,35 @@ class Router:
             for receiver in (hosts[one] for one in receivers()):
                 if not records.is_valid(newest.get(receiver.peer_id, receiver)):
                     raise NoRoute(f"nobody says where {receiver.peer_id} is now")
-            known = [
-                one
-                for one in self._usable(records.now, options, also_banned=also_banned)
-                if len(hosts) == 1 or records.is_valid(one)
-            ]
-            seconds, avoid = self._seconds(demand), left_out.among(records.now)
-            return choose_stand_in(known, lost, avoid, seconds, self._liking)
+            known = [one for one in records.now if len(hosts) == 1 or records.is_valid(one)]
+            return choose_among(known, left_out.among(records.now), also_banned=also_banned)
+
+        def choose_among(
+            known: Sequence[PeerRecord], avoid: Collection[PeerId], *, also_banned: bool
+        ) -> PeerRecord:
+            usable = self._usable(known, options, also_banned=also_banned)
+            return choose_stand_in(usable, lost, avoid, self._seconds(demand), self._liking)
 
         def choose_any() -> PeerRecord:
             with contextlib.suppress(NoRoute):
                 return choose()
             return choose(also_banned=True)  # maybe one that has started again
 
+        def choose_with(back: Sequence[PeerRecord]) -> PeerRecord:
+            known = {one.peer_id: one for one in (*back, *records.now)}
+            avoid = left_out.among(records.now) - {one.peer_id for one in back}
+            return choose_among([*known.values()], avoid, also_banned=True)
+
         if records.are_fresh:
             with contextlib.suppress(NoRoute):
                 hosts[part] = choose()
-                return hosts[part], records.signed
-        awaited = left_out.awaited() or lost.peer_id  # that one may have failed for good
+                left_out.dialled([hosts[part]])
+                return hosts[part]
+        # The one that was lost last may have failed for good, and another one not.
+        awaited = self._awaited(left_out, choose_with) or lost.peer_id
         hosts[part] = await records.until(choose_any, lambda: left_out.left_seconds(awaited))
-        return hosts[part], records.signed
+        left_out.dialled([hosts[part]])
+        return hosts[part]
 
     def describe(self) -> str:
         """Who serves which blocks, and the route that a trace of all of them would take now."""
@@ -322,15 +347,21 @@ class Router:
         )
 
     def _left_out(
-        self, known: Sequence[PeerRecord], tries: Tries, *, also_banned: bool = False
+        self,
+        known: Sequence[PeerRecord],
+        tries: Tries,
+        *,
+        also_banned: bool = False,
+        back: Collection[PeerId] = (),
     ) -> dict[PeerId, str]:
         """Those of these peers that are revoked, left out by the trace, or by all for a while.
 
-        With why.
+        With why; but those that are thought to be `back`.
         """
         bans = () if also_banned else self.bans
         out = {one.peer_id: "lost or busy of late" for one in known if one.peer_id in bans}
-        out |= {peer: tries.left_out.why(peer) for peer in tries.left_out.among(known)}
+        gone = tries.left_out.among(known).difference(back)
+        out |= {peer: tries.left_out.why(peer) for peer in gone}
         return out | dict.fromkeys(self._swarm.revoked(known), "revoked")
 
     def _usable(
@@ -355,12 +386,13 @@ class Router:
         only: Collection[PeerId] | None,
         *,
         also_banned: bool = False,
+        back: Collection[PeerId] = (),
     ) -> Route:
         choose = partial(
             choose_route,
             needed=needed,
             n_blocks=self._n_blocks,
-            avoid=self._left_out(known, tries, also_banned=also_banned),
+            avoid=self._left_out(known, tries, also_banned=also_banned, back=back),
             only=only,
             wanted=self._wanted,
             seconds=self._seconds(demand),

@@ -124,6 +124,7 @@ class ModelRunner:
                 self.router.stand_in, hosts, options, demand_of(experiment), tries.left_out
             ),
             expected_seconds=partial(stage_seconds, hosts, plan.passes, experiment.bill.node_flops),
+            known=lambda: self.router.records.signed,
             on_answer=self._swarm.round_trips.saw,
             most_moves=options.retries - tries.count,
             allowed_seconds=options.deadline_seconds,

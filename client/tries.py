@@ -143,6 +143,7 @@ class Tries:
 
     def take(self, route: Route, needed: Collection[int]) -> None:
         """It is tried on this route; where a block has not been tried yet is its hardware."""
+        self.left_out.dialled(route.records)
         for one in route.records:
             for block in range(one.start, one.end):
                 if block in needed:

@@ -43,6 +43,7 @@ from glasshive.dht.messages import (
     More,
     Need,
     Prepare,
+    Revise,
     Run,
     Saved,
     decode,
@@ -741,8 +742,8 @@ async def test_a_stand_in_that_ran_nothing_is_no_retry(is_busy: bool) -> None:
     async def other(part: int, receivers: object) -> Any:
         home = homes[1]
         shown.append(job.hops[0].doing(job.hops, job.clock()))
-        record = SimpleNamespace(peer_id=home.peer_id, addresses=home.addresses, backend="cpu")
-        return record, {}
+        address = {"peer_id": home.peer_id, "addresses": home.addresses}
+        return SimpleNamespace(**address, backend="cpu", signed=b"")
 
     for home, peer in zip(homes, (dies, busy_at_first), strict=True):
         await home.serve(TRACE_PROTOCOL, peer)
@@ -762,6 +763,56 @@ async def test_a_stand_in_that_ran_nothing_is_no_retry(is_busy: bool) -> None:
         *("lost; looking for another", "preparing"),
         *([f"{'busy' if is_busy else 'lost'}; looking for another", "preparing"] * 3),
     ]
+    for transport in (client, *homes):
+        await transport.close()
+
+
+@pytest.mark.asyncio
+async def test_peers_are_shown_the_records_of_now() -> None:
+    """They live for a minute, and a stand-in may take longer to accept its part.
+
+    Seen to show those of when it was chosen, which the others refuse then.
+    """
+    third = Identity.generate()
+    network = MemoryNetwork()
+    homes = [network.transport(one) for one in (HOST, OTHER, third)]
+    client = network.transport(CLIENT)
+    known = {OTHER.peer_id: b"of the second, later"}
+    shown: list[bytes] = []
+
+    def show(data: bytes) -> None:
+        sides: Any = {"client": CLIENT.peer_id, "host": HOST.peer_id, "swarm": client.swarm}
+        request, _ = TraceRequest.verify(data, **sides, now=time.time())
+        shown.append(request.peers[1].record)
+
+    async def first(stream: Stream) -> None:
+        show((await prepared(stream)).request)
+        show(decode((await stream.receive(5)).header, Revise).request)
+        await stream.send(encode(Failed("ShapeMismatch", 7, "enough")))
+        await asyncio.Event().wait()
+
+    async def dies(stream: Stream) -> None:
+        await prepared(stream)
+        stream.reset()
+
+    async def stands_in(stream: Stream) -> None:
+        known[third.peer_id] = b"of the third, later"
+        await prepared(stream)
+        await asyncio.Event().wait()
+
+    async def other(part: int, receivers: object) -> Any:
+        address = {"peer_id": third.peer_id, "addresses": homes[2].addresses}
+        return SimpleNamespace(**address, backend="cpu", signed=b"of the third")
+
+    for home, peer in zip(homes, (first, dies, stands_in), strict=True):
+        await home.serve(TRACE_PROTOCOL, peer)
+    parts = tuple(dataclasses.replace(one, outlives_peers=True) for one in (FIRST, SECOND))
+    addresses = [PeerAddress(one.peer_id, one.addresses) for one in homes[:2]]
+    job = job_of(client, addresses, parts, silence_seconds=5, deadline_seconds=30)
+    job.stand_in, job.most_moves, job.known = other, 1, lambda: known
+    with pytest.raises(PeerFailed, match="enough"):
+        await job.run()
+    assert shown == [b"of the second, later", b"of the third, later"]
     for transport in (client, *homes):
         await transport.close()
 

@@ -175,6 +175,7 @@ def test_who_was_asked_by_an_outdated_record_is_back_with_a_new_one(
     at = NOW - 10.0
     assert out.among([announced(at)]) == {OTHER}
     for _ in range(left_out.MOST_LOSSES - 1):
+        out.dialled([announced(at)])
         out.heed(failed(code))
         assert out.among([announced(at)]) == {ONE, OTHER}
         clock.look_up(NOW)
@@ -227,9 +228,10 @@ def test_the_wait_has_an_end(out: LeftOut, clock: Clock) -> None:
 
 def test_who_was_started_again_elsewhere_is_back_at_once(out: LeftOut, clock: Clock) -> None:
     """It had announced itself when its old address was tried. Seen to be left out for 20 s more."""
-    assert out.among([announced(NOW - 30)]) == {OTHER}
-    out.heed(PeerLost("nothing listens there", peer=ONE))
+    out.dialled([announced(NOW - 30)])
     again = announced(NOW - 1)
+    assert out.among([again]) == {OTHER}  # it was known, too late
+    out.heed(PeerLost("nothing listens there", peer=ONE))
     clock.look_up(NOW)
     assert out.among([again]) == {ONE, OTHER}
     elsewhere = dataclasses.replace(again, addresses=("/ip4/127.0.0.1/tcp/2",))
@@ -237,17 +239,23 @@ def test_who_was_started_again_elsewhere_is_back_at_once(out: LeftOut, clock: Cl
     assert out.among([dataclasses.replace(elsewhere, expires_at_seconds=NOW)]) == {ONE, OTHER}
 
 
-def test_who_is_waited_for_longest_is_not_who_failed_for_good(out: LeftOut, clock: Clock) -> None:
-    assert out.awaited() is None
+def test_who_is_waited_for_longest_is_first_and_not_who_failed_or_is_back(
+    out: LeftOut, clock: Clock
+) -> None:
+    one, third, fourth = records = [announced(NOW - 9, peer) for peer in (ONE, THIRD, FOURTH)]
+    out.dialled(records)
+    assert out.awaited(records) == []
     out.heed(PeerLost("gone", peer=ONE))
     clock.now += 5
     out.heed(PeerFailed("7", code="HostFailed", node=None, peer=THIRD, span=Span(0, 2)))
-    assert out.awaited() == ONE
+    assert out.awaited([]) == out.awaited(records) == [one]
     clock.now += 5
     out.heed(PeerLost("gone", peer=FOURTH))
-    assert out.awaited() == FOURTH
+    assert out.awaited([]) == out.awaited(records) == [fourth, one]
+    assert out.awaited([announced(NOW + 20, FOURTH)]) == [one]
+    assert out.awaited([third, announced(NOW + 20)]) == [fourth]
     clock.now += left_out.RETURN_SECONDS
-    assert out.awaited() is None
+    assert out.awaited(records) == []
 
 
 def test_a_record_of_a_shorter_life_was_announced_later_than_it_seems() -> None:

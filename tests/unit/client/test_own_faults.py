@@ -112,6 +112,24 @@ def test_nobody_waits_for_a_peer_that_has_failed(
     )
 
 
+def test_nobody_waits_for_a_peer_with_which_there_is_no_route_either(
+    swarm: Swarm, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the only other one of those blocks has failed. Seen to wait, up to the deadline."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 1e9)
+    monkeypatch.setattr(left_out, "SOON_SECONDS", 0.0)
+    first, second, _ = swarm.known = [swarm._record(*one) for one in ((0, 2), (2, 4), (2, 4))]
+    said = iter([PeerLost("gone", peer=second.peer_id), failed("HostFailed", first.peer_id)])
+
+    def once(experiment: object, options: object, route: Route, left: float, tries: Any) -> None:
+        tries.has_run = True
+        raise next(said)
+
+    monkeypatch.setattr(model, "_run_once", once)
+    with pytest.raises(PeerFailed, match=f"left out: 0:2 by {first.peer_id[-8:]} .failed."):
+        model.run(Experiment(), TraceOptions(show_progress=False))
+
+
 def test_a_host_that_was_started_with_other_blocks_is_waited_for(
     run: Any, swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from glasshive.client import known_records, left_out
 from glasshive.client.demand import Demand
 from glasshive.client.errors import NoRoute, PeerFailed, PeerLost
 from glasshive.client.experiment import TraceOptions
+from glasshive.client.left_out import LeftOut
 from glasshive.dht.records import PeerRecord
 from glasshive.graph.plan import Span
 
@@ -24,11 +25,17 @@ def expired(record: PeerRecord, swarm: Swarm) -> PeerRecord:
 
 async def stand_in(model: Any, hosts: list[PeerRecord], receivers: tuple[int, ...]) -> PeerRecord:
     """For the host of part 0, which was lost."""
-    tries = model.router.tries(TraceOptions())
-    tries.left_out.heed(PeerLost("gone", peer=hosts[0].peer_id))
-    found, _ = await model.router.stand_in(
-        hosts, TraceOptions(), Demand(), tries.left_out, 0, lambda: receivers
-    )
+    out = model.router.tries(TraceOptions()).left_out
+    out.dialled(hosts)
+    out.heed(PeerLost("gone", peer=hosts[0].peer_id))
+    return await stand_in_of(model, hosts, out, receivers)
+
+
+async def stand_in_of(
+    model: Any, hosts: list[PeerRecord], out: LeftOut, receivers: tuple[int, ...] = ()
+) -> PeerRecord:
+    options, demand = TraceOptions(), Demand()
+    found = await model.router.stand_in(hosts, options, demand, out, 0, lambda: receivers)
     return found  # type: ignore[no-any-return]
 
 
@@ -92,11 +99,10 @@ async def test_who_was_lost_first_is_waited_for_where_the_next_one_fails_for_goo
     swarm = Swarm()
     lost, other = (swarm._record(0, BLOCKS) for _ in range(2))
     model: Any = runner_of(swarm)
-    tries = model.router.tries(TraceOptions())
-    tries.left_out.heed(PeerLost("gone", peer=lost.peer_id))
-    tries.left_out.heed(
-        PeerFailed("7", code="HostFailed", node=None, peer=other.peer_id, span=Span(0, BLOCKS))
-    )
+    out = model.router.tries(TraceOptions()).left_out
+    out.dialled([lost, other])
+    out.heed(PeerLost("gone", peer=lost.peer_id))
+    out.heed(failed(other))
     swarm.known = [other]
     records, asked = swarm.records, len(swarm.given_seconds)
 
@@ -106,7 +112,32 @@ async def test_who_was_lost_first_is_waited_for_where_the_next_one_fails_for_goo
         return records(*args)
 
     monkeypatch.setattr(swarm, "records", answer)
-    found, _ = await model.router.stand_in(
-        [other], TraceOptions(), Demand(), tries.left_out, 0, tuple
+    assert (await stand_in_of(model, [other], out)).peer_id == lost.peer_id
+
+
+@pytest.mark.asyncio
+async def test_nobody_waits_for_who_could_not_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other blocks, on other hardware, or back by now. Seen to wait, up to the deadline."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 1e9)
+    monkeypatch.setattr(left_out, "SOON_SECONDS", 0.0)
+    swarm = Swarm()
+    fails, behind, faster = (
+        *(swarm._record(0, 2), swarm._record(2, BLOCKS)),
+        replace(swarm._record(0, 2), backend="cuda"),
     )
-    assert found.peer_id == lost.peer_id
+    swarm.known = [fails, behind, faster]
+    model: Any = runner_of(swarm)
+    model.router.records.get(fresh=True)
+    out = model.router.tries(TraceOptions()).left_out
+    out.dialled(swarm.known)
+    for one in (behind, faster):
+        out.heed(PeerLost("gone", peer=one.peer_id))
+    out.heed(failed(fails))
+    with pytest.raises(NoRoute, match="no other peer serves blocks 0:2"):
+        await stand_in_of(model, [fails, behind], out)
+
+
+def failed(record: PeerRecord) -> PeerFailed:
+    """By its own fault, so that it doesn't come back."""
+    span = Span(record.start, record.end)
+    return PeerFailed("7", code="HostFailed", node=None, peer=record.peer_id, span=span)
