@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from torch import Tensor
 
@@ -65,8 +65,6 @@ from glasshive.peer.span_model import SpanModel
 from glasshive.security.keys import PeerId
 from glasshive.security.requests import TraceRequest
 from glasshive.security.results import SavesDigest, TraceResult
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -189,18 +187,15 @@ class HostedTrace:
                 saving = tasks.create_task(self._send_saves())
                 edges = self._outgoing.values()
                 sending = [tasks.create_task(self._send_values(edge)) for edge in edges]
-                for stage in self.part.stages:
-                    await self._run_stage(stage)
-                    self._stages_done += 1
-                    self._moves += 1
-                self._saves.put_nowait(None)
-                for edge in edges:
-                    edge.finish()
-                # What others send of steps that never ran here: they would take an end of their
-                # streams before it for a loss.
-                for sender, parked in self._awaited.left():
-                    self._waits_for = sender
-                    await self._soon(parked)
+                try:
+                    # One timer for all: one for each wait is felt in a hop.
+                    async with asyncio.timeout(self.left_seconds):
+                        await self._run_stages()
+                except TimeoutError:
+                    raise TraceEnded(
+                        f"the trace's deadline passed while part {self.part.index} waited; "
+                        "allow more time with deadline="
+                    ) from None
                 self._waits_for = AT_WORK
                 await saving
                 while not all(edge.delivered.is_set() for edge in edges):
@@ -344,6 +339,21 @@ class HostedTrace:
         """Where the peer of a part is; None if the client relays what goes to it."""
         return None if part in self.request.relayed else self.peers[part]
 
+    async def _run_stages(self) -> None:
+        """All of them; what they make is sent meanwhile, and has an end when they are done."""
+        for stage in self.part.stages:
+            await self._run_stage(stage)
+            self._stages_done += 1
+            self._moves += 1
+        self._saves.put_nowait(None)
+        for edge in self._outgoing.values():
+            edge.finish()
+        # What others send of steps that never ran here: they would take an end of their streams
+        # before it for a loss.
+        for sender, parked in self._awaited.left():
+            self._waits_for = sender
+            await parked
+
     async def _run_stage(self, stage: Stage) -> None:
         group = self.passes.passes[stage.pass_index].group if stage.forward else -1
         # First what says whether the stage runs at all.
@@ -354,7 +364,7 @@ class HostedTrace:
             began = self.clock()
             self._waits_for = sender
             key = awaited_as(value, stage)
-            tensor = await self._soon(self._awaited.parked(key))
+            tensor = await self._awaited.parked(key)
             self._wait_seconds += self.clock() - began
             self._awaited.take(key)
             if tensor is not None:
@@ -383,7 +393,7 @@ class HostedTrace:
                 seconds = self.account.compute_seconds - before_seconds
                 self.pace.saw(one.batch * one.seq, seconds)
 
-        await self._soon(self.run_on_torch(work))
+        await self.run_on_torch(work)
         if stage.forward and group in self._executor.ended:
             self._drop(stage, [(value, to) for value, to in stage.exports if value == TOKENS])
 
@@ -452,16 +462,6 @@ class HostedTrace:
             and self.outline.has_run_all(stage.stop_event)
             and not any(isinstance(nodes[node_id], Skip) for node_id in stage.nodes)
         )
-
-    async def _soon(self, awaitable: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout(self.left_seconds):
-                return await awaitable
-        except TimeoutError:
-            raise TraceEnded(
-                f"the trace's deadline passed while part {self.part.index} waited; "
-                "allow more time with deadline="
-            ) from None
 
     # Called on the torch thread -------------------------------------------------------------
 

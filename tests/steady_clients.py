@@ -202,7 +202,8 @@ class Answer:
     error: BaseException | None
 
     def __str__(self) -> str:
-        text = f"{self.question}, {self.seconds:.2f} s of {self.deadline_seconds:g} s: "
+        took = f"{self.seconds:.2f} s of {self.deadline_seconds:g} s"
+        text = f"at {self.at:.1f} s: {self.question}, {took}: "
         if self.error is None:
             return text + ("right" if self.is_right else "WRONG")
         return text + "".join(traceback.format_exception(self.error))
