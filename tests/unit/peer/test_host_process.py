@@ -62,6 +62,7 @@ def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -
         yield home.transport
 
     monkeypatch.setattr(_Process, "transport", transport)
+    monkeypatch.setattr(host_process, "_hash", lambda *arguments: served.manifest)
     monkeypatch.setattr(host_process, "_load", lambda *arguments: served)
     return home
 
@@ -72,6 +73,32 @@ def descriptor() -> Iterator[int]:
     yield writing
     os.close(reading)
     os.close(writing)
+
+
+def policy(version: int, model_id: str) -> Policy:
+    """That of a whitelist with this model alone."""
+    allowed = replace(WHITELIST, version=version, models={ModelId(model_id): "a model"})
+    return Policy.effective(allowed, NOW)
+
+
+class Keeper:
+    """A keeper whose second bootstrap peer answers with `late`, when that is waited for."""
+
+    def __init__(self, policy: Policy, late: Policy | None = None) -> None:
+        self.policy = policy
+        self._late = late
+
+    async def start(self) -> Policy:
+        return self.policy
+
+    async def policy_for(self, model_id: ModelId, name: str) -> Policy:
+        if self._late and not self.policy.allows_model(model_id):
+            self.policy = self._late
+        self.policy.check_model(model_id, name)
+        return self.policy
+
+    async def close(self) -> None:
+        pass
 
 
 def options(served: ServedModel, device: str = "cpu") -> ServeOptions:
@@ -385,10 +412,6 @@ async def test_a_host_whose_model_is_allowed_no_more_withdraws_until_it_is_again
 ) -> None:
     """Failed: it warned once and announced on, and clients came to be refused."""
 
-    def policy(version: int, model_id: str) -> Policy:
-        allowed = replace(WHITELIST, version=version, models={ModelId(model_id): "a model"})
-        return Policy.effective(allowed, NOW)
-
     async def announced(times: int) -> None:
         async with asyncio.timeout(20):
             while len(await find_records(home.other, None)) != times:  # noqa: ASYNC110
@@ -421,20 +444,54 @@ async def test_a_model_that_leaves_the_whitelist_while_it_loads_is_not_announced
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Keeper:
-        policy = Policy.effective(
-            replace(WHITELIST, version=2, models={ModelId("ab" * 32): "another"}), NOW
-        )
+    keeper = Keeper(policy(1, served.manifest.model_id))
 
-        async def start(self) -> Policy:
-            return Policy.effective(replace(WHITELIST, version=1, models={}), NOW)
+    def load(*args: object) -> ServedModel:
+        keeper.policy = policy(2, "ab" * 32)
+        return served
 
-        async def close(self) -> None:
-            pass
-
+    monkeypatch.setattr(host_process, "_load", load)
     one = process(tmp_path / "host.key", descriptor)
     monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
-    monkeypatch.setattr(one, "keeper", lambda *_: Keeper(), raising=False)
+    monkeypatch.setattr(one, "keeper", lambda *_: keeper)
     with pytest.raises(NotAllowed, match="is not allowed by whitelist 2"):
         await asyncio.wait_for(_host(one, options(served)), 60)
     assert await find_records(home.other, None) == []
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_is_not_allowed_is_not_loaded(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(host_process, "_load", lambda *arguments: loaded.append(arguments))
+    one = process(tmp_path / "host.key", descriptor)
+    monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
+    monkeypatch.setattr(one, "keeper", lambda *_: Keeper(policy(1, "ab" * 32)))
+    with pytest.raises(NotAllowed, match="is not allowed by whitelist 1"):
+        await asyncio.wait_for(_host(one, options(served)), 60)
+    assert loaded == []
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_a_late_bootstrap_allows_is_served(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The whitelist of the one that had answered counted, though it was behind."""
+    keeper = Keeper(policy(1, "ab" * 32), policy(2, served.manifest.model_id))
+    one = process(tmp_path / "host.key", descriptor)
+    one.stop.set()
+    monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
+    monkeypatch.setattr(one, "keeper", lambda *_: keeper)
+    await asyncio.wait_for(_host(one, options(served)), 60)
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert "Policy: whitelist 2 " in said
