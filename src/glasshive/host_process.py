@@ -35,6 +35,7 @@ from glasshive.host_words import (
     say_policy,
     say_reach,
     say_ready,
+    say_starting,
     say_whitelist,
     say_withdrawn,
 )
@@ -354,6 +355,7 @@ async def _host(
     process: _Process, options: ServeOptions, inherited: Inherited | None = None
 ) -> None:
     settings = process.life.settings
+    say_starting(process.life, options, has_libraries=inherited is not None)
     # Before anybody is waited for.
     _check(options)
     store, own = open_store(settings), own_rules(settings)

@@ -29,7 +29,7 @@ from glasshive.host_process import (
     _host,
     _Process,
 )
-from glasshive.host_words import say_moved
+from glasshive.host_words import say_moved, say_starting
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
@@ -172,7 +172,8 @@ async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found
     await _host(one, options(served))
     said = capfd.readouterr().err
     assert "ready; Ctrl-C withdraws the record and stops" in said
-    assert before[0] == (
+    starting = "starting: loading torch and transformers, then all blocks of tiny; Ctrl-C stops\n"
+    assert before[0] == starting + (
         ""
         if bootstraps
         else "no bootstrap peer is given, so this host begins a swarm of its own, with nobody else "
@@ -182,6 +183,31 @@ async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found
     )
     assert ("find the swarm that this host began by\n" in said) == (not bootstraps)
     assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
+
+
+@pytest.mark.parametrize("log_format", ["pretty", "json"])
+@pytest.mark.parametrize("has_libraries", [False, True])
+def test_a_start_says_what_it_loads(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    log_format: Literal["pretty", "json"],
+    has_libraries: bool,
+) -> None:
+    """It said nothing for 15 s. A spare process that takes over has the libraries."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        host_words, "log", SimpleNamespace(info=lambda event, **what: events.append((event, what)))
+    )
+    life = Life(Settings(), tmp_path / "key", "/ip4/127.0.0.1/tcp/0", log_format, -1)
+    what = ServeOptions("a/folder", (0, 10), "auto", "cpu", "sdpa", None)
+    say_starting(life, what, has_libraries=has_libraries)
+    said = capfd.readouterr().err
+    if log_format == "json":
+        assert (said, events) == ("", [("starting", {"model": "a/folder", "blocks": "0:10"})])
+    else:
+        libraries = "" if has_libraries else "torch and transformers, then "
+        assert said == f"starting: loading {libraries}blocks 0:10 of a/folder; Ctrl-C stops\n"
 
 
 @pytest.mark.asyncio
@@ -378,12 +404,12 @@ async def test_a_device_that_is_not_there_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Also before anything that is said of a start."""
+    """Also before anything that is said of a key."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     one = process(tmp_path / "host-2.key", descriptor, key_in_use="host.key")
     with pytest.raises(NoSuchDevice):  # without a transport, and nobody is waited for
         await _host(one, options(served, "cuda"))
-    assert capfd.readouterr().err == ""
+    assert "in use" not in capfd.readouterr().err
 
 
 @pytest.mark.asyncio
@@ -399,7 +425,7 @@ async def test_which_key_was_taken_is_said(
     one.stop.set()
     await _host(one, options(served))
     said = capfd.readouterr().err
-    assert said.startswith(f"busy.key is in use; this process is the peer of {key}\n")
+    assert said.splitlines()[1] == f"busy.key is in use; this process is the peer of {key}"
 
 
 @pytest.mark.asyncio
