@@ -58,28 +58,33 @@ async def fetch_model_files(
     """A folder with the configuration and tokenizer of a model, taken from the first good peer.
 
     One that says nothing for `SILENCE_SECONDS` may be frozen, or have others to answer first: the
-    next one is asked, and after all of them it again, while there is time. Raises BadModelFiles if
-    no peer gave files that fit the model's id, naming what each did.
+    next one is asked, and after all of them it again, for twice as long, while there is time. Of a
+    peer that is listed twice the first address counts. Raises BadModelFiles if no peer gave files
+    that fit the model's id, naming what each did.
     """
     folder = cache / model_id
     if (folder / MANIFEST).exists():
         return folder
     ends_at = time.monotonic() + deadline_seconds
     problems: dict[PeerId, str] = {}
-    to_ask = deque(peers)
+    places: dict[PeerId, PeerAddress] = {}
+    for one in peers:
+        places.setdefault(one.peer_id, one)
+    to_ask = deque((one, SILENCE_SECONDS) for one in places.values())
     while to_ask and (left_seconds := ends_at - time.monotonic()) > 0:
-        peer = to_ask.popleft()
+        peer, silence_seconds = to_ask.popleft()
         # Who is the only one left keeps its place in that peer's queue.
-        patience_seconds = min(left_seconds, SILENCE_SECONDS) if to_ask else left_seconds
+        patience_seconds = min(left_seconds, silence_seconds) if to_ask else left_seconds
         fetching = _fetch_from(transport, peer, model_id, cache, patience_seconds)
         try:
             return await within(left_seconds, fetching, "fetching its files")
         except (SwarmError, SecurityError, BadModelFiles) as error:
             problems[peer.peer_id] = f"{peer.peer_id[-8:]}: {error}"
             if isinstance(error, DeadlineExceeded):
-                to_ask.append(peer)
+                # Its queue may take longer than that, and who leaves loses its place there.
+                to_ask.append((peer, 2 * silence_seconds))
     said = list(problems.values())
-    if any(one.peer_id not in problems for one in to_ask):
+    if any(one.peer_id not in problems for one, _ in to_ask):
         said.append(f"{deadline_seconds:g} s were over before others could be asked")
     raise BadModelFiles(
         f"no peer gave the files of model {model_id[:16]}...: {'; '.join(said) or 'none known'}"

@@ -30,16 +30,19 @@ from glasshive.dht.loop_thread import LoopThread
 from glasshive.dht.outcome import forget_outcome
 from glasshive.dht.records import PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
+from glasshive.dht.trust_exchange import EXCHANGE_SECONDS
 from glasshive.graph.dtypes import DType
 from glasshive.graph.kernels import to_torch_dtype
 from glasshive.graph.twin import build_twin, outline_of
 from glasshive.security.keys import Identity, PeerId
+from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 
 T = TypeVar("T")
 
 _DIRECTORY_SECONDS: Final = 20.0
 _FILES_SECONDS: Final = 120.0
+_POLICY_SECONDS: Final = EXCHANGE_SECONDS + 5  # for who answers late with the newest one
 _CLOSE_SECONDS: Final = 30.0
 
 
@@ -62,6 +65,9 @@ class PolicyKeeper(Protocol):
     @property
     def policy(self) -> Policy:
         """The policy in force."""
+
+    async def policy_for(self, model_id: ModelId, name: str) -> Policy:
+        """That which allows a model, on the loop. Raises NotAllowed."""
 
 
 class Swarm:
@@ -214,12 +220,14 @@ class Swarm:
         swarm's policy, NoRoute, BadModelFiles, and what `records` raises.
         """
         mine = self.records(name)
-        if self.policy is not None:
-            self.policy.check_model(mine[0].model, mine[0].model_name)
+        if self._keeper is not None:
+            policy = self._loop.run(
+                self._keeper.policy_for(mine[0].model, mine[0].model_name), _POLICY_SECONDS
+            )
             revoked = self.revoked(mine)
             if len(revoked) == len({one.peer_id for one in mine}):
                 raise NoRoute(
-                    f"{name} is served only by peers that are revoked by {self.policy.source}: "
+                    f"{name} is served only by peers that are revoked by {policy.source}: "
                     f"{', '.join(sorted(revoked)):.300}"
                 )
             mine = [one for one in mine if one.peer_id not in revoked]

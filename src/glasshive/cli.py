@@ -211,7 +211,13 @@ def serve(
 
 @app.command()
 def bootstrap(
-    listen: Annotated[str, typer.Option(help="Multiaddr to listen at.")] = BOOTSTRAP_LISTEN,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            help="Multiaddr to listen at; else where the config names the peer of this key, else "
+            f"{BOOTSTRAP_LISTEN}."
+        ),
+    ] = None,
     announce: AnnounceOption = None,
     others: BootstrapOption = None,
     config: ConfigOption = None,
@@ -225,6 +231,7 @@ def bootstrap(
     set_up_logging(log_format)
     settings = load_settings(config, bootstraps=others)
     default = data_dir() / "bootstrap.key"
+    listen = listen or _named_place(settings, key or default, announce or ()) or BOOTSTRAP_LISTEN
     if report_descriptor is None:
         _check_can_listen(listen, announce or (), settings, config_path(config))
         _supervise(key, default, settings, until_stdin_ends)
@@ -418,6 +425,22 @@ def _supervise(
     sys.exit(code)
 
 
+def _named_place(settings: Settings, key: Path, announce: Sequence[str]) -> str | None:
+    """Where the config has others look for the peer of this key, to listen there.
+
+    Not where `announce` leads, which need be no address of this machine. Raises KeyFileError.
+    """
+    from glasshive.security.keys import Identity
+
+    if not key.exists():
+        return None  # it is made now, so no config names its peer
+    own = f"/p2p/{Identity.load_or_create(key).peer_id}"
+    named = (one.removesuffix(own) for one in settings.bootstraps if one.endswith(own))
+    return next(
+        (one for one in named if one.startswith(("/ip4/", "/ip6/")) and one not in announce), None
+    )
+
+
 def _check_can_listen(
     listen: str, announce: Sequence[str], settings: Settings, names_it: Path | None = None
 ) -> None:
@@ -447,7 +470,14 @@ def _check_can_listen(
                 "give another port with --listen, or let one be chosen: "
                 f"--listen /{kind}/{host}/tcp/0"
             )
-            if names_it and any(f"/tcp/{port}/p2p/" in one for one in settings.bootstraps):
+            is_named = any(one.startswith(f"{listen}/p2p/") for one in settings.bootstraps)
+            if names_it and is_named and error.errno == errno.EADDRNOTAVAIL:
+                what_to_do = (
+                    f"{names_it} names this peer there, and that is no address of this machine; "
+                    "if a router leads from there to this one, say with --listen where this peer "
+                    f"listens, and --announce {listen}"
+                )
+            elif names_it and any(f"/tcp/{port}/p2p/" in one for one in settings.bootstraps):
                 what_to_do = (
                     f"stop that one (an earlier `glasshive bootstrap`?), since {names_it} names "
                     "this port; with another port of --listen change `bootstraps` there too, and "

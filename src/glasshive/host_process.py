@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -34,6 +35,7 @@ from glasshive.host_words import (
     say_policy,
     say_reach,
     say_ready,
+    say_starting,
     say_whitelist,
     say_withdrawn,
 )
@@ -44,6 +46,7 @@ from glasshive.new_member import renew_ended
 from glasshive.peer.supervisor import BEAT_SECONDS, Reporter, stdin_ended, wait_for_turn
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
+from glasshive.security.manifest import Manifest
 from glasshive.security.membership import Act
 from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
@@ -352,6 +355,7 @@ async def _host(
     process: _Process, options: ServeOptions, inherited: Inherited | None = None
 ) -> None:
     settings = process.life.settings
+    say_starting(process.life, options, has_libraries=inherited is not None)
     # Before anybody is waited for.
     _check(options)
     store, own = open_store(settings), own_rules(settings)
@@ -363,28 +367,35 @@ async def _host(
         accounts = open_accounts(settings, identity, process.gate)
         # When the transport has ended every trace.
         last.push_async_callback(asyncio.to_thread, accounts.close)
-        policy = host_rules(None, own, time.time()) if store is None else Policy.floor()
         keeper = None
         if store is not None:
             keeper = process.keeper(transport, store, own)
-            policy = await keeper.start()
+            await keeper.start()
             ends.push_async_callback(keeper.close)
+
+        async def policy_for(manifest: Manifest) -> Policy:
+            model_id = manifest.model_id
+            if keeper is not None:
+                return await keeper.policy_for(model_id, manifest.name)
+            policy = host_rules(None, own, time.time())
+            policy.check_model(model_id, manifest.name)
+            return policy
+
+        show = process.life.log_format == "pretty"
         thread = _thread_that_ends()
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, thread)
         try:
-            served = await asyncio.get_running_loop().run_in_executor(
-                thread, _load, options, process.life.log_format == "pretty", policy, inherited
-            )
+            manifest = await in_thread(_hash, options, show)
+            await policy_for(manifest)
+            served = await in_thread(_load, options, manifest, show, inherited)
         finally:
             thread.shutdown(wait=False)
         from glasshive.peer.host_limits import HostLimits
         from glasshive.peer.seen_requests import SeenRequests
         from glasshive.peer.serving import Serving
-        from glasshive.security.manifest import ModelId
 
         seen = SeenRequests(data_dir() / "seen" / identity.peer_id, now=transport.now())
-        if keeper is not None:
-            policy = keeper.policy  # there may be a newer one since, without this model
-            policy.check_model(ModelId(served.manifest.model_id), served.name)
+        policy = await policy_for(served.manifest)  # a newer one since may be without this model
         serving = Serving(
             *(transport, identity, served),
             limits=HostLimits(memory_bytes=settings.memory),
@@ -435,23 +446,25 @@ def _number_format(options: ServeOptions) -> torch.dtype:
     return to_torch_dtype(DType.BFLOAT16 if on_gpu else DType.FLOAT32)
 
 
-def _load(
-    options: ServeOptions, show: bool, policy: Policy, inherited: Inherited | None
-) -> ServedModel:
-    from glasshive.graph.plan import Span
+def _hash(options: ServeOptions, show: bool) -> Manifest:
     from glasshive.manifest_cache import known_manifest, model_name
-    from glasshive.peer.served_model import load_served_model
-    from glasshive.security.manifest import ModelId
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
-        manifest = known_manifest(folder, name, on_hashing)
-    policy.check_model(ModelId(manifest.model_id), name)
-    with byte_bar(f"loading {name}", show=show) as on_loading:
+        return known_manifest(folder, name, on_hashing)
+
+
+def _load(
+    options: ServeOptions, manifest: Manifest, show: bool, inherited: Inherited | None
+) -> ServedModel:
+    from glasshive.graph.plan import Span
+    from glasshive.peer.served_model import load_served_model
+
+    with byte_bar(f"loading {manifest.name}", show=show) as on_loading:
         return load_served_model(
-            folder,
-            name,
+            find_model(options.model),
+            manifest.name,
             Span(*options.blocks) if options.blocks else None,
             dtype=_number_format(options),
             device=options.device,

@@ -16,11 +16,23 @@ from glasshive.terminal import console
 
 if TYPE_CHECKING:
     from glasshive.dht.records import PeerRecord
-    from glasshive.host_process import Life
+    from glasshive.host_process import Life, ServeOptions
     from glasshive.peer.accounts import Accounts
     from glasshive.peer.serving import Serving
 
 log = structlog.get_logger(__name__)
+
+
+def say_starting(life: Life, options: ServeOptions, *, has_libraries: bool) -> None:
+    """What a host does in the seconds, or minutes, before it serves."""
+    model = options.name or options.model
+    blocks = options.blocks and "{}:{}".format(*options.blocks)
+    if life.log_format == "json":
+        log.info("starting", model=model, blocks=blocks)
+        return
+    libraries = "" if has_libraries else "torch and transformers, then "
+    which = f"blocks {blocks}" if blocks else "all blocks"
+    console.print(f"starting: loading {libraries}{which} of {model}; Ctrl-C stops", markup=False)
 
 
 def say_withdrawn(life: Life, record: PeerRecord, policy: Policy) -> None:

@@ -16,7 +16,8 @@ The file is the one that is given, else the one that GLASSHIVE_CONFIG names, els
 user's configuration folder. Each name is also an environment variable (GLASSHIVE_SWARM,
 GLASSHIVE_BOOTSTRAPS with commas between the addresses, GLASSHIVE_KEY, GLASSHIVE_HOST_KEY,
 GLASSHIVE_ROOT, GLASSHIVE_ISSUERS, GLASSHIVE_POLICY, GLASSHIVE_AUDIT, GLASSHIVE_MEMORY,
-GLASSHIVE_LISTEN, GLASSHIVE_ANNOUNCE). A bootstrap peer takes the last two from its flags only.
+GLASSHIVE_LISTEN, GLASSHIVE_ANNOUNCE). A bootstrap peer doesn't take the last two: it listens where
+`bootstraps` names it, unless its flags say otherwise.
 
 The file's `announce` leads to the file's `listen`: who listens elsewhere, by a flag or variable,
 isn't announced there.

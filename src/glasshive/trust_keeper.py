@@ -23,11 +23,17 @@ from glasshive.dht.addresses import dialable
 from glasshive.dht.errors import RecordRefused, ShutOut, SwarmError
 from glasshive.dht.records import MODELS_KEY, PeerRecord
 from glasshive.dht.transport import PeerAddress, Transport
-from glasshive.dht.trust_exchange import exchange_trust, serve_trust, versions_of
+from glasshive.dht.trust_exchange import (
+    EXCHANGE_SECONDS,
+    exchange_trust,
+    serve_trust,
+    versions_of,
+)
 from glasshive.good_answer import good_answer
 from glasshive.security.errors import BadPolicy, BadTrustStore, SecurityError
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import PeerId
+from glasshive.security.manifest import ModelId
 from glasshive.security.policy import Policy
 from glasshive.security.trust_store import TrustStore
 from glasshive.swarm_trust import host_rules, rules_state
@@ -71,6 +77,7 @@ class TrustKeeper:
         self._news = asyncio.Event()
         self._look = asyncio.Event()  # at the store: what the policy is made of may be other
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._answers: list[asyncio.Task[bool]] = []  # of those who were asked at the start
         self._said: dict[PeerId, str] = {}  # what each neighbour's last failure was
         self._policy = Policy.floor()
         self._made_of: tuple[int, int, str] | None = None
@@ -88,11 +95,11 @@ class TrustKeeper:
         """
         known = [one.peer_id for one in self._bootstraps]
         await serve_trust(self._transport, self._store, self._on_news, known=known)
-        answers = [asyncio.create_task(self._exchange(one)) for one in self._bootstraps]
-        asking = asyncio.create_task(self._keep_asking(answers))
-        self._tasks = {*answers, asking}
+        self._answers = [asyncio.create_task(self._exchange(one)) for one in self._bootstraps]
+        asking = asyncio.create_task(self._keep_asking())
+        self._tasks = {*self._answers, asking}
         try:
-            await good_answer(answers)
+            await good_answer(self._answers)
             self._store.refresh()
             now = self._clock()
             self._made_of = rules_state(self._store, now)
@@ -104,6 +111,19 @@ class TrustKeeper:
         self._tasks.add(asyncio.create_task(self._keep_applied()))
         return self._policy
 
+    async def policy_for(self, model_id: ModelId, name: str) -> Policy:
+        """The policy in force, which allows this model. Raises NotAllowed.
+
+        That is said only when all bootstrap peers that were asked at the start have answered: who
+        answered first may be behind, and the newest whitelist still on its way.
+        """
+        if not self._policy.allows_model(model_id):
+            if self._answers:
+                await asyncio.wait(self._answers, timeout=EXCHANGE_SECONDS)
+            self._apply()
+        self._policy.check_model(model_id, name)
+        return self._policy
+
     async def close(self) -> None:
         """Stop. Never raises; may be called again."""
         tasks, self._tasks = self._tasks, set()
@@ -112,10 +132,10 @@ class TrustKeeper:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
-    async def _keep_asking(self, answers: Sequence[asyncio.Task[bool]]) -> None:
+    async def _keep_asking(self) -> None:
         """Round after round; the first is over when those who were asked at the start answered."""
         try:
-            await asyncio.gather(*answers)
+            await asyncio.gather(*self._answers)
         except Exception:
             log.exception("trust_round_failed")
         while True:

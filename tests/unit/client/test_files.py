@@ -236,15 +236,15 @@ SLOW_FILES = {"config.json": FILE, "tokenizer.json": TOKENIZER_FILE}
 class Host:
     """Gives the files of `SLOW_FILES`, each slice after a while, or says nothing, as if frozen.
 
-    Or only to who asks once others have been answered, which takes `busy_seconds`.
+    Or it has others to answer first, which takes `queue_seconds` from each time that it is asked.
     """
 
     def __init__(
-        self, network: MemoryNetwork, *, is_frozen: bool, busy_seconds: float = 0.0
+        self, network: MemoryNetwork, *, is_frozen: bool, queue_seconds: float = 0.0
     ) -> None:
         self._transport = network.transport(Identity.generate())
         self._is_frozen = is_frozen
-        self._busy_seconds = busy_seconds
+        self._queue_seconds = queue_seconds
         self.manifest = Manifest(
             "m",
             tuple(
@@ -259,10 +259,12 @@ class Host:
 
     async def _answer(self, stream: Stream) -> None:
         files = SLOW_FILES | {"manifest": self.manifest.encode()}
-        for _ in files:
+        for number in range(len(files)):
             asked = decode((await stream.receive(200)).header, AskFile)
-            if self._is_frozen or asyncio.get_running_loop().time() < self._busy_seconds:
+            if self._is_frozen:
                 await stream.receive(200)
+            if number == 0:
+                await asyncio.sleep(self._queue_seconds)  # virtual time
             data = files[asked.name]
             message: File | More = File(len(data))
             for offset in range(0, len(data), SLICE_BYTES):
@@ -324,19 +326,43 @@ def test_where_all_hosts_are_frozen_each_is_named_in_time(
     virtual.run_until_complete(story())
 
 
-def test_a_busy_host_is_asked_again_where_the_others_are_frozen(
+@pytest.mark.parametrize("other_is_frozen", [True, False], ids=["beside-frozen", "beside-busy"])
+def test_a_busy_host_is_waited_for_longer_when_it_is_asked_again(
+    other_is_frozen: bool,
+    virtual: VirtualLoop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each round left each after the same silence, so that no place in a queue was ever kept."""
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
+    queue_seconds = SILENCE_SECONDS + 1
+
+    async def story() -> None:
+        network = MemoryNetwork(clock=virtual.time)
+        client = network.transport(Identity.generate(), dht=False)
+        busy = Host(network, is_frozen=False, queue_seconds=queue_seconds)
+        other = Host(network, is_frozen=other_is_frozen, queue_seconds=queue_seconds)
+        peers = [await one.serve() for one in (busy, other)]
+        await fetch_model_files(client, peers, busy.manifest.model_id, tmp_path, 120)
+        assert virtual.time() == pytest.approx(2 * SILENCE_SECONDS + queue_seconds + 50, abs=1.0)
+
+    virtual.run_until_complete(story())
+
+
+def test_a_host_that_is_listed_twice_is_one_that_keeps_a_place(
     virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last one of the list had all the time that was left, and the busy one none."""
+    """It was left for itself."""
     monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
 
     async def story() -> None:
         network = MemoryNetwork(clock=virtual.time)
         client = network.transport(Identity.generate(), dht=False)
-        busy = Host(network, is_frozen=False, busy_seconds=SILENCE_SECONDS + 1)
-        peers = [await one.serve() for one in (busy, Host(network, is_frozen=True))]
+        busy = Host(network, is_frozen=False, queue_seconds=SILENCE_SECONDS + 1)
+        place = await busy.serve()
+        peers = [place, PeerAddress(place.peer_id, ("/ip4/127.0.0.1/tcp/9",))]
         await fetch_model_files(client, peers, busy.manifest.model_id, tmp_path, 120)
-        assert virtual.time() == pytest.approx(2 * SILENCE_SECONDS + 50, abs=1.0)
+        assert virtual.time() == pytest.approx(SILENCE_SECONDS + 1 + 50, abs=1.0)
 
     virtual.run_until_complete(story())
 

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
-from glasshive import cli
+from glasshive import cli, host_process
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.keyring import KeyInUse, take_free_key, take_key
 from glasshive.models import find_model
@@ -284,6 +284,68 @@ def test_a_clash_says_that_the_config_names_the_port(
         "invites anew: those made before hold the old address\n"
     ) in said
     assert "another process does; give another port with --listen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "flags", "listens"),
+    [
+        ("/ip4/192.168.1.5/tcp/31340", (), "/ip4/192.168.1.5/tcp/31340"),
+        ("/ip6/::1/tcp/31340", (), "/ip6/::1/tcp/31340"),
+        ("/ip4/192.168.1.5/tcp/31340", ("--listen", LOOPBACK), LOOPBACK),
+        # What a router announces is no address of this machine, nor is a name.
+        (
+            "/ip4/203.0.113.7/tcp/31340",
+            ("--announce", "/ip4/203.0.113.7/tcp/31340"),
+            cli.BOOTSTRAP_LISTEN,
+        ),
+        ("/dns4/lab.example/tcp/31340", (), cli.BOOTSTRAP_LISTEN),
+        (None, (), cli.BOOTSTRAP_LISTEN),
+    ],
+)
+def test_a_bootstrap_listens_where_its_config_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    named: str | None,
+    flags: tuple[str, ...],
+    listens: str,
+) -> None:
+    """It listened at the usual place on loopback, where nobody who read the config looked."""
+    key, config = tmp_path / "bootstrap.key", tmp_path / "hive.toml"
+    own = Identity.load_or_create(key).peer_id
+    other = f"/ip4/192.168.1.6/tcp/31340/p2p/{Identity.generate().peer_id}"
+    config.write_text(
+        f"bootstraps = {json.dumps([other, *([f'{named}/p2p/{own}'] if named else [])])}"
+    )
+    lives: list[host_process.Life] = []
+
+    def run_bootstrap(life: host_process.Life) -> NoReturn:
+        lives.append(life)
+        sys.exit(0)
+
+    monkeypatch.setattr(host_process, "run_bootstrap", run_bootstrap)
+    arguments = ("--config", str(config), "--key", str(key), "--report-descriptor", "3", *flags)
+    assert run("bootstrap", *arguments, monkeypatch=monkeypatch) == 0
+    assert [one.listen for one in lives] == [listens]
+
+
+def test_an_address_of_the_config_that_is_elsewhere_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async def run_none(supervisor: Supervisor, *, until_stdin_ends: bool) -> int:
+        return 0
+
+    monkeypatch.setattr(Supervisor, "run", run_none)
+    key, config = tmp_path / "bootstrap.key", tmp_path / "hive.toml"
+    named = "/ip4/10.254.253.252/tcp/31340"
+    own = Identity.load_or_create(key).peer_id
+    config.write_text(f'root = "1.root.json"\nbootstraps = ["{named}/p2p/{own}"]\n')
+    arguments = ("--config", str(config), "--key", str(key))
+    assert run("bootstrap", *arguments, monkeypatch=monkeypatch) == 1
+    assert (
+        f"{config} names this peer there, and that is no address of this machine; if a router "
+        "leads from there to this one, say with --listen where this peer listens, and "
+        f"--announce {named}\n"
+    ) in capfd.readouterr().err
 
 
 def test_manifest_names_every_file_that_counts(

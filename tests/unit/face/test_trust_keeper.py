@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from signers import ANN, CAT, DAN, DAY, EVE, FIRST, NOW, ROOT, SWARM, WHITELIST, root_document
+from signers import (
+    ANN,
+    CAT,
+    DAN,
+    DAY,
+    EVE,
+    FIRST,
+    NOW,
+    ROOT,
+    SWARM,
+    TINY,
+    WHITELIST,
+    root_document,
+)
 from signers import signed_whitelist as signed
 from structlog.testing import capture_logs
 
@@ -24,7 +37,7 @@ from glasshive.dht.messages import TRUST_PROTOCOL
 from glasshive.dht.records import ModelId, PeerRecord
 from glasshive.dht.transport import PeerAddress
 from glasshive.dht.trust_exchange import exchange_trust, serve_trust
-from glasshive.security.errors import BadTrustStore
+from glasshive.security.errors import BadTrustStore, NotAllowed
 from glasshive.security.host_policy import HostRules
 from glasshive.security.keys import Identity
 from glasshive.security.policy import Policy
@@ -100,9 +113,9 @@ class Slow:
     `asked` is set when it is, `left` when whoever asked has ended that.
     """
 
-    def __init__(self, swarm: Swarm, version: int) -> None:
+    def __init__(self, swarm: Swarm, version: int, **changes: Any) -> None:
         self.store = swarm.store(f"slow-{version}")
-        self.store.accept_whitelist(*signed(version))
+        self.store.accept_whitelist(*signed(version, **changes))
         keeper, self.place = swarm.keeper(self.store)
         self._transport = keeper._transport
         self._thawed = asyncio.Event()
@@ -153,6 +166,44 @@ async def test_a_frozen_bootstrap_keeps_nobody_waiting_nor_news_back(swarm: Swar
     slow.thaw()
     await until(lambda: told)  # without a period between
     assert [one.version for one in told] == [8]
+
+
+NEW = ModelId("ef" * 32)  # to what whitelist 7 has
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("is_allowed", [True, False])
+async def test_a_model_is_refused_only_when_all_bootstraps_have_answered(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, is_allowed: bool
+) -> None:
+    """The first to answer was behind, and its whitelist refused what the newest one allows."""
+    monkeypatch.setattr(good_answer, "MOMENT_SECONDS", 0.0)
+    slow = Slow(swarm, 8, models={NEW: "new"} if is_allowed else {TINY: "tiny"})
+    host, _ = swarm.keeper(swarm.store("host"), await quick_bootstrap(swarm), await slow.serve())
+    assert (await host.start()).version == 7
+    asking = asyncio.create_task(host.policy_for(NEW, "new"))
+    async with asyncio.timeout(START_SECONDS):
+        assert (await host.policy_for(TINY, "tiny")).version == 7  # nobody is waited for
+        await slow.asked.wait()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not asking.done()
+    slow.thaw()
+    if is_allowed:
+        assert (await asking).version == 8
+    else:
+        with pytest.raises(NotAllowed, match=r"'new' .* is not allowed by whitelist 8"):
+            await asking
+
+
+@pytest.mark.asyncio
+async def test_a_model_is_asked_for_in_what_has_just_come(swarm: Swarm) -> None:
+    store = swarm.store("host")
+    store.accept_whitelist(*signed())
+    host, _ = swarm.keeper(store)
+    assert (await host.start()).version == 7
+    store.accept_whitelist(*signed(8, models={NEW: "new"}))
+    assert (await host.policy_for(NEW, "new")).version == 8
 
 
 @pytest.mark.asyncio

@@ -29,7 +29,7 @@ from glasshive.host_process import (
     _host,
     _Process,
 )
-from glasshive.host_words import say_moved
+from glasshive.host_words import say_moved, say_starting
 from glasshive.peer.errors import NoSuchDevice
 from glasshive.peer.served_model import ServedModel
 from glasshive.peer.serving import Serving
@@ -62,6 +62,7 @@ def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -
         yield home.transport
 
     monkeypatch.setattr(_Process, "transport", transport)
+    monkeypatch.setattr(host_process, "_hash", lambda *arguments: served.manifest)
     monkeypatch.setattr(host_process, "_load", lambda *arguments: served)
     return home
 
@@ -72,6 +73,32 @@ def descriptor() -> Iterator[int]:
     yield writing
     os.close(reading)
     os.close(writing)
+
+
+def policy(version: int, model_id: str) -> Policy:
+    """That of a whitelist with this model alone."""
+    allowed = replace(WHITELIST, version=version, models={ModelId(model_id): "a model"})
+    return Policy.effective(allowed, NOW)
+
+
+class Keeper:
+    """A keeper whose second bootstrap peer answers with `late`, when that is waited for."""
+
+    def __init__(self, policy: Policy, late: Policy | None = None) -> None:
+        self.policy = policy
+        self._late = late
+
+    async def start(self) -> Policy:
+        return self.policy
+
+    async def policy_for(self, model_id: ModelId, name: str) -> Policy:
+        if self._late and not self.policy.allows_model(model_id):
+            self.policy = self._late
+        self.policy.check_model(model_id, name)
+        return self.policy
+
+    async def close(self) -> None:
+        pass
 
 
 def options(served: ServedModel, device: str = "cpu") -> ServeOptions:
@@ -145,7 +172,8 @@ async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found
     await _host(one, options(served))
     said = capfd.readouterr().err
     assert "ready; Ctrl-C withdraws the record and stops" in said
-    assert before[0] == (
+    starting = "starting: loading torch and transformers, then all blocks of tiny; Ctrl-C stops\n"
+    assert before[0] == starting + (
         ""
         if bootstraps
         else "no bootstrap peer is given, so this host begins a swarm of its own, with nobody else "
@@ -155,6 +183,31 @@ async def test_a_host_without_a_bootstrap_says_so_first_and_then_how_it_is_found
     )
     assert ("find the swarm that this host began by\n" in said) == (not bootstraps)
     assert (f"  --bootstrap {home.transport.addresses[0]}\n" in said) == (not bootstraps)
+
+
+@pytest.mark.parametrize("log_format", ["pretty", "json"])
+@pytest.mark.parametrize("has_libraries", [False, True])
+def test_a_start_says_what_it_loads(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    log_format: Literal["pretty", "json"],
+    has_libraries: bool,
+) -> None:
+    """It said nothing for 15 s. A spare process that takes over has the libraries."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        host_words, "log", SimpleNamespace(info=lambda event, **what: events.append((event, what)))
+    )
+    life = Life(Settings(), tmp_path / "key", "/ip4/127.0.0.1/tcp/0", log_format, -1)
+    what = ServeOptions("a/folder", (0, 10), "auto", "cpu", "sdpa", None)
+    say_starting(life, what, has_libraries=has_libraries)
+    said = capfd.readouterr().err
+    if log_format == "json":
+        assert (said, events) == ("", [("starting", {"model": "a/folder", "blocks": "0:10"})])
+    else:
+        libraries = "" if has_libraries else "torch and transformers, then "
+        assert said == f"starting: loading {libraries}blocks 0:10 of a/folder; Ctrl-C stops\n"
 
 
 @pytest.mark.asyncio
@@ -351,12 +404,12 @@ async def test_a_device_that_is_not_there_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Also before anything that is said of a start."""
+    """Also before anything that is said of a key."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     one = process(tmp_path / "host-2.key", descriptor, key_in_use="host.key")
     with pytest.raises(NoSuchDevice):  # without a transport, and nobody is waited for
         await _host(one, options(served, "cuda"))
-    assert capfd.readouterr().err == ""
+    assert "in use" not in capfd.readouterr().err
 
 
 @pytest.mark.asyncio
@@ -372,7 +425,7 @@ async def test_which_key_was_taken_is_said(
     one.stop.set()
     await _host(one, options(served))
     said = capfd.readouterr().err
-    assert said.startswith(f"busy.key is in use; this process is the peer of {key}\n")
+    assert said.splitlines()[1] == f"busy.key is in use; this process is the peer of {key}"
 
 
 @pytest.mark.asyncio
@@ -384,10 +437,6 @@ async def test_a_host_whose_model_is_allowed_no_more_withdraws_until_it_is_again
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Failed: it warned once and announced on, and clients came to be refused."""
-
-    def policy(version: int, model_id: str) -> Policy:
-        allowed = replace(WHITELIST, version=version, models={ModelId(model_id): "a model"})
-        return Policy.effective(allowed, NOW)
 
     async def announced(times: int) -> None:
         async with asyncio.timeout(20):
@@ -421,20 +470,54 @@ async def test_a_model_that_leaves_the_whitelist_while_it_loads_is_not_announced
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Keeper:
-        policy = Policy.effective(
-            replace(WHITELIST, version=2, models={ModelId("ab" * 32): "another"}), NOW
-        )
+    keeper = Keeper(policy(1, served.manifest.model_id))
 
-        async def start(self) -> Policy:
-            return Policy.effective(replace(WHITELIST, version=1, models={}), NOW)
+    def load(*args: object) -> ServedModel:
+        keeper.policy = policy(2, "ab" * 32)
+        return served
 
-        async def close(self) -> None:
-            pass
-
+    monkeypatch.setattr(host_process, "_load", load)
     one = process(tmp_path / "host.key", descriptor)
     monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
-    monkeypatch.setattr(one, "keeper", lambda *_: Keeper(), raising=False)
+    monkeypatch.setattr(one, "keeper", lambda *_: keeper)
     with pytest.raises(NotAllowed, match="is not allowed by whitelist 2"):
         await asyncio.wait_for(_host(one, options(served)), 60)
     assert await find_records(home.other, None) == []
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_is_not_allowed_is_not_loaded(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(host_process, "_load", lambda *arguments: loaded.append(arguments))
+    one = process(tmp_path / "host.key", descriptor)
+    monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
+    monkeypatch.setattr(one, "keeper", lambda *_: Keeper(policy(1, "ab" * 32)))
+    with pytest.raises(NotAllowed, match="is not allowed by whitelist 1"):
+        await asyncio.wait_for(_host(one, options(served)), 60)
+    assert loaded == []
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_a_late_bootstrap_allows_is_served(
+    home: Home,
+    served: ServedModel,
+    descriptor: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The whitelist of the one that had answered counted, though it was behind."""
+    keeper = Keeper(policy(1, "ab" * 32), policy(2, served.manifest.model_id))
+    one = process(tmp_path / "host.key", descriptor)
+    one.stop.set()
+    monkeypatch.setattr("glasshive.host_process.open_store", lambda settings: object())
+    monkeypatch.setattr(one, "keeper", lambda *_: keeper)
+    await asyncio.wait_for(_host(one, options(served)), 60)
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert "Policy: whitelist 2 " in said
