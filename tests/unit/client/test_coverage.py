@@ -99,7 +99,7 @@ def test_the_command_can_be_pasted() -> None:
 def test_a_model_that_is_served_quantised_alone_is_not_this_one() -> None:
     """Seen to be taken for it, and no trace then found a route."""
     served = [replace(record(0, 6), quantisation="int8")]
-    swarm: Any = SimpleNamespace(records=lambda name: served, policy=None)
+    swarm: Any = SimpleNamespace(records=lambda name: served, _keeper=None)
     text = "^tiny is not served with quantisation none; it is with int8$"
     with pytest.raises(NoRoute, match=text):
         Swarm.model(swarm, "tiny")
