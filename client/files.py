@@ -58,19 +58,15 @@ async def fetch_model_files(
     """A folder with the configuration and tokenizer of a model, taken from the first good peer.
 
     One that says nothing for `SILENCE_SECONDS` may be frozen, or have others to answer first: the
-    next one is asked, and after all of them it again, for twice as long, while there is time. Of a
-    peer that is listed twice the first address counts. Raises BadModelFiles if no peer gave files
-    that fit the model's id, naming what each did.
+    next one is asked, and after all of them it again, for twice as long, while there is time.
+    Raises BadModelFiles if no peer gave files that fit the model's id, naming what each did.
     """
     folder = cache / model_id
     if (folder / MANIFEST).exists():
         return folder
     ends_at = time.monotonic() + deadline_seconds
     problems: dict[PeerId, str] = {}
-    places: dict[PeerId, PeerAddress] = {}
-    for one in peers:
-        places.setdefault(one.peer_id, one)
-    to_ask = deque((one, SILENCE_SECONDS) for one in places.values())
+    to_ask = deque((one, SILENCE_SECONDS) for one in peers)
     while to_ask and (left_seconds := ends_at - time.monotonic()) > 0:
         peer, silence_seconds = to_ask.popleft()
         # Who is the only one left keeps its place in that peer's queue.

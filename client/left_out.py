@@ -120,9 +120,10 @@ class LeftOut:
         before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            dialled = self._dialled.get(error.peer)
-            why = what_became(error)
-            self._losses[error.peer] = _Loss(at, self._clock(), why, dialled, is_outdated)
+            loss = _Loss(at, self._clock(), what_became(error), is_outdated=is_outdated)
+            if (dialled := self._dialled.get(error.peer)) is not None:
+                loss.dialled, loss.newest_at = dialled, dialled.announced_at_seconds
+            self._losses[error.peer] = loss
 
     def forgive(self, *peers: PeerId) -> None:
         """Only other peers have lost them. Who is left out for good stays so."""
@@ -163,12 +164,13 @@ class LeftOut:
                 out.add(peer)
         return out
 
-    def awaited(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
+    def may_return(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
         """Who of those left out may still come back, by the records by which they were dialled.
 
-        The one that is waited for longest first. `records` are all that are known.
+        The one that is waited for longest first; also who is not waited for any more. `records` are
+        all that are known.
         """
-        peers = [one for one in self.among(records) if self.left_seconds(one) > 0]
+        peers = [one for one in self.among(records) if self.gone_seconds(one) < math.inf]
         peers.sort(key=self.left_seconds, reverse=True)
         return [self._dialled[one] for one in peers if one in self._dialled]
 

@@ -182,23 +182,26 @@ class Router:
         if lost is None:
             raise none
 
-        def choose(back: Sequence[PeerRecord] = ()) -> Route:
+        def choose(back: Sequence[PeerRecord] | None = None) -> Route:
             # A directory that was lost as well may not know of the others yet.
-            known = {one.peer_id: one for one in (*back, *before.records, *self.records.now)}
+            known = {
+                one.peer_id: one for one in (*(back or ()), *before.records, *self.records.now)
+            }
             return self._choose(
-                [one for one in known.values() if back or self.records.is_valid(one)],
+                [one for one in known.values() if back is not None or self.records.is_valid(one)],
                 *(needed_blocks(experiment.graph, experiment.outline), demand_of(experiment)),
                 *(tries, options.route),
                 also_banned=True,
-                back=[one.peer_id for one in back],
+                back=[one.peer_id for one in back or ()],
             )
 
-        # The one that was lost last may have failed for good, and another one not.
-        awaited = self._awaited(left_out, choose) or lost.peer
+        awaited = self._awaited(left_out, lambda back: choose(back).records, lost.peer)
+        if awaited is None:
+            raise none
         left_seconds = partial(left_out.left_seconds, awaited)
         if (seconds := min(left_seconds(), ends_at - time.monotonic())) > 0:
             until = self.records.until(choose, left_seconds, ends_at)
-            text = f"waiting for {awaited[-8:]}, which was {left_out.why(awaited)}, to come back"
+            text = f"waiting for {awaited[-8:]} to come back ({left_out.why(awaited)})"
             try:
                 with JobDisplay(options.show_progress) as display:
                     return self._swarm.run(
@@ -214,17 +217,21 @@ class Router:
         raise none
 
     def _awaited(
-        self, left_out: LeftOut, choose: Callable[[Sequence[PeerRecord]], object]
+        self,
+        left_out: LeftOut,
+        choose: Callable[[Sequence[PeerRecord]], Sequence[PeerRecord]],
+        lost: PeerId,
     ) -> PeerId | None:
-        """Whom to wait for: `choose` gives somebody when it is back, and those with more time left.
+        """Whom to wait for: of those whom `choose` takes if they are back, the one longest.
 
-        None if it would raise NoRoute even then.
+        It is given those who are waited for longest first, as few as will do. `lost` where it needs
+        none of them, as only a valid record is missing; None where all of them are too few.
         """
-        awaited = left_out.awaited(self.records.now)
-        for count, one in enumerate(awaited, 1):
+        gone = left_out.may_return(self.records.now)
+        for count in range(len(gone) + 1):
             with contextlib.suppress(NoRoute):
-                choose(awaited[:count])
-                return one.peer_id
+                taken = {one.peer_id for one in choose(gone[:count])}
+                return next((one.peer_id for one in gone[:count] if one.peer_id in taken), lost)
         return None
 
     def _route_or_why(
@@ -297,19 +304,20 @@ class Router:
                 return choose()
             return choose(also_banned=True)  # maybe one that has started again
 
-        def choose_with(back: Sequence[PeerRecord]) -> PeerRecord:
+        def choose_with(back: Sequence[PeerRecord]) -> list[PeerRecord]:
             known = {one.peer_id: one for one in (*back, *records.now)}
             avoid = left_out.among(records.now) - {one.peer_id for one in back}
-            return choose_among([*known.values()], avoid, also_banned=True)
+            return [choose_among([*known.values()], avoid, also_banned=True)]
 
         if records.are_fresh:
             with contextlib.suppress(NoRoute):
                 hosts[part] = choose()
                 left_out.dialled([hosts[part]])
                 return hosts[part]
-        # The one that was lost last may have failed for good, and another one not.
-        awaited = self._awaited(left_out, choose_with) or lost.peer_id
-        hosts[part] = await records.until(choose_any, lambda: left_out.left_seconds(awaited))
+        awaited = self._awaited(left_out, choose_with, lost.peer_id)
+        hosts[part] = await records.until(
+            choose_any, lambda: 0.0 if awaited is None else left_out.left_seconds(awaited)
+        )
         left_out.dialled([hosts[part]])
         return hosts[part]
 

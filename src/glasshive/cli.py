@@ -234,7 +234,7 @@ def bootstrap(
     listen = listen or _named_place(settings, key or default, announce or ()) or BOOTSTRAP_LISTEN
     if report_descriptor is None:
         _check_can_listen(listen, announce or (), settings, config_path(config))
-        _supervise(key, default, settings, until_stdin_ends)
+        _supervise(key, default, settings, until_stdin_ends, listen=listen)
     from glasshive.host_process import Life, run_bootstrap
 
     run_bootstrap(
@@ -383,10 +383,12 @@ def _supervise(
     until_stdin_ends: bool,
     *,
     spare: bool = False,
+    listen: str | None = None,
 ) -> NoReturn:
     """Become the supervisor of a process with this very command line, and of a spare one.
 
-    Without a key that the user named, the first free one from `default` on is taken.
+    Without a key that the user named, the first free one from `default` on is taken. It listens
+    where `listen` says, if that is given, and again where it did.
     """
     from glasshive.dht.transport import PeerAddress
     from glasshive.keyring import take_free_key, take_key
@@ -405,7 +407,8 @@ def _supervise(
     Identity.load_or_create(key)
 
     def command(report_descriptor: int, listening_at: str | None = None) -> list[str]:
-        again = ["--listen", listening_at] if listening_at else []
+        place = listening_at or listen
+        again = ["--listen", place] if place else []
         report = ["--report-descriptor", str(report_descriptor), "--key", str(key)]
         return [sys.executable, "-m", "glasshive.cli", *sys.argv[1:], *again, *in_use, *report]
 

@@ -385,9 +385,9 @@ async def _host(
         thread = _thread_that_ends()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, thread)
         try:
-            manifest = await in_thread(_hash, options, show)
+            folder, manifest = await in_thread(_hash, options, show)
             await policy_for(manifest)
-            served = await in_thread(_load, options, manifest, show, inherited)
+            served = await in_thread(_load, options, folder, manifest, show, inherited)
         finally:
             thread.shutdown(wait=False)
         from glasshive.peer.host_limits import HostLimits
@@ -446,24 +446,28 @@ def _number_format(options: ServeOptions) -> torch.dtype:
     return to_torch_dtype(DType.BFLOAT16 if on_gpu else DType.FLOAT32)
 
 
-def _hash(options: ServeOptions, show: bool) -> Manifest:
+def _hash(options: ServeOptions, show: bool) -> tuple[Path, Manifest]:
     from glasshive.manifest_cache import known_manifest, model_name
 
     folder = find_model(options.model)
     name = options.name or model_name(options.model, folder)
     with byte_bar(f"hashing {name}", show=show) as on_hashing:
-        return known_manifest(folder, name, on_hashing)
+        return folder, known_manifest(folder, name, on_hashing)
 
 
 def _load(
-    options: ServeOptions, manifest: Manifest, show: bool, inherited: Inherited | None
+    options: ServeOptions,
+    folder: Path,
+    manifest: Manifest,
+    show: bool,
+    inherited: Inherited | None,
 ) -> ServedModel:
     from glasshive.graph.plan import Span
     from glasshive.peer.served_model import load_served_model
 
     with byte_bar(f"loading {manifest.name}", show=show) as on_loading:
         return load_served_model(
-            find_model(options.model),
+            folder,
             manifest.name,
             Span(*options.blocks) if options.blocks else None,
             dtype=_number_format(options),

@@ -349,24 +349,6 @@ def test_a_busy_host_is_waited_for_longer_when_it_is_asked_again(
     virtual.run_until_complete(story())
 
 
-def test_a_host_that_is_listed_twice_is_one_that_keeps_a_place(
-    virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was left for itself."""
-    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=virtual.time))
-
-    async def story() -> None:
-        network = MemoryNetwork(clock=virtual.time)
-        client = network.transport(Identity.generate(), dht=False)
-        busy = Host(network, is_frozen=False, queue_seconds=SILENCE_SECONDS + 1)
-        place = await busy.serve()
-        peers = [place, PeerAddress(place.peer_id, ("/ip4/127.0.0.1/tcp/9",))]
-        await fetch_model_files(client, peers, busy.manifest.model_id, tmp_path, 120)
-        assert virtual.time() == pytest.approx(SILENCE_SECONDS + 1 + 50, abs=1.0)
-
-    virtual.run_until_complete(story())
-
-
 def test_who_refuses_is_asked_once(
     virtual: VirtualLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,7 @@ def test_at_the_deadline_it_says_who_is_busy(
 
 @pytest.mark.parametrize(
     ("outcome", "text"),
-    [(busy, "waiting for a place at {}"), (lost, "waiting for {}, which was lost, to come back")],
+    [(busy, "waiting for a place at {}"), (lost, "waiting for {} to come back (lost)")],
 )
 def test_who_waits_says_for_whom(
     outcome: Outcome, text: str, swarm: Swarm, run: Any, monkeypatch: pytest.MonkeyPatch

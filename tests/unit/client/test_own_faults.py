@@ -126,8 +126,10 @@ def test_nobody_waits_for_a_peer_with_which_there_is_no_route_either(
         raise next(said)
 
     monkeypatch.setattr(model, "_run_once", once)
-    with pytest.raises(PeerFailed, match=f"left out: 0:2 by {first.peer_id[-8:]} .failed."):
-        model.run(Experiment(), TraceOptions(show_progress=False))
+    with pytest.raises(PeerFailed, match="no other route: nobody else serves blocks 0:2") as caught:
+        model.run(Experiment(), TraceOptions(deadline_seconds=20, show_progress=False))
+    assert f"left out: 0:2 by {first.peer_id[-8:]} (failed)" in str(caught.value)
+    assert "waited" not in str(caught.value)
 
 
 def test_a_host_that_was_started_with_other_blocks_is_waited_for(

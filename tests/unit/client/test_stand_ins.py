@@ -137,6 +137,38 @@ async def test_nobody_waits_for_who_could_not_stand_in(monkeypatch: pytest.Monke
         await stand_in_of(model, [fails, behind], out)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("is_last", [False, True])
+async def test_of_several_that_are_lost_the_one_longest_is_waited_for(
+    is_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those who could help: a route needs the first one too, whose own time is over."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 25.0)
+    swarm = Swarm()
+    first, second, third = (*(swarm._record(0, 2) for _ in range(2)), swarm._record(2, BLOCKS))
+    swarm.known = [first, second, third]
+    model: Any = runner_of(swarm)
+    clock = [100.0]
+    out = LeftOut(now=lambda: clock[0], tried_at=lambda: -1.0, clock=lambda: clock[0])
+    out.dialled(swarm.known)
+    lost = [first, third] if is_last else [third, first]
+    for one in lost:
+        clock[0] += 20.0
+        out.heed(PeerLost("gone", peer=one.peer_id))
+    clock[0] += 10.0
+
+    def choose(back: Any) -> Any:
+        """Both are needed."""
+        if not {first.peer_id, third.peer_id} <= {one.peer_id for one in back}:
+            raise NoRoute("none")
+        return swarm.known
+
+    model.router.records.now = []
+    awaited = model.router._awaited(out, choose, first.peer_id)
+    assert awaited == lost[1].peer_id
+    assert out.left_seconds(lost[0].peer_id) < 0 < out.left_seconds(awaited)
+
+
 def failed(record: PeerRecord) -> PeerFailed:
     """By its own fault, so that it doesn't come back."""
     span = Span(record.start, record.end)

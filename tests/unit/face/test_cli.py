@@ -328,6 +328,29 @@ def test_a_bootstrap_listens_where_its_config_names_it(
     assert [one.listen for one in lives] == [listens]
 
 
+def test_a_bootstrap_s_process_listens_at_what_was_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may be given another key than the one that the config names, as that one is in use."""
+    commands: list[list[str]] = []
+
+    async def run_none(supervisor: Supervisor, *, until_stdin_ends: bool) -> int:
+        commands.append(supervisor._command(3, None))
+        return 0
+
+    monkeypatch.setattr(Supervisor, "run", run_none)
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        named = f"/ip4/127.0.0.1/tcp/{trial.getsockname()[1]}"
+    key, config = tmp_path / "bootstrap.key", tmp_path / "hive.toml"
+    config.write_text(f'bootstraps = ["{named}/p2p/{Identity.load_or_create(key).peer_id}"]\n')
+    assert (
+        run("bootstrap", "--config", str(config), "--key", str(key), monkeypatch=monkeypatch) == 0
+    )
+    (command,) = commands
+    assert command[command.index("--listen") + 1] == named
+
+
 def test_an_address_of_the_config_that_is_elsewhere_is_said_to_be(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

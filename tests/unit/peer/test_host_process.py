@@ -62,7 +62,7 @@ def home(tmp_path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -
         yield home.transport
 
     monkeypatch.setattr(_Process, "transport", transport)
-    monkeypatch.setattr(host_process, "_hash", lambda *arguments: served.manifest)
+    monkeypatch.setattr(host_process, "_hash", lambda *arguments: (Path(), served.manifest))
     monkeypatch.setattr(host_process, "_load", lambda *arguments: served)
     return home
 
