@@ -14,6 +14,7 @@ import msgpack
 import pytest
 import pytest_asyncio
 import torch
+from askers import prepare_of
 from one_host import (
     CLIENT,
     HOME,
@@ -215,6 +216,18 @@ async def test_an_error_that_nobody_expects_stays_in_the_host_s_log(
     failed = decode((await news(await swarm.asked(waiting()))).header, Failed)
     assert failed == Failed("HostFailed", -1, "an error inside the host; its own log says what")
     assert "in /home/somebody of this machine" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_what_others_never_send_is_waited_for_until_the_deadline(swarm: OneHost) -> None:
+    part = waiting()
+    request, data = swarm.request(part)
+    request = dataclasses.replace(request, deadline_seconds=1.0)
+    stream = await swarm.run(await swarm.send(prepare_of(CLIENT, request), data), part)
+    failed = decode((await news(stream)).header, Failed)
+    assert failed.code == "TraceEnded"
+    assert failed.text == "the trace's deadline passed; allow more time with deadline="
+    await until(lambda: not swarm.host._traces)
 
 
 @pytest.mark.asyncio
