@@ -174,6 +174,7 @@ class LocalPeer:
 
     def kill(self) -> None:
         """End all of its processes at once, as if its machine had lost power."""
+        self.freeze()  # or one would see another's end, and withdraw the record
         for pid in self.pids():
             _signal(pid, signal.SIGKILL)
         self._reap(10.0)
