@@ -7,6 +7,7 @@ every step of the current invoke, and Python's own `if` about some of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +23,7 @@ from glasshive.client.prompts import Prompt, Tokens
 from glasshive.client.provenance import Provenance
 from glasshive.client.saved import fill_with, saved
 from glasshive.client.source_lines import at_line, here, warn_here
+from glasshive.client.status_text import is_terminal
 from glasshive.client.token_choice import choice_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
@@ -52,7 +54,13 @@ class Steps:
         return Steps(self._tracer, wanted)
 
     def __iter__(self) -> Iterator[int]:
-        for step in self._chosen():
+        chosen, n_steps = self._chosen(), self._tracer.n_steps
+        if isinstance(self._wanted, slice) and not chosen:
+            warn_here(
+                f"none of the {n_steps} steps of this invoke is in the slice of "
+                "tracer.iter, so this loop reads and edits nothing"
+            )
+        for step in chosen:
             with self._tracer.at(step):
                 yield step
 
@@ -105,6 +113,9 @@ class Generation(Tracer):
         streamer: Any,
         choice: Mapping[str, object],
     ) -> None:
+        if streamer is not None and options.show_progress is None and is_terminal(sys.stdout):
+            # It writes there, a few words at a time, which lines that move would break.
+            options = replace(options, show_progress=False)
         super().__init__(model, prompt, options)
         steps = model.outline.steps()  # raises UnsupportedModel
         self._choice = choice_of(

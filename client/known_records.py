@@ -172,11 +172,16 @@ class KnownRecords:
             await asyncio.sleep(seconds)
 
     def _learn(self, records: Iterable[PeerRecord], asked_at: float) -> None:
-        """Keep what the directory has just said, unless a newer question was answered before."""
+        """Keep what the directory has just said, unless a newer question was answered before.
+
+        Of a peer whose older record it gives, the one that is known stays: not every bootstrap peer
+        hears of all at once.
+        """
         found = [one for one in records if kind_of(one) == self._kind]
         with self._kept:
             if asked_at >= self._asked_at:
-                self.now = found
+                known = {one.peer_id: one for one in self._valid()}
+                self.now = [_newer(one, known.get(one.peer_id)) for one in found]
                 self._asked_at = asked_at
                 self._fresh_until = asked_at + FRESH_SECONDS
 
@@ -184,3 +189,8 @@ class KnownRecords:
         """A look-up has ended. It never goes back: one that began before may end after."""
         with self._kept:
             self.tried_at = max(self.tried_at, began)
+
+
+def _newer(record: PeerRecord, known: PeerRecord | None) -> PeerRecord:
+    """The one of a peer's two records that it announced later."""
+    return max((record, known or record), key=lambda one: one.announced_at_seconds)

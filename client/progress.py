@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Container, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glasshive.client.experiment import TOKENS_PREFIX
+from glasshive.client.status_text import StatusText, is_terminal
 
 if TYPE_CHECKING:
     from glasshive.client.hop import HopReport
@@ -32,9 +33,9 @@ class JobDisplay:
     """
 
     def __init__(self, show: bool | None) -> None:
-        self._wanted = sys.stderr.isatty() if show is None else show
+        self._wanted = is_terminal(sys.stderr) if show is None else show
         self._always = bool(show)
-        self._status: Any = None
+        self._status: StatusText | None = None
         self._job: Job | None = None
         self._tokens: Sequence[Sequence[str]] = ()
 
@@ -49,10 +50,10 @@ class JobDisplay:
     ) -> None:
         if self._status is None:
             return
-        self._status.stop()
-        if error is None and (job := self._job) is not None:
+        job, text = self._job, None
+        if error is None and job is not None:
             text = text_of(job, job.clock() - job.began_at, self._tokens)
-            self._status.console.print(text, markup=False, highlight=False)
+        self._status.stop(text)
 
     def update(self, job: Job) -> None:
         """Show the job as it is now; called again and again while it runs."""
@@ -70,10 +71,7 @@ class JobDisplay:
 
     def _show(self, text: str) -> None:
         if self._status is None:
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status(text)
-            self._status.start()
+            self._status = StatusText(text)
         else:
             self._status.update(text)
 

@@ -47,6 +47,7 @@ class _Measured(NamedTuple):
     seconds: float
     until: float
     asked_until: float  # it need not be asked before
+    is_missed: bool = False  # no answer had come by then
 
 
 @final
@@ -64,6 +65,15 @@ class RoundTrips:
         """Seconds to a peer and back, at most; None if that was not measured of late."""
         found = self._measured.get(peer)
         return None if found is None or self._clock() >= found.until else found.seconds
+
+    def text(self, peer: PeerId) -> str:
+        """The round trip to a peer, for people."""
+        found = self._found(peer)
+        if found is None:
+            return "not measured"
+        if found.is_missed:
+            return f"no answer in {found.seconds:g} s"
+        return f"{1000 * found.seconds:.1f} ms"
 
     def saw(self, peer: PeerId, seconds: float) -> None:
         """An exchange with a peer took so long, maybe with work of its own."""
@@ -102,13 +112,15 @@ class RoundTrips:
         now = self._clock()
         for peer, seconds in zip(tasks, answers, strict=True):
             if not isinstance(seconds, float):
-                self._put(peer, _Measured(patience_seconds, *[now + MISSED_SECONDS] * 2))
+                until = now + MISSED_SECONDS
+                self._put(peer, _Measured(patience_seconds, until, until, is_missed=True))
                 continue
             found, until = self._found(peer, AHEAD_SECONDS), now + KNOWN_SECONDS
             if found is None or seconds <= found.seconds:
                 self._put(peer, _Measured(seconds, until, until))
             elif _is_much(seconds, found.seconds):  # for now: it may have been a bad moment
-                self._put(peer, _Measured(seconds, *[now + MISSED_SECONDS] * 2))
+                until = now + MISSED_SECONDS
+                self._put(peer, _Measured(seconds, until, until))
             else:
                 self._put(peer, found._replace(asked_until=until))
 

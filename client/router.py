@@ -309,15 +309,17 @@ class Router:
             avoid = left_out.among(records.now) - {one.peer_id for one in back}
             return [choose_among([*known.values()], avoid, also_banned=True)]
 
+        async def choose_back() -> PeerRecord:
+            awaited = self._awaited(left_out, choose_with, lost.peer_id)
+            return await records.until(
+                choose_any, lambda: 0.0 if awaited is None else left_out.left_seconds(awaited)
+            )
+
+        found: PeerRecord | None = None
         if records.are_fresh:
             with contextlib.suppress(NoRoute):
-                hosts[part] = choose()
-                left_out.dialled([hosts[part]])
-                return hosts[part]
-        awaited = self._awaited(left_out, choose_with, lost.peer_id)
-        hosts[part] = await records.until(
-            choose_any, lambda: 0.0 if awaited is None else left_out.left_seconds(awaited)
-        )
+                found = choose()
+        hosts[part] = found or await choose_back()
         left_out.dialled([hosts[part]])
         return hosts[part]
 
@@ -346,8 +348,7 @@ class Router:
         return f"{text}\nno route over all blocks now"
 
     def _hop_line(self, one: PeerRecord) -> str:
-        way_seconds = self._swarm.round_trips.of(one.peer_id)
-        way = "not measured" if way_seconds is None else f"{1000 * way_seconds:.1f} ms"
+        way = self._swarm.round_trips.text(one.peer_id)
         return (
             f"  blocks {one.start}:{one.end}  {one.peer_id}  {one.backend}  round trip {way}  "
             f"{one.throughput_tokens_per_second:.0f} tokens/s  "

@@ -26,6 +26,7 @@ from glasshive.client.provenance import Provenance
 from glasshive.client.relay import Pair
 from glasshive.client.route import Route
 from glasshive.client.router import Router
+from glasshive.client.status_text import waiting_for
 from glasshive.client.tries import Tries
 from glasshive.dht.errors import (
     DeadlineExceeded,
@@ -90,6 +91,7 @@ class ModelRunner:
         plan = self._plan(experiment, route, outlives_peers=False)
         return estimate_of(experiment, plan, route)
 
+    @waiting_for("asking who serves the model")
     def describe(self) -> str:
         """Who serves which blocks, and the route that a trace of all of them would take now."""
         return self.router.describe()

@@ -22,6 +22,7 @@ from glasshive.client.model import Model
 from glasshive.client.round_trips import RoundTrips
 from glasshive.client.router import Router
 from glasshive.client.runner import ModelRunner
+from glasshive.client.status_text import waiting_for
 from glasshive.client.warm_routes import WarmRoutes
 from glasshive.dht.deadline import within
 from glasshive.dht.directory import ask_directory
@@ -211,6 +212,7 @@ class Swarm:
                 cancellation.check()
             raise
 
+    @waiting_for("finding out about the model")
     def model(self, name: str, *, dtype: str | None = None, attention: str | None = None) -> Model:
         """The model called `name`, or with this manifest hash.
 

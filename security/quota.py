@@ -45,13 +45,13 @@ class Quota:
         return self.seconds_a_day is not None or self.saved_bytes_a_day is not None
 
     def describe(self) -> str:
-        """For people: `4 traces at a time, 3,600 s a day`; `none` without any."""
+        """For people: `4 traces at a time, 3,600 s a day`; `no limit` without any."""
         said = (
             (self.traces, "traces at a time"),
             (self.seconds_a_day, "s a day"),
             (self.saved_bytes_a_day, "saved bytes a day"),
         )
-        return ", ".join(f"{n:,} {what}" for n, what in said if n is not None) or "none"
+        return ", ".join(f"{n:,} {what}" for n, what in said if n is not None) or "no limit"
 
 
 NO_QUOTA: Final = Quota()

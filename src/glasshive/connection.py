@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glasshive.client.status_text import waiting_for
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.membership import Act
 from glasshive.settings import ConfigError, Settings, config_path, data_dir, load_settings
@@ -97,6 +98,7 @@ def with_bootstraps(settings: Settings, config: str | os.PathLike[str] | None) -
     return settings
 
 
+@waiting_for("connecting to the swarm")
 def open_swarm(
     settings: Settings, config: str | os.PathLike[str] | None, act: Act = Act.TRACE
 ) -> Swarm:

@@ -45,8 +45,7 @@ def run_demo(out: Path, *, spans: Sequence[tuple[int, int]] = SPANS) -> int:
             hive = stack.enter_context(LocalSwarm(folder, spans=list(spans)))
         swarm = stack.enter_context(glasshive.connect(hive.config))
         _print_peers(console, swarm.records())
-        with console.status("fetching configuration and tokenizer from a peer"):
-            model = swarm.model(folder.name)
+        model = swarm.model(folder.name)
         lens = _timed(console, "logit lens", lambda: demo_experiments.logit_lens(model))
         steering = _timed(console, "steering", lambda: demo_experiments.steering(model))
         patching = _run_patching(console, model)

@@ -148,6 +148,7 @@ def test_where_it_ended_is_said(model: Any) -> None:
     assert repr(tracer) == f"<{tracer.title}: 2 new tokens>"
 
 
+@pytest.mark.filterwarnings("ignore:none of the 6 steps")
 def test_slices_of_steps_are_those_of_a_list(model: Any) -> None:
     steps = list(range(6))
     with model.generate(ROWS, max_new_tokens=6) as tracer:
@@ -213,6 +214,20 @@ def test_a_step_that_is_not_there_is_refused(model: Any) -> None:
     ):
         for _ in tracer.iter[4]:
             pass
+
+
+def test_a_slice_without_steps_is_told(model: Any) -> None:
+    """An edit that is never made looks like one that changes nothing."""
+
+    def reads_no_step() -> None:
+        with model.generate(ROWS, max_new_tokens=4) as tracer:
+            for _ in tracer.iter[4:]:
+                raise AssertionError
+
+    text = "none of the 4 steps of this invoke is in the slice of tracer.iter"
+    with pytest.warns(UserWarning, match=text) as told:
+        reads_no_step()
+    assert [one.filename for one in told] == [__file__]
 
 
 @pytest.mark.parametrize("wanted", [1.5, "1", [0, 1.5], None])
@@ -467,6 +482,18 @@ class Heard:
 
     def end(self) -> None:
         self.ended += 1
+
+
+def test_lines_that_move_and_a_streamer_share_no_terminal(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(**options: Any) -> bool | None:
+        return model.generate(ROWS, streamer=Heard(), **options).options.show_progress
+
+    assert [shown(), shown(progress=True)] == [None, True]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert [shown(), shown(progress=True)] == [False, True]
+    assert model.generate(ROWS).options.show_progress is None
 
 
 def test_tokens_go_to_a_streamer_as_generate_gives_them(model: Any, plain: Any) -> None:

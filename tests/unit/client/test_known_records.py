@@ -20,9 +20,7 @@ from glasshive.dht.errors import DeadlineExceeded, ShutOut, UnknownModel
 
 def records_of(*, is_silent: bool) -> tuple[KnownRecords, Any]:
     """Of a swarm whose directory gives nobody, or doesn't answer; and the one known peer."""
-    known = SimpleNamespace(
-        dtype="float32", quantisation="none", attention="sdpa", expires_at_seconds=math.inf
-    )
+    known = peer()
 
     def answer() -> list[Any]:
         if is_silent:
@@ -200,6 +198,8 @@ def peer(**others: Any) -> Any:
         "quantisation": "none",
         "attention": "sdpa",
         "expires_at_seconds": math.inf,
+        "peer_id": object(),
+        "announced_at_seconds": 0.0,
     }
     return SimpleNamespace(**about | others)
 
@@ -260,6 +260,28 @@ async def test_an_older_question_s_answer_replaces_no_newer_one(
     await third
     assert slow.records.get(fresh=False) == [newest]
     assert slow.records.tried_at == 21.0
+
+
+@pytest.mark.asyncio
+async def test_an_older_record_replaces_no_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bootstrap peer that is behind gave it, and others were shown where a peer had been."""
+    slow, ann = Slow(monkeypatch), {"peer_id": "ann"}
+    before, now, ended = (
+        peer(**ann, announced_at_seconds=1.0),
+        peer(**ann, announced_at_seconds=2.0),
+        peer(**ann, announced_at_seconds=3.0, expires_at_seconds=-1.0),
+    )
+
+    async def learn(record: object) -> object:
+        task = await slow.asks(slow.now + 1.0)
+        slow.answers[-1].set_result([record])
+        await task
+        (known,) = slow.records.now
+        return known
+
+    assert [await learn(one) for one in (before, now, before)] == [before, now, now]
+    assert await learn(ended) is ended
+    assert await learn(before) is before, "what has ended says nothing"
 
 
 @pytest.mark.asyncio

@@ -14,6 +14,7 @@ from glasshive.client.hop import HopReport
 from glasshive.client.progress import JobDisplay, text_of, token_saves
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Relayed
+from glasshive.client.status_text import waiting_for
 from glasshive.dht.messages import AT_WORK
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Graph
@@ -236,3 +237,31 @@ def test_without_it_nothing_is_shown(monkeypatch: Any) -> None:
     with JobDisplay(False) as display:
         display.update(job(["running"] * 2))
     assert not made
+
+
+def test_what_is_printed_meanwhile_goes_where_it_was_meant_to(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A streamer's tokens were missing in `python generate.py > tokens.txt`."""
+    monkeypatch.setattr(rich.console, "Console", Screen)
+    made.clear()
+    with JobDisplay(True) as display:
+        display.update(job(["running"] * 2))
+        print("The cat", end="", flush=True)
+    assert capsys.readouterr().out == "The cat"
+    (screen,) = made
+    assert "running" in screen.file.getvalue()
+    assert "The cat" not in screen.file.getvalue()
+
+
+def test_what_is_waited_for_is_said_on_a_terminal_only(monkeypatch: Any) -> None:
+    monkeypatch.setattr(rich.console, "Console", Screen)
+    made.clear()
+    with waiting_for("connecting"):
+        pass
+    assert not made
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with pytest.raises(KeyError), waiting_for("connecting to [a swarm]"):
+        raise KeyError
+    (screen,) = made
+    assert "connecting to [a swarm]" in screen.file.getvalue()

@@ -265,3 +265,8 @@ async def test_a_peer_that_cant_be_reached_is_far_away() -> None:
     await ways.ask(MemoryNetwork().transport(Identity.generate()), [gone], 0.5)
     assert ways.of(gone.peer_id) == 0.5
     assert ways.to_ask([gone]) == []
+    # 500 ms, as was shown, is no time that anybody measured.
+    assert ways.text(gone.peer_id) == "no answer in 0.5 s"
+    ways.saw(gone.peer_id, 0.0123)
+    assert ways.text(gone.peer_id) == "12.3 ms"
+    assert ways.text(BEN) == "not measured"

@@ -144,7 +144,7 @@ def test_members_cuts_nothing_at_80_characters(lab: Path, monkeypatch: pytest.Mo
 
 def test_an_invite_without_one_says_so(lab: Path) -> None:
     done = CliRunner().invoke(cli.app, ["invite", "admin", "--folder=lab", "--traces=none"])
-    assert "Quota of each key on each host: none." in done.stderr
+    assert "Quota of each key on each host: no limit." in done.stderr
     assert joined(lab, done.stdout.strip(), ALICE) == Quota()
 
 

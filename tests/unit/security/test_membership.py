@@ -107,7 +107,7 @@ def test_a_quota_is_of_whole_numbers(name: str, number: Any) -> None:
 
 
 def test_a_quota_is_said_in_words() -> None:
-    assert Quota().describe() == "none"
+    assert Quota().describe() == "no limit"
     assert Quota(2, 3600, 10**10).describe() == (
         "2 traces at a time, 3,600 s a day, 10,000,000,000 saved bytes a day"
     )
