@@ -79,9 +79,16 @@ def plain_arm(model: Any, edits: int) -> Callable[[], Any]:
 
 
 def swarm_arm(
-    model: Any, edits: int, over_compute: list[float], new: int = NEW
+    model: Any,
+    edits: int,
+    over_compute: list[float],
+    new: int = NEW,
+    compute: list[float] | None = None,
 ) -> Callable[[], Any]:
-    """The experiment on a swarm; the seconds that it took over the peers' compute go to a list."""
+    """The experiment on a swarm; the seconds that it took over the peers' compute go to a list.
+
+    Those of the compute go to another one.
+    """
 
     def run() -> Any:
         layers = model.model.layers
@@ -93,6 +100,8 @@ def swarm_arm(
                 saved.append(model.lm_head.output[:, -1].save())
         computed = sum(hop.compute_seconds for hop in tracer.result.hops)
         over_compute.append(tracer.result.seconds - computed)
+        if compute is not None:
+            compute.append(computed)
         return [tracer.output_ids, *saved]
 
     return run

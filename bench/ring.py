@@ -1,11 +1,12 @@
-"""What three hops cost besides the computing, without anything that a peer does: a floor.
+"""What three hops cost besides the computing, with and without what a peer does.
 
 Three processes with a network daemon each pass a frame around, as large as the hidden state of one
 token of SmolLM2-135M, over the streams that peers use. In place of a stage each multiplies
 matrices for as long as ten of that model's blocks take, on a thread of its own as hosts do, or on
-the loop; or it computes nothing. `besides_ms` is how much longer a round takes than what all three
-computed. A step of a generation over three peers (bench/generation.py) can't take less besides,
-whatever is left out of it; what it takes more is what peers do.
+the loop; or it computes nothing. In turn with them, three hosts generate tokens with that model.
+`besides_ms` is how much longer a round, or a step, takes than what all three computed. A step can't
+take less than a round with threads, whatever is left out of it; what it takes more is what peers
+do. Bar: at most 0.5 ms a hop (docs/adr/0018).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -27,6 +29,7 @@ ROUNDS, WARM_UP = 150, 20
 HIDDEN = 576
 MATRICES = 24  # of 10 MB
 ARMS = ("nothing", "on the loop", "on a thread")
+REPEATS, GENERATIONS = 5, 3
 PROTOCOL = "glasshive-bench/ring/1"
 DEADLINE_SECONDS = 30.0
 
@@ -128,6 +131,19 @@ def measured(arm: str) -> tuple[float, float]:
     return 1e3 * median(besides[WARM_UP:]), 1e3 * median(together[WARM_UP:])
 
 
+def of_hosts(model: Any) -> tuple[float, float]:
+    """ms of a step of a generation besides what its three hosts compute, and what they do."""
+    from generation import FEW, NEW, swarm_arm
+
+    besides: dict[int, list[float]] = {FEW: [], NEW: []}
+    computed: dict[int, list[float]] = {FEW: [], NEW: []}
+    for _ in range(GENERATIONS):
+        for new in (FEW, NEW):
+            swarm_arm(model, 0, besides[new], new, computed[new])()
+    of_step = [(median(one[NEW]) - median(one[FEW])) / (NEW - FEW) for one in (besides, computed)]
+    return 1e3 * of_step[0], 1e3 * of_step[1]
+
+
 def _got(pipe: Connection) -> Any:
     if not pipe.poll(2 * DEADLINE_SECONDS):
         raise SystemExit(f"a process said nothing for {2 * DEADLINE_SECONDS:g} s")
@@ -137,11 +153,36 @@ def _got(pipe: Connection) -> Any:
 def main() -> None:
     """Print the figures."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the three, which compute one after the other
-    rows: list[list[Any]] = [[arm, *measured(arm)] for arm in ARMS]
-    figures: dict[str, Any] = {
-        arm: {"besides_ms": besides, "computed_ms": part} for arm, besides, part in rows
-    }
-    report("ring", ["each computes", "ms besides", "ms computed"], rows, figures)
+    from trace_overhead import CUTS
+
+    import glasshive
+    from glasshive.models import find_model
+    from glasshive.testing import LocalSwarm
+
+    folder = find_model("SmolLM2-135M-Instruct")
+    with (
+        LocalSwarm(folder, spans=CUTS[PLACES], threads=1) as local,
+        glasshive.connect(local.config) as swarm,
+    ):
+        hosts = partial(of_hosts, swarm.model(folder.name))
+        hosts()
+        arms = {**{arm: partial(measured, arm) for arm in ARMS}, "hosts": hosts}
+        found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+        for _ in range(REPEATS):
+            for arm, measure in arms.items():
+                found[arm].append(measure())
+    besides = {arm: [one for one, _ in times] for arm, times in found.items()}
+    rows = [
+        [arm, median(times), min(times), max(times), median(part for _, part in found[arm])]
+        for arm, times in besides.items()
+    ]
+    hops = [
+        (step - floor) / PLACES
+        for step, floor in zip(besides["hosts"], besides["on a thread"], strict=True)
+    ]
+    rows.append(["a hop over the ring", median(hops), min(hops), max(hops), ""])
+    columns = ["each computes", "besides_ms", "least", "most", "computed_ms"]
+    report("ring", columns, rows, {"rows": [dict(zip(columns, row, strict=True)) for row in rows]})
 
 
 if __name__ == "__main__":
