@@ -54,11 +54,11 @@ class Steps:
         return Steps(self._tracer, wanted)
 
     def __iter__(self) -> Iterator[int]:
-        chosen, n_steps = self._chosen(), self._tracer.n_steps
-        if isinstance(self._wanted, slice) and not chosen:
+        chosen, n_steps, wanted = self._chosen(), self._tracer.n_steps, self._wanted
+        if not chosen and isinstance(wanted, slice) and (wanted.start or 0) >= n_steps:
             warn_here(
-                f"none of the {n_steps} steps of this invoke is in the slice of "
-                "tracer.iter, so this loop reads and edits nothing"
+                f"tracer.iter[{wanted.start}:...] begins behind the {n_steps} steps of this "
+                "invoke, so this loop reads and edits nothing"
             )
         for step in chosen:
             with self._tracer.at(step):

@@ -14,6 +14,9 @@ first look-up that followed the loss at once: nobody is back so soon. Hence
 A record that is newer than the one by which the peer was dialled counts at once where it names
 other addresses, as the peer was started again there; and any newer one of who refused because
 records were out of date, as it is there.
+
+Who was not even dialled, as it had not answered some seconds before, may have been back for long:
+it is asked again after as many, whatever its record.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ RETURN_SECONDS: Final = 25.0
 themselves every 20 s, so that by then all who are there have been seen."""
 SOON_SECONDS: Final = 1.0
 """So soon after a loss what a look-up gives of the peer is of before the loss."""
+TOO_SOON_SECONDS: Final = 6.0
+"""So long libp2p doesn't dial an address again, at least: 5 s, and a second more for each time that
+nobody answered there, by its square (BackoffBase and BackoffCoef of its swarm)."""
 MOST_LOSSES: Final = 3
 """So often in a row a peer is lost before it is left out for good, if nothing was gained between:
 what it is given may be what ends it."""
@@ -59,6 +65,7 @@ class _Loss:
     is_outdated: bool = False  # that, or what it was shown of others
     newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
     is_newest: bool = False  # that was looked for after the loss
+    again_at: float = math.inf  # by the clock: it is asked again without a word of it
 
     def is_news(self, record: PeerRecord) -> bool:
         """Whether it says at once that the peer is there, or is now elsewhere."""
@@ -114,7 +121,8 @@ class LeftOut:
             return
         is_outdated = isinstance(error, PeerFailed) and error.is_outdated
         is_lost = isinstance(error, PeerLost) or is_outdated
-        self._in_a_row[error.peer] += is_lost
+        is_too_soon = isinstance(error, PeerLost) and error.is_too_soon
+        self._in_a_row[error.peer] += is_lost and not is_too_soon
         is_worn_out = self._in_a_row[error.peer] >= MOST_LOSSES
         may_return = (is_lost or isinstance(error, PeerBusy)) and not for_good and not is_worn_out
         before = self._losses.get(error.peer)
@@ -123,6 +131,8 @@ class LeftOut:
             loss = _Loss(at, self._clock(), what_became(error), is_outdated=is_outdated)
             if (dialled := self._dialled.get(error.peer)) is not None:
                 loss.dialled, loss.newest_at = dialled, dialled.announced_at_seconds
+            if may_return and is_too_soon:
+                loss.again_at = loss.seen_at + TOO_SOON_SECONDS
             self._losses[error.peer] = loss
 
     def forgive(self, *peers: PeerId) -> None:
@@ -155,7 +165,7 @@ class LeftOut:
         for peer, loss in self._losses.items():
             record = known.get(peer)
             at = -math.inf if record is None else record.announced_at_seconds
-            if record is not None and loss.is_news(record):
+            if record is not None and (loss.is_news(record) or self._clock() >= loss.again_at):
                 continue
             if not loss.is_newest and tried_at < loss.seen_at + SOON_SECONDS:
                 loss.newest_at = max(loss.newest_at, at)

@@ -15,6 +15,7 @@ from glasshive.client.step_watch import StepWatch
 from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
+    PeerUnreachable,
     StreamBusy,
     StreamClosed,
     TransportError,
@@ -196,5 +197,7 @@ class blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
             raise PeerBusy(f"{who} is busy: {error}", peer=self.hop.peer.peer_id) from error
         if isinstance(error, TransportError) and not isinstance(error, TransportLost):
             raise PeerLost(
-                f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id
+                f"{who} was lost {self.doing}: {error}",
+                peer=self.hop.peer.peer_id,
+                is_too_soon=isinstance(error, PeerUnreachable) and error.is_too_soon,
             ) from error

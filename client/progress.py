@@ -51,9 +51,11 @@ class JobDisplay:
         if self._status is None:
             return
         job, text = self._job, None
-        if error is None and job is not None:
-            text = text_of(job, job.clock() - job.began_at, self._tokens)
-        self._status.stop(text)
+        try:
+            if error is None and job is not None:
+                text = text_of(job, job.clock() - job.began_at, self._tokens)
+        finally:
+            self._status.stop(text)
 
     def update(self, job: Job) -> None:
         """Show the job as it is now; called again and again while it runs."""
@@ -71,7 +73,8 @@ class JobDisplay:
 
     def _show(self, text: str) -> None:
         if self._status is None:
-            self._status = StatusText(text)
+            self._status = StatusText(text)  # kept before it is seen: an interrupt takes it away
+            self._status.start()
         else:
             self._status.update(text)
 

@@ -1,20 +1,22 @@
-"""Text on standard error that says what goes on, beside a sign that moves, until it is over."""
+"""What a terminal says of what goes on: text beside a sign that moves, or a line after a while."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import IO, Final, final
 
 __all__ = ["StatusText", "is_terminal", "waiting_for"]
 
 FRAMES_PER_SECOND: Final = 12.5
+SAY_AFTER_SECONDS: Final = 3.0
 
 
 @final
 class StatusText:
-    """Shows `text` until `stop`. What is printed meanwhile stands above it."""
+    """Text on standard error between `start` and `stop`. What is printed then stands above it."""
 
     def __init__(self, text: str) -> None:
         from rich.console import Console
@@ -24,15 +26,17 @@ class StatusText:
 
         self._console = Console(stderr=True)
         self._text = Text(text)
-        self._spinner = Spinner("dots", self._text, style="status.spinner")
         self._live = Live(
-            self._spinner,
+            Spinner("dots", self._text, style="status.spinner"),
             console=self._console,
             refresh_per_second=FRAMES_PER_SECOND,
             transient=True,
             # By default all that is printed goes to standard error: also what is meant for a file.
             redirect_stdout=is_terminal(sys.stdout),
         )
+
+    def start(self) -> None:
+        """Show it, until `stop`: whoever starts it must have it by then."""
         self._live.start(refresh=True)
 
     def update(self, text: str) -> None:
@@ -48,17 +52,31 @@ class StatusText:
 
 @contextlib.contextmanager
 def waiting_for(text: str) -> Iterator[None]:
-    """Inside it the text is shown, on a terminal only."""
+    """What takes some seconds inside it has a line on standard error, if that is a terminal.
+
+    No sign that moves: it would wipe out what the user has begun to print.
+    """
     if not is_terminal(sys.stderr):
         yield
         return
-    status = StatusText(text)
+    say = threading.Timer(SAY_AFTER_SECONDS, _say, [f"glasshive: {text} ...\n"])
+    say.daemon = True
+    say.start()
     try:
         yield
     finally:
-        status.stop()
+        say.cancel()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # there may be nobody any more
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
     """Whether people read what is written there as it comes."""
-    return stream is not None and stream.isatty()
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):  # what a user puts in its place has no such thing; closed
+        return False

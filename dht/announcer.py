@@ -21,6 +21,8 @@ __all__ = ["Announcer", "announce", "withdraw"]
 logger = logging.getLogger(__name__)
 
 WITHDRAW_DEADLINE_SECONDS: Final = 5.0
+LEAST_PAUSE: Final = 0.1
+"""Of the time between two announcements, that stays at least where the DHT is slow to take them."""
 
 
 async def announce(
@@ -46,7 +48,10 @@ async def withdraw(
 
 @final
 class Announcer:
-    """Announces a record at once and then at every third of its lifetime, until `close`.
+    """Announces a record at once and then each third of its lifetime, until `close`.
+
+    That is from the beginning of one to that of the next: those who wait for a peer to come back
+    count on it.
 
     The expiry of the record that is given doesn't matter. A failed try, whatever was raised, is
     logged, kept in `error` and followed by the next; after the transport was lost and rebuilt, it
@@ -67,6 +72,7 @@ class Announcer:
         self._lifetime_seconds = lifetime_seconds
         self._last: PeerRecord | None = None
         self._changed = asyncio.Event()
+        self._began_at = 0.0  # the last announcement, by the loop's clock
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -104,15 +110,18 @@ class Announcer:
             # The DHT keeps whichever expires last, also when an update follows at once.
             expires_at_seconds = max(expires_at_seconds, self._last.expires_at_seconds + 0.001)
         record = self._record.renewed(expires_at_seconds)
-        self._last = record
+        self._last, self._began_at = record, asyncio.get_running_loop().time()
         stored = await announce(self._transport, self._identity, record)
         if not any(stored.values()):
             raise TransportError("no peer of the DHT took the record; it is tried again")
 
     async def _go_on(self) -> None:
+        period_seconds = self._lifetime_seconds / 3
         while True:
+            took_seconds = asyncio.get_running_loop().time() - self._began_at
+            pause_seconds = max(period_seconds - took_seconds, LEAST_PAUSE * period_seconds)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._lifetime_seconds / 3):
+                async with asyncio.timeout(pause_seconds):
                     await self._changed.wait()
             self._changed.clear()  # here: what changes while this is announced is announced next
             try:

@@ -5,6 +5,7 @@ No time is asserted: with the backoff the first call after the return fails.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import pytest
@@ -59,6 +60,29 @@ async def test_who_comes_back_is_reached_by_the_next_call() -> None:
                 await host.close()
     finally:
         await client.close()
+
+
+@pytest.mark.asyncio
+async def test_who_is_away_behind_what_listens_may_be_asked_too_soon() -> None:
+    """A forwarded port, say: libp2p waits before it dials there again, and the peer may be back."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    forward = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = forward.sockets[0].getsockname()[1]
+    there = PeerAddress(Identity.generate().peer_id, (f"/ip4/127.0.0.1/tcp/{port}",))
+    client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
+    try:
+        said = []
+        for _ in range(2):
+            with pytest.raises(PeerUnreachable) as caught:
+                await client.open_stream(there, "echo/1", 20)
+            said.append(caught.value.is_too_soon)
+        assert said == [False, True]
+    finally:
+        await client.close()
+        forward.close()
 
 
 @pytest.mark.asyncio

@@ -222,14 +222,13 @@ def test_a_host_killed_without_a_replacement_is_named(
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 1.1)
     victim = hive.hosts[0]
 
-    def slow_signal(pid: int, which: int) -> None:
-        send_signal(pid, which)
-        time.sleep(0.1)  # a busy machine: none of its processes may tell of another's end
-
-    send_signal = testing._signal
-    monkeypatch.setattr(testing, "_signal", slow_signal)
-    victim.kill()
-    monkeypatch.setattr(testing, "_signal", send_signal)
+    with monkeypatch.context() as patch:
+        sent, send_signal = [], testing._signal
+        patch.setattr(testing, "_signal", lambda *args: sent.append(args) or send_signal(*args))
+        pids = victim.pids()
+        victim.kill()
+    # On a busy machine one of its processes saw another's end, and withdrew the record.
+    assert sent == [(pid, which) for which in (signal.SIGSTOP, signal.SIGKILL) for pid in pids]
     began = time.monotonic()
     with pytest.raises(PeerLost, match=victim.peer_id) as caught:
         run(model, deadline=30)

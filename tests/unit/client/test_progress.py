@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import rich.console
+import rich.live
 from rich.console import Console
+from waits import wait_for
 
+from glasshive.client import progress, status_text
 from glasshive.client.hop import HopReport
 from glasshive.client.progress import JobDisplay, text_of, token_saves
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Relayed
-from glasshive.client.status_text import waiting_for
+from glasshive.client.status_text import is_terminal, waiting_for
 from glasshive.dht.messages import AT_WORK
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Graph
@@ -254,14 +259,60 @@ def test_what_is_printed_meanwhile_goes_where_it_was_meant_to(
     assert "The cat" not in screen.file.getvalue()
 
 
-def test_what_is_waited_for_is_said_on_a_terminal_only(monkeypatch: Any) -> None:
+class Tee:
+    """What users put in the place of a stream, to have a copy."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_what_is_printed_to_is_a_terminal_or_is_not() -> None:
+    closed = io.StringIO()
+    closed.close()
+    tee: Any = Tee()
+    assert [is_terminal(one) for one in (None, tee, closed, io.StringIO())] == [False] * 4
+
+
+@pytest.mark.parametrize("moment", ["starts", "ends"])
+def test_an_interrupt_leaves_no_display_on(moment: str, monkeypatch: Any) -> None:
+    """What is printed later went to a display that nobody sees, on a terminal without cursor."""
     monkeypatch.setattr(rich.console, "Console", Screen)
     made.clear()
-    with waiting_for("connecting"):
-        pass
-    assert not made
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with pytest.raises(KeyError), waiting_for("connecting to [a swarm]"):
-        raise KeyError
+    before = sys.stdout, sys.stderr
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def shows_and_is_interrupted() -> None:
+        with JobDisplay(True) as display:
+            if moment == "starts":
+                monkeypatch.setattr(rich.live.Live, "refresh", interrupt)
+            display.update(job(["running"] * 2))
+            monkeypatch.setattr(progress, "text_of", interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        shows_and_is_interrupted()
+    assert (sys.stdout, sys.stderr) == before
     (screen,) = made
-    assert "connecting to [a swarm]" in screen.file.getvalue()
+    assert "\x1b[?25h" in screen.file.getvalue().rpartition("\x1b[?25l")[2]
+
+
+def test_what_is_waited_for_is_said_after_a_while_on_a_terminal_only(monkeypatch: Any) -> None:
+    def timers() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with waiting_for("finding a place"):
+        assert not timers()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    with pytest.raises(KeyError), waiting_for("connecting"):
+        raise KeyError
+    wait_for(lambda: not timers(), "nobody is left who would say it")
+    assert not screen.getvalue()
+    monkeypatch.setattr(status_text, "SAY_AFTER_SECONDS", 0.0)
+    with waiting_for("connecting"):
+        wait_for(lambda: screen.getvalue() == "glasshive: connecting ...\n", "it is said")

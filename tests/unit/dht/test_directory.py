@@ -4,10 +4,12 @@ import asyncio
 import gc
 import hashlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from peer_records import record_of
+from virtual_time import VirtualLoop
 
 from glasshive.dht.announcer import Announcer, announce, withdraw
 from glasshive.dht.directory import (
@@ -502,6 +504,32 @@ async def test_an_announcer_outlives_an_error_that_nobody_expects(
         await until(swarm, lambda _: announcer.error is None)
         swarm.clock.seconds += 1
         await until(swarm, bool)
+
+
+def test_a_slow_dht_doesn_t_make_announcements_rarer() -> None:
+    """Who waits 25 s for a peer that announces itself each 20 s missed it, as 6 s came between.
+
+    Seen failing where the pause is counted from the end of an announcement.
+    """
+    loop, began = VirtualLoop(), []
+
+    async def store_many(*args: object) -> dict[str, bool]:
+        began.append(loop.time())
+        await asyncio.sleep(took[len(began)])  # virtual time
+        return {"key": True}
+
+    took = [0.0, 0.0, 6.0, 30.0, 0.0, 0.0, 0.0]
+    transport: Any = SimpleNamespace(now=loop.time, swarm="lab", store_many=store_many)
+
+    async def story() -> None:
+        announcer = Announcer(transport, ALICE, Swarm().record(), lifetime_seconds=60.0)
+        await announcer.start()
+        await asyncio.sleep(95)  # virtual time
+        await announcer.close()
+
+    loop.run_until_complete(story())
+    loop.close()
+    assert began == [0.0, 20.0, 40.0, 72.0, 92.0, 95.0]  # the last withdraws it
 
 
 @pytest.mark.asyncio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glasshive.dht.errors import BadAddress
-from glasshive.dht.reasons import why_unreachable
+from glasshive.dht.reasons import is_too_soon, why_unreachable
 from glasshive.dht.transport import PeerAddress, check_address
 
 ID = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -45,6 +45,7 @@ DIALS = f"Connect failed. msg=failed to dial: failed to dial {ID}: "
 )
 def test_what_the_daemon_says_in_few_words(said: str, words: str) -> None:
     assert why_unreachable(said) == words
+    assert is_too_soon(said) is ("some seconds ago" in words)
 
 
 @pytest.mark.parametrize(
