@@ -56,22 +56,23 @@ def waiting_for(text: str) -> Iterator[None]:
 
     No sign that moves: it would wipe out what the user has begun to print.
     """
-    if not is_terminal(sys.stderr):
+    terminal = sys.stderr
+    if not is_terminal(terminal):
         yield
         return
-    say = threading.Timer(SAY_AFTER_SECONDS, _say, [f"glasshive: {text} ...\n"])
+    say = threading.Timer(SAY_AFTER_SECONDS, _say, [terminal, f"glasshive: {text} ...\n"])
     say.daemon = True
-    say.start()
     try:
+        say.start()
         yield
     finally:
         say.cancel()
 
 
-def _say(line: str) -> None:
+def _say(terminal: IO[str], line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # there may be nobody any more
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        terminal.write(line)
+        terminal.flush()
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

@@ -105,12 +105,13 @@ class Announcer:
                 )
 
     async def _announce(self) -> None:
+        self._began_at = asyncio.get_running_loop().time()
         expires_at_seconds = self._transport.now() + self._lifetime_seconds
         if self._last is not None:
             # The DHT keeps whichever expires last, also when an update follows at once.
             expires_at_seconds = max(expires_at_seconds, self._last.expires_at_seconds + 0.001)
         record = self._record.renewed(expires_at_seconds)
-        self._last, self._began_at = record, asyncio.get_running_loop().time()
+        self._last = record
         stored = await announce(self._transport, self._identity, record)
         if not any(stored.values()):
             raise TransportError("no peer of the DHT took the record; it is tried again")

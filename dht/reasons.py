@@ -51,8 +51,9 @@ def why_unreachable(said: str) -> str:
 
 
 def is_too_soon(said: str) -> bool:
-    """Whether `said`, the text of a failed connection, is that an address was not dialled again."""
-    return _TOO_SOON in said
+    """Whether `said`, the text of a failed connection, is that no address was dialled again yet."""
+    patterns = [one for one, _ in _WORDS if re.search(one, said, re.IGNORECASE)]
+    return patterns == [_TOO_SOON]
 
 
 def nobody_answered(said: str) -> bool:

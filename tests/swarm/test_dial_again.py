@@ -1,6 +1,7 @@
 """A peer that was away is reached as soon as it is back: no call waits for libp2p's 5 s of backoff.
 
-No time is asserted: with the backoff the first call after the return fails.
+No time is asserted: with the backoff the first call after the return fails, as it does where what
+listens in the peer's place is there while the peer is not.
 """
 
 from __future__ import annotations

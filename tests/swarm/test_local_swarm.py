@@ -228,7 +228,8 @@ def test_a_host_killed_without_a_replacement_is_named(
         pids = victim.pids()
         victim.kill()
     # On a busy machine one of its processes saw another's end, and withdrew the record.
-    assert sent == [(pid, which) for which in (signal.SIGSTOP, signal.SIGKILL) for pid in pids]
+    first_kill = next(at for at, (_, which) in enumerate(sent) if which == signal.SIGKILL)
+    assert {(pid, signal.SIGSTOP) for pid in pids} <= set(sent[:first_kill])
     began = time.monotonic()
     with pytest.raises(PeerLost, match=victim.peer_id) as caught:
         run(model, deadline=30)

@@ -302,8 +302,10 @@ def test_an_interrupt_leaves_no_display_on(moment: str, monkeypatch: Any) -> Non
 
 def test_what_is_waited_for_is_said_after_a_while_on_a_terminal_only(monkeypatch: Any) -> None:
     def timers() -> list[threading.Thread]:
-        return [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+        now = set(threading.enumerate()) - others
+        return [one for one in now if isinstance(one, threading.Timer)]
 
+    others = set(threading.enumerate())
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     with waiting_for("finding a place"):

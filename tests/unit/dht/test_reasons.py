@@ -48,6 +48,13 @@ def test_what_the_daemon_says_in_few_words(said: str, words: str) -> None:
     assert is_too_soon(said) is ("some seconds ago" in words)
 
 
+def test_who_was_dialled_at_one_address_was_dialled() -> None:
+    one, other = "* [/ip4/10.0.0.1/tcp/1] {}", "* [/ip4/10.0.0.2/tcp/1] {}"
+    both = f"{DIALS}all dials failed {one} {other}"
+    assert is_too_soon(both.format("dial backoff", "dial backoff"))
+    assert not is_too_soon(both.format("dial backoff", "connection reset by peer"))
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
