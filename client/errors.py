@@ -126,21 +126,12 @@ class PeerError(ClientError):
 class PeerLost(PeerError):
     """A peer that cannot be reached, or was lost while it ran its part.
 
-    One that `is_there` had only ended too early: it may run the part again. One that was asked too
-    soon, as it had not answered some seconds before, may be there.
+    One that `is_there` had only ended too early: it may run the part again.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        peer: PeerId,
-        is_there: bool = False,
-        is_too_soon: bool = False,
-    ) -> None:
+    def __init__(self, message: str, *, peer: PeerId, is_there: bool = False) -> None:
         super().__init__(message, peer=peer)
         self.is_there = is_there
-        self.is_too_soon = is_too_soon
 
 
 class PeerBusy(PeerError):

@@ -14,10 +14,6 @@ first look-up that followed the loss at once: nobody is back so soon. Hence
 A record that is newer than the one by which the peer was dialled counts at once where it names
 other addresses, as the peer was started again there; and any newer one of who refused because
 records were out of date, as it is there.
-
-Who was not even dialled, as it had not answered some seconds before, may have been back for long:
-it is asked again after as many, by the record that is known of it. If it is not dialled for as long
-as who is lost is waited for, it is taken for lost.
 """
 
 from __future__ import annotations
@@ -39,28 +35,16 @@ from glasshive.client.errors import (
 from glasshive.dht.records import PeerRecord
 from glasshive.security.keys import PeerId
 
-__all__ = [
-    "BUSY",
-    "LOST",
-    "RETURN_SECONDS",
-    "TOO_SOON",
-    "TOO_SOON_SECONDS",
-    "LeftOut",
-    "what_became",
-]
+__all__ = ["BUSY", "LOST", "RETURN_SECONDS", "LeftOut", "what_became"]
 
 LOST: Final = "lost"
 BUSY: Final = "busy"
-TOO_SOON: Final = "not dialled again so soon"
 """What may become of a peer, and pass."""
 RETURN_SECONDS: Final = 25.0
 """So long a trace waits for a lost peer to come back, or for another of its kind. Peers announce
 themselves every 20 s, so that by then all who are there have been seen."""
 SOON_SECONDS: Final = 1.0
 """So soon after a loss what a look-up gives of the peer is of before the loss."""
-TOO_SOON_SECONDS: Final = 6.0
-"""After so long libp2p dials an address again where nobody answered twice: it waits 5 s after the
-first time, and n squared more after n more (BackoffBase and BackoffCoef of go-libp2p's swarm)."""
 MOST_LOSSES: Final = 3
 """So often in a row a peer is lost before it is left out for good, if nothing was gained between:
 what it is given may be what ends it."""
@@ -75,8 +59,6 @@ class _Loss:
     is_outdated: bool = False  # that, or what it was shown of others
     newest_at: float = -math.inf  # by its own clock: of its newest record that is of before
     is_newest: bool = False  # that was looked for after the loss
-    again_at: float = math.inf  # by the clock: it is asked again without a word of it
-    waited_since: float = math.inf  # by the clock; of several that were no dials, the first
 
     def is_news(self, record: PeerRecord) -> bool:
         """Whether it says at once that the peer is there, or is now elsewhere."""
@@ -132,21 +114,15 @@ class LeftOut:
             return
         is_outdated = isinstance(error, PeerFailed) and error.is_outdated
         is_lost = isinstance(error, PeerLost) or is_outdated
-        before, why, now = self._losses.get(error.peer), what_became(error), self._clock()
-        since = now
-        if before is not None and before.why == why == TOO_SOON:
-            since = before.waited_since if now < before.again_at + RETURN_SECONDS else now
-        is_too_soon = why == TOO_SOON and now < since + RETURN_SECONDS
-        self._in_a_row[error.peer] += is_lost and not is_too_soon
+        self._in_a_row[error.peer] += is_lost
         is_worn_out = self._in_a_row[error.peer] >= MOST_LOSSES
         may_return = (is_lost or isinstance(error, PeerBusy)) and not for_good and not is_worn_out
+        before = self._losses.get(error.peer)
         if before is None or before.at < math.inf:
             at = self._now() if may_return else math.inf
-            loss = _Loss(at, now, why, is_outdated=is_outdated, waited_since=since)
+            loss = _Loss(at, self._clock(), what_became(error), is_outdated=is_outdated)
             if (dialled := self._dialled.get(error.peer)) is not None:
                 loss.dialled, loss.newest_at = dialled, dialled.announced_at_seconds
-            if may_return and is_too_soon:
-                loss.again_at = now + TOO_SOON_SECONDS
             self._losses[error.peer] = loss
 
     def forgive(self, *peers: PeerId) -> None:
@@ -179,7 +155,7 @@ class LeftOut:
         for peer, loss in self._losses.items():
             record = known.get(peer)
             at = -math.inf if record is None else record.announced_at_seconds
-            if record is not None and (loss.is_news(record) or self._clock() >= loss.again_at):
+            if record is not None and loss.is_news(record):
                 continue
             if not loss.is_newest and tried_at < loss.seen_at + SOON_SECONDS:
                 loss.newest_at = max(loss.newest_at, at)
@@ -207,13 +183,13 @@ class LeftOut:
         loss = self._losses.get(peer)
         if loss is None or loss.at == math.inf:
             return math.inf
-        return self._clock() - loss.waited_since
+        return self._clock() - loss.seen_at
 
 
 def what_became(error: PeerError) -> str:
     """Of the peer to blame, in a word or two."""
     if isinstance(error, PeerLost):
-        return TOO_SOON if error.is_too_soon else LOST
+        return LOST
     if isinstance(error, PeerBusy):
         return BUSY
     if isinstance(error, BadAnswer):

@@ -15,7 +15,6 @@ from glasshive.client.step_watch import StepWatch
 from glasshive.dht.errors import (
     DeadlineExceeded,
     MalformedMessage,
-    PeerUnreachable,
     StreamBusy,
     StreamClosed,
     TransportError,
@@ -197,7 +196,5 @@ class blaming:  # noqa: N801  (reads as a phrase in the `with` that uses it)
             raise PeerBusy(f"{who} is busy: {error}", peer=self.hop.peer.peer_id) from error
         if isinstance(error, TransportError) and not isinstance(error, TransportLost):
             raise PeerLost(
-                f"{who} was lost {self.doing}: {error}",
-                peer=self.hop.peer.peer_id,
-                is_too_soon=isinstance(error, PeerUnreachable) and error.is_too_soon,
+                f"{who} was lost {self.doing}: {error}", peer=self.hop.peer.peer_id
             ) from error

@@ -17,7 +17,7 @@ from glasshive.client.demand import Demand, demand_of
 from glasshive.client.errors import NoRoute, PeerError
 from glasshive.client.experiment import Experiment, TraceOptions
 from glasshive.client.known_records import KnownRecords
-from glasshive.client.left_out import BUSY, TOO_SOON, TOO_SOON_SECONDS, LeftOut
+from glasshive.client.left_out import BUSY, LeftOut
 from glasshive.client.progress import JobDisplay
 from glasshive.client.round_trips import AHEAD_SECONDS, PATIENCE_SECONDS
 from glasshive.client.route import (
@@ -282,8 +282,8 @@ class Router:
         """
         lost, records = hosts[part], self.records
         if lost.peer_id in left_out:
-            seconds = {BUSY: BUSY_SECONDS, TOO_SOON: TOO_SOON_SECONDS}
-            self.bans.trouble(lost.peer_id, seconds.get(left_out.why(lost.peer_id), LOST_SECONDS))
+            is_busy = left_out.why(lost.peer_id) == BUSY
+            self.bans.trouble(lost.peer_id, BUSY_SECONDS if is_busy else LOST_SECONDS)
 
         def choose(*, also_banned: bool = False) -> PeerRecord:
             newest = {one.peer_id: one for one in records.now}

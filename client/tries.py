@@ -10,14 +10,7 @@ from typing import Final, final
 
 from glasshive.client.bans import BUSY_SECONDS, LOST_SECONDS, Bans
 from glasshive.client.errors import PeerBusy, PeerError, PeerFailed, PeerLost
-from glasshive.client.left_out import (
-    BUSY,
-    LOST,
-    TOO_SOON,
-    TOO_SOON_SECONDS,
-    LeftOut,
-    what_became,
-)
+from glasshive.client.left_out import BUSY, LOST, LeftOut, what_became
 from glasshive.client.provenance import Replaced
 from glasshive.client.relay import Pair
 from glasshive.client.route import CHANCE, Chance, Route, block_ranges
@@ -110,8 +103,7 @@ class Tries:
                     self.left_out.forgive(one)
         elif error.peer in self.left_out:
             if not isinstance(error, PeerBusy):
-                was_dialled = what_became(error) != TOO_SOON
-                bans.trouble(error.peer, LOST_SECONDS if was_dialled else TOO_SOON_SECONDS)
+                bans.trouble(error.peer, LOST_SECONDS)
             elif not was_busy:  # it is asked again and again, and that is one trouble
                 bans.trouble(error.peer, BUSY_SECONDS)
 

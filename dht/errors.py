@@ -67,15 +67,7 @@ class TransportError(SwarmError):
 
 
 class PeerUnreachable(TransportError):
-    """No address of the peer answered, or it doesn't speak the protocol.
-
-    If it `is_too_soon` none was even dialled, as nobody answered there some seconds ago: the peer
-    may be there by now.
-    """
-
-    def __init__(self, message: str, *, is_too_soon: bool = False) -> None:
-        super().__init__(message)
-        self.is_too_soon = is_too_soon
+    """No address of the peer answered, or it doesn't speak the protocol."""
 
 
 class StreamClosed(TransportError):

@@ -40,7 +40,7 @@ from glasshive.dht.listening import check_listening
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
 from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
-from glasshive.dht.reasons import in_one_line, is_too_soon, nobody_answered, why_unreachable
+from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
 from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
@@ -291,10 +291,8 @@ class HivemindTransport:
                 await self._connect(peer)
                 reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
-            said = str(error)
             raise PeerUnreachable(
-                f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(said)}",
-                is_too_soon=is_too_soon(said),
+                f"{peer.peer_id} can't be reached for {protocol}: {why_unreachable(str(error))}"
             ) from None
         stream = self._adopt(reader, writer, peer.peer_id)
         if self._members is not None:

@@ -1,8 +1,10 @@
-"""Whether anything listens at a peer's addresses, seen before the network daemon dials them.
+"""Whether a peer is there at its addresses, seen before the network daemon dials them.
 
-libp2p leaves an address alone for 5 s after it has refused, whoever asks again, and p2pd has no
-setting for that: whoever came a moment too early would miss a host that was away for two. A plain
-connection that is closed at once leaves no such mark.
+libp2p leaves an address alone for 5 s after a dial that failed, and longer after several, whoever
+asks again, and p2pd has no setting for that: whoever came a moment too early would miss a peer that
+was away for two. A plain connection leaves no such mark. That something takes it says little, as a
+forwarded port does while its peer is away; but a peer then sends the greeting with which all of
+libp2p begins over TCP (https://github.com/multiformats/multistream-select).
 
 Names are left to the daemon: it asks the addresses of one side by side, and of the family that is
 meant.
@@ -13,22 +15,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import Sequence
+from typing import Final
 
 from glasshive.dht.outcome import forget_outcome
 
 __all__ = ["check_listening"]
 
+GREETING_SECONDS: Final = 5.0
+"""So long after it took the connection a peer may take to greet: libp2p gives a dial of the same
+network as long."""
+_GREETING: Final = b"\x13/multistream/1.0.0\n"
+_BARE_TCP: Final = re.compile(r"/ip[46]/([^/]+)/tcp/([0-9]+)(?:/p2p/[^/]+)?")
+
 
 async def check_listening(addresses: Sequence[str]) -> None:
-    """Returns once one of these multiaddrs takes a TCP connection, or if one isn't IP and TCP.
+    """Returns once a peer greets at one of these multiaddrs, or if one isn't IP and bare TCP.
 
     Raises OSError if none does. The caller has the deadline.
     """
-    places = [one.split("/")[1:5] for one in addresses]
-    if not all(kind.startswith("ip") and protocol == "tcp" for kind, _, protocol, _ in places):
+    places = [place for one in addresses if (place := _BARE_TCP.fullmatch(one))]
+    if len(places) < len(addresses):
         return
-    tries = [asyncio.ensure_future(_try(host, int(port))) for _, host, _, port in places]
+    tries = [asyncio.ensure_future(_try(one[1], int(one[2]))) for one in places]
     refusals: list[OSError] = []
     try:
         for one in asyncio.as_completed(tries):
@@ -47,10 +57,21 @@ async def check_listening(addresses: Sequence[str]) -> None:
 
 
 async def _try(host: str, port: int) -> None:
-    _, writer = await asyncio.open_connection(host, port)
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(_GREETING)  # either side may wait for the other's
+        async with asyncio.timeout(GREETING_SECONDS):
+            said = await reader.readexactly(len(_GREETING))
+    except TimeoutError:
+        raise OSError("no answer in time") from None
+    except (asyncio.IncompleteReadError, ConnectionError):
+        said = b""
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    if said != _GREETING:
+        raise OSError("what listens there is no peer of a swarm")
 
 
 def _words(error: OSError) -> str:

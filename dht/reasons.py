@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["in_one_line", "is_too_soon", "nobody_answered", "why_unreachable"]
+__all__ = ["in_one_line", "nobody_answered", "why_unreachable"]
 
 MOST_CHARACTERS: Final = 160
 
-_TOO_SOON: Final = "dial backoff"
 _WORDS: Final = (
     (r"peer id mi", "another peer answers there than the one of this id"),
     (r"connection refused", "nothing listens there (connection refused)"),
@@ -22,7 +21,7 @@ _WORDS: Final = (
         r"protocols? not supported|doesn't speak",
         "a peer answers there, but not to this (another release?)",
     ),
-    (_TOO_SOON, "it did not answer when it was asked some seconds ago"),
+    (r"dial backoff", "it did not answer when it was asked some seconds ago"),
     (r"i/o timeout|deadline exceeded|took longer than", "no answer in time"),
     (
         r"security protocol|multistream|not multistream|\bEOF\b|reset by peer|connection reset",
@@ -48,12 +47,6 @@ def why_unreachable(said: str) -> str:
             return words
     text = " ".join(said.split())
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
-
-
-def is_too_soon(said: str) -> bool:
-    """Whether `said`, the text of a failed connection, is that no address was dialled again yet."""
-    patterns = [one for one, _ in _WORDS if re.search(one, said, re.IGNORECASE)]
-    return patterns == [_TOO_SOON]
 
 
 def nobody_answered(said: str) -> bool:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 
 from glasshive.client.bans import LOST_SECONDS, MOST_PEERS, MOST_SECONDS, Bans
-from glasshive.client.errors import PeerLost
-from glasshive.client.left_out import TOO_SOON_SECONDS, LeftOut
-from glasshive.client.tries import Tries
 from glasshive.security.keys import PeerId
 
 ANN, BEN = PeerId("ann"), PeerId("ben")
@@ -89,17 +86,3 @@ def test_of_too_many_the_oldest_are_forgotten(bans: Bans) -> None:
     bans.trouble(BEN, LOST_SECONDS)
     assert ANN not in bans
     assert BEN in bans
-
-
-def test_whom_libp2p_does_not_dial_again_yet_is_left_out_no_longer(
-    bans: Bans, clock: Clock
-) -> None:
-    """It may be there: seen left out by all traces for 30 s, and longer each time."""
-    left_out = LeftOut(now=clock, tried_at=lambda: 0.0, clock=clock)
-    tries = Tries(left_out, 4, False, lambda: 0.0)
-    tries.hold_against(PeerLost("not dialled", peer=ANN, is_too_soon=True), bans)
-    tries.hold_against(PeerLost("gone", peer=BEN), bans)
-    clock.now = TOO_SOON_SECONDS - 0.1
-    assert [ANN in bans, BEN in bans] == [True, True]
-    clock.now = TOO_SOON_SECONDS
-    assert [ANN in bans, BEN in bans] == [False, True]

@@ -27,7 +27,7 @@ from glasshive.client.hop import HopReport
 from glasshive.client.job import Job
 from glasshive.client.peer_stream import blaming, failure_of
 from glasshive.client.step_watch import STEP_LIMITS, StepLimits
-from glasshive.dht.errors import PeerUnreachable, StreamBusy
+from glasshive.dht.errors import StreamBusy
 from glasshive.dht.framing import Stream
 from glasshive.dht.memory_transport import MemoryNetwork, MemoryTransport
 from glasshive.dht.messages import (
@@ -107,13 +107,6 @@ def test_a_peer_that_takes_no_stream_now_is_busy_and_not_lost() -> None:
     )
     assert isinstance(error, PeerBusy)
     assert error.peer == TWO.peer_id
-
-
-@pytest.mark.parametrize("is_too_soon", [True, False])
-def test_a_peer_that_was_not_dialled_may_be_there(is_too_soon: bool) -> None:
-    with pytest.raises(PeerLost) as caught, blaming(HOP, 12.0, "while it was asked to prepare"):
-        raise PeerUnreachable("it can't be reached", is_too_soon=is_too_soon)
-    assert caught.value.is_too_soon is is_too_soon
 
 
 def test_a_peer_s_text_cannot_steer_the_terminal() -> None:

@@ -150,53 +150,6 @@ def test_who_is_lost_again_at_the_same_point_does_not_come_back(out: LeftOut) ->
     assert out.among([announced(NOW + 1)]) == {ONE, OTHER}
 
 
-def test_who_was_not_even_dialled_is_asked_again(out: LeftOut, clock: Clock) -> None:
-    """It was there for long, and left out for 25 s, as libp2p had not got through some s before.
-
-    Seen failing without `_Loss.again_at`, in ten minutes of killed hosts behind proxies.
-    """
-    began = clock.now + 1
-    for _ in range(left_out.MOST_LOSSES):  # that is no loss, and doesn't wear it out
-        clock.look_up(clock.now + 1)
-        out.dialled([announced(NOW - 1)])
-        out.heed(PeerLost("not dialled so soon", peer=ONE, is_too_soon=True))
-        clock.look_up(clock.now + left_out.TOO_SOON_SECONDS - 0.1)
-        assert out.among([announced(NOW - 1)]) == {ONE, OTHER}
-        assert [one.peer_id for one in out.may_return([announced(NOW - 1)])] == [ONE]
-        assert out.gone_seconds(ONE) == clock.now - began, "it is waited for from the first on"
-        clock.look_up(clock.now + 0.1)
-        assert out.among([announced(NOW - 1)]) == {OTHER}
-        assert out.among([]) == {ONE, OTHER}
-    out.heed(PeerLost("gone", peer=ONE))
-    clock.look_up(clock.now + left_out.TOO_SOON_SECONDS)
-    assert out.among([announced(NOW - 1)]) == {ONE, OTHER}
-    out.heed(PeerLost("not dialled so soon", peer=ONE, is_too_soon=True), for_good=True)
-    clock.look_up(clock.now + left_out.TOO_SOON_SECONDS)
-    assert out.among([announced(NOW - 1)]) == {ONE, OTHER}
-
-
-def test_who_is_not_dialled_for_long_is_lost(out: LeftOut, clock: Clock) -> None:
-    """Pings that a dead peer never answers keep libp2p from dialling it for minutes."""
-    out.dialled([announced(NOW - 1)])
-    for _ in range(left_out.MOST_LOSSES):
-        began = clock.now
-        while clock.now < began + left_out.RETURN_SECONDS:
-            out.heed(PeerLost("not dialled so soon", peer=ONE, is_too_soon=True))
-            clock.look_up(clock.now + left_out.TOO_SOON_SECONDS)
-            assert out.among([announced(NOW - 1)]) == {OTHER}
-        out.heed(PeerLost("not dialled so soon", peer=ONE, is_too_soon=True))
-        clock.look_up(clock.now + left_out.TOO_SOON_SECONDS)
-        assert out.among([announced(NOW - 1)]) == {ONE, OTHER}
-        assert out.left_seconds(ONE) < 0
-        out.heed(PeerLost("gone", peer=ONE))
-        out.gained()
-    for _ in range(5):  # much later
-        clock.look_up(clock.now + left_out.TOO_SOON_SECONDS + left_out.RETURN_SECONDS)
-        out.heed(PeerLost("not dialled so soon", peer=ONE, is_too_soon=True))
-        clock.look_up(clock.now + left_out.TOO_SOON_SECONDS)
-        assert out.among([announced(NOW - 1)]) == {OTHER}
-
-
 def test_each_error_counts_once(out: LeftOut, clock: Clock) -> None:
     """Who came back, and was then too late, is there: the error is still that of its loss."""
     lost = PeerLost("gone", peer=ONE)

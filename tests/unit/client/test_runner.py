@@ -606,24 +606,3 @@ def test_a_trace_that_was_cancelled_as_its_peer_was_lost_is_not_run_again(
     with pytest.raises(TraceCancelled):
         model.run(Experiment(), TraceOptions())
     assert len(tried) == 1
-
-
-def test_a_peer_that_was_not_dialled_is_asked_again_without_a_new_record(
-    swarm: RealCalls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(left_out, "RETURN_SECONDS", 90.0)
-    monkeypatch.setattr(left_out, "TOO_SOON_SECONDS", 0.1)
-    monkeypatch.setattr(known_records, "ASK_AGAIN_SECONDS", 0.01)
-    del swarm.known[1:]
-    model: Any = runner_of(swarm)
-    tried: list[PeerId] = []
-
-    def run(experiment: object, options: object, route: Route, *rest: object) -> str:
-        tried.append(route.records[0].peer_id)
-        if len(tried) <= left_out.MOST_LOSSES:
-            raise PeerLost("not dialled so soon", peer=tried[-1], is_too_soon=True)
-        return "done"
-
-    monkeypatch.setattr(model, "_run_once", run)
-    assert model.run(Experiment(), TraceOptions(retries=1)) == "done"
-    assert len(tried) == left_out.MOST_LOSSES + 1

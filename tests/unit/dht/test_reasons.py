@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glasshive.dht.errors import BadAddress
-from glasshive.dht.reasons import is_too_soon, why_unreachable
+from glasshive.dht.reasons import why_unreachable
 from glasshive.dht.transport import PeerAddress, check_address
 
 ID = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -45,14 +45,6 @@ DIALS = f"Connect failed. msg=failed to dial: failed to dial {ID}: "
 )
 def test_what_the_daemon_says_in_few_words(said: str, words: str) -> None:
     assert why_unreachable(said) == words
-    assert is_too_soon(said) is ("some seconds ago" in words)
-
-
-def test_who_was_dialled_at_one_address_was_dialled() -> None:
-    one, other = "* [/ip4/10.0.0.1/tcp/1] {}", "* [/ip4/10.0.0.2/tcp/1] {}"
-    both = f"{DIALS}all dials failed {one} {other}"
-    assert is_too_soon(both.format("dial backoff", "dial backoff"))
-    assert not is_too_soon(both.format("dial backoff", "connection reset by peer"))
 
 
 @pytest.mark.parametrize(
