@@ -21,24 +21,24 @@ from typing import Final
 
 from glasshive.dht.outcome import forget_outcome
 
-__all__ = ["check_listening"]
+__all__ = ["check_listening", "greet"]
 
 GREETING_SECONDS: Final = 5.0
-"""So long after it took the connection a peer may take to greet: libp2p gives a dial of the same
-network as long."""
+"""So long after it took the connection a peer may take to greet. libp2p gives all of a dial as long
+in the same network, and 15 s beyond."""
 _GREETING: Final = b"\x13/multistream/1.0.0\n"
 _BARE_TCP: Final = re.compile(r"/ip[46]/([^/]+)/tcp/([0-9]+)(?:/p2p/[^/]+)?")
 
 
-async def check_listening(addresses: Sequence[str]) -> None:
-    """Returns once a peer greets at one of these multiaddrs, or if one isn't IP and bare TCP.
+async def check_listening(addresses: Sequence[str]) -> bool:
+    """True once a peer greets at one of these multiaddrs; False if one isn't IP and bare TCP.
 
     Raises OSError if none does. The caller has the deadline.
     """
     places = [place for one in addresses if (place := _BARE_TCP.fullmatch(one))]
-    if len(places) < len(addresses):
-        return
-    tries = [asyncio.ensure_future(_try(one[1], int(one[2]))) for one in places]
+    if not places or len(places) < len(addresses):
+        return False
+    tries = [asyncio.ensure_future(greet(one[1], int(one[2]))) for one in places]
     refusals: list[OSError] = []
     try:
         for one in asyncio.as_completed(tries):
@@ -47,16 +47,17 @@ async def check_listening(addresses: Sequence[str]) -> None:
             except OSError as error:
                 refusals.append(error)
             else:
-                return
+                return True
     finally:
         for task in tries:
             task.cancel()
             task.add_done_callback(forget_outcome)
-    if refusals:
-        raise OSError(_words(refusals[0]))
+    # Who was reached, and was no peer, says more than a port that is closed.
+    raise OSError(_words(min(refusals, key=lambda one: bool(one.errno))))
 
 
-async def _try(host: str, port: int) -> None:
+async def greet(host: str, port: int) -> None:
+    """Returns once a peer has greeted there; raises OSError."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(_GREETING)  # either side may wait for the other's
@@ -76,4 +77,5 @@ async def _try(host: str, port: int) -> None:
 
 def _words(error: OSError) -> str:
     """asyncio says which call failed, and not why."""
-    return os.strerror(error.errno) if error.errno else str(error)
+    errno = error.errno or 0  # negative: of a name
+    return os.strerror(errno) if errno > 0 else str(error)

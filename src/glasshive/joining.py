@@ -7,13 +7,13 @@ for whom. An address that no peer could have is not waited for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from glasshive.dht.errors import DeadlineExceeded, PeerUnreachable, StreamBusy
+from glasshive.dht.listening import greet
 from glasshive.dht.transport import PeerAddress
 
 T = TypeVar("T")
@@ -57,16 +57,13 @@ async def join(
 
 
 async def _why_silent(bootstrap: PeerAddress) -> str:
-    """What a plain connection to its address meets, in a few words."""
+    """What its address meets us with, in a few words."""
     address = bootstrap.addresses[0]
     _, _, host, _, port, *_ = address.split("/")
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
-            _, writer = await asyncio.open_connection(host, int(port))
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        said = "something answers there, but not this peer: is its id right?"
+            await greet(host, int(port))
+        said = "another peer answers there: is the id right?"
     except TimeoutError:
         said = "no answer"
     except socket.gaierror:

@@ -81,11 +81,22 @@ async def test_what_no_waiting_mends_is_raised_at_once() -> None:
 
 
 @pytest.mark.asyncio
-async def test_who_answers_with_another_id_is_told_from_silence() -> None:
-    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+@pytest.mark.parametrize(
+    ("greeting", "words"),
+    [
+        (b"\x13/multistream/1.0.0\n", "another peer answers there: is the id right?"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what listens there is no peer of a swarm"),
+        (b"", "what listens there is no peer of a swarm"),
+    ],
+)
+async def test_who_answers_with_another_id_is_told_from_silence(
+    greeting: bytes, words: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
         writer.close()
 
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as other:
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
         port = other.sockets[0].getsockname()[1]
         _, told = await joined(failing(1, PeerUnreachable("no")), [nobody(port)], Time())
-    assert told[0][0].endswith("something answers there, but not this peer: is its id right?")
+    assert told[0][0].endswith(words)
