@@ -40,7 +40,7 @@ from glasshive.dht.listening import check_listening
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
 from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
-from glasshive.dht.reasons import BACKOFF, in_one_line, nobody_answered, why_unreachable
+from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
 from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
@@ -55,10 +55,6 @@ DHT_DEADLINE_SECONDS: Final = 20.0
 DHT_WAIT_SECONDS: Final = 3.0
 REJOIN_DEADLINE_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 2.0
-BACKOFF_SECONDS: Final = 6.0
-"""So long libp2p leaves an address alone after two dials that failed (go-libp2p's BackoffBase, and
-BackoffCoef times the square of how many more). Where more did, others may serve sooner."""
-REDIAL_SECONDS: Final = 0.25
 
 
 @final
@@ -304,21 +300,8 @@ class HivemindTransport:
         return stream
 
     async def _connect(self, peer: PeerAddress) -> None:
-        """The daemon dials also by itself, and who was away then may be back and left alone."""
-        from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-
-        gives_up_at = time.monotonic() + BACKOFF_SECONDS
-        while True:
-            has_greeted = await check_listening(peer.addresses)
-            try:
-                await daemon_control.connect(self._daemon.p2p, peer.peer_id, peer.addresses)
-            except P2PDaemonError as error:
-                is_false = has_greeted and BACKOFF in str(error)
-                if not is_false or time.monotonic() >= gives_up_at:
-                    raise
-            else:
-                return
-            await asyncio.sleep(REDIAL_SECONDS)
+        await check_listening(peer.addresses)
+        await daemon_control.connect(self._daemon.p2p, peer.peer_id, peer.addresses)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """See Transport."""

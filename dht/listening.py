@@ -30,14 +30,14 @@ _GREETING: Final = b"\x13/multistream/1.0.0\n"
 _BARE_TCP: Final = re.compile(r"/ip[46]/([^/]+)/tcp/([0-9]+)(?:/p2p/[^/]+)?")
 
 
-async def check_listening(addresses: Sequence[str]) -> bool:
-    """True once a peer greets at one of these multiaddrs; False if one isn't IP and bare TCP.
+async def check_listening(addresses: Sequence[str]) -> None:
+    """Returns once a peer greets at one of these multiaddrs, or if one isn't IP and bare TCP.
 
     Raises OSError if none does. The caller has the deadline.
     """
     places = [place for one in addresses if (place := _BARE_TCP.fullmatch(one))]
     if not places or len(places) < len(addresses):
-        return False
+        return
     tries = [asyncio.ensure_future(greet(one[1], int(one[2]))) for one in places]
     refusals: list[OSError] = []
     try:
@@ -47,7 +47,7 @@ async def check_listening(addresses: Sequence[str]) -> bool:
             except OSError as error:
                 refusals.append(error)
             else:
-                return True
+                return
     finally:
         for task in tries:
             task.cancel()

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["BACKOFF", "in_one_line", "nobody_answered", "why_unreachable"]
+__all__ = ["in_one_line", "nobody_answered", "why_unreachable"]
 
 MOST_CHARACTERS: Final = 160
-BACKOFF: Final = "dial backoff"
-"""In the text of a connection that failed as libp2p didn't dial again so soon."""
 
 _WORDS: Final = (
     (r"peer id mi", "another peer answers there than the one of this id"),
@@ -23,7 +21,7 @@ _WORDS: Final = (
         r"protocols? not supported|doesn't speak",
         "a peer answers there, but not to this (another release?)",
     ),
-    (BACKOFF, "it did not answer when it was asked some seconds ago"),
+    (r"dial backoff", "it did not answer when it was asked some seconds ago"),
     (r"i/o timeout|deadline exceeded|took longer than", "no answer in time"),
     (
         r"security protocol|multistream|not multistream|\bEOF\b|reset by peer|connection reset",

@@ -63,7 +63,7 @@ async def _why_silent(bootstrap: PeerAddress) -> str:
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
             await greet(host, int(port))
-        said = "another peer answers there: is the id right?"
+        said = "a peer answers there, but can't be joined: is the id right?"
     except TimeoutError:
         said = "no answer"
     except socket.gaierror:

@@ -1,6 +1,6 @@
 """`tracer.cancel()`: the block ends with TraceCancelled, and no peer keeps anything of the trace.
 
-Hosts in this process; tests/swarm/test_cancel.py measures how soon real ones are free.
+Hosts in this process; tests/swarm/test_leaks.py measures how soon real ones are free.
 """
 
 from __future__ import annotations

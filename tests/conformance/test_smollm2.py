@@ -215,5 +215,5 @@ def test_invokes_of_a_generation_with_edits_at_some_steps(
     assert tracer.output_ids[1].shape[1] - other.shape[1] == 32
     for ids, saved, (wanted_ids, reads) in zip(tracer.output_ids, states, wanted, strict=True):
         assert torch.equal(ids, wanted_ids)
-        for one, read in zip(saved, reads[late], strict=False):
+        for one, read in zip(saved, reads[late], strict=True):
             assert torch.equal(one, read)

@@ -156,7 +156,7 @@ def test_peers_that_are_killed_cost_no_result(
     record_property("chaos", told_of)
     kills = "".join(f"\n{at:.1f} s: {who[-8:]} killed" for at, who in killer.killed)
     assert all(one.error is None and one.is_right for one in answers), told(answers) + kills
-    assert len(killer.killed) >= 3, told_of
+    assert len(killer.killed) >= max(3, CHAOS_SECONDS / 30), told_of
     assert told_of["of which saw a loss"], told_of
 
 
@@ -270,6 +270,7 @@ def test_faults_of_the_network_cost_time_or_a_named_error(
     print(told_of, *done, sep="\n")
     record_property("faults", told_of)
     said = told(answers) + "\n" + "\n".join(done)
+    assert any(one.error is not None or one.disturbed for one in answers), "faults that do nothing"
     assert all(one.is_right for one in answers if one.error is None), said
     assert all(isinstance(one.error, NAMED) for one in answers if one.error is not None), said
     late = [one for one in answers if one.seconds > one.deadline_seconds + SLACK_SECONDS]

@@ -1,7 +1,6 @@
 """A peer that was away is reached as soon as it is back: no call waits for libp2p's 5 s of backoff.
 
-No time is asserted: with the backoff the first call after the return fails. A dial of the network
-daemon's own still causes one, which is waited for.
+No time is asserted: with the backoff the first call after the return fails.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ import contextlib
 import socket
 
 import pytest
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
-from glasshive.dht import daemon_control
 from glasshive.dht.errors import PeerUnreachable
 from glasshive.dht.framing import Stream
 from glasshive.dht.hivemind_transport import HivemindTransport
-from glasshive.dht.reasons import BACKOFF
 from glasshive.dht.transport import PeerAddress
 from glasshive.security.keys import Identity
 
@@ -109,31 +105,6 @@ async def test_who_comes_back_behind_what_listens_is_reached_by_the_next_call() 
     finally:
         await client.close()
         server.close()
-
-
-@pytest.mark.asyncio
-async def test_whom_the_daemon_itself_dialled_in_vain_is_reached_when_it_dials_again() -> None:
-    """It does to ask its own routing, and for the calls of the DHT."""
-    identity, listen = Identity.generate(), f"/ip4/127.0.0.1/tcp/{free_port()}"
-    there = PeerAddress(identity.peer_id, (f"{listen}/p2p/{identity.peer_id}",))
-    client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
-    p2p = client._daemon.p2p
-    try:
-        with pytest.raises(P2PDaemonError, match="connection refused"):
-            await daemon_control.connect(p2p, there.peer_id, there.addresses)
-        host = await HivemindTransport.create(identity, listen=[listen], dht="none")
-        try:
-            await host.serve("echo/1", echo)
-            with pytest.raises(P2PDaemonError, match=BACKOFF):
-                await daemon_control.connect(p2p, there.peer_id, there.addresses)
-            stream = await client.open_stream(there, "echo/1", 20)
-            await stream.send(7)
-            assert (await stream.receive(10)).header == 7
-            await stream.close()
-        finally:
-            await host.close()
-    finally:
-        await client.close()
 
 
 @pytest.mark.asyncio

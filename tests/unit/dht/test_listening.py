@@ -47,7 +47,7 @@ async def test_one_address_at_which_a_peer_greets_will_do(closed: int, first: bo
     """Some libp2ps wait to be greeted before they do."""
     at = "/ip4/127.0.0.1/tcp/{}".format
     async with listening(GREETING, first=first) as port, listening(b"") as other:
-        assert await check_listening([at(closed), at(other), f"{at(port)}/p2p/{PEER}"])
+        await check_listening([at(closed), at(other), f"{at(port)}/p2p/{PEER}"])
         with pytest.raises(OSError, match="what listens there is no peer of a swarm"):
             await check_listening([at(closed), at(other)])
     with pytest.raises(OSError, match="Connection refused"):
@@ -86,6 +86,6 @@ async def test_a_name_is_left_to_the_daemon(
     name = f"/{kind}/localhost/tcp/{closed}"
     greets_otherwise = [f"/ip4/127.0.0.1/udp/{closed}/quic-v1", f"{tcp}/ws"]
     for one in (name, *greets_otherwise):
-        assert not await check_listening([one])
-        assert not await check_listening([tcp, one])
+        await check_listening([one])
+        await check_listening([tcp, one])
     assert asked == []
