@@ -20,7 +20,8 @@ __all__ = ["Announcer", "announce", "withdraw"]
 
 logger = logging.getLogger(__name__)
 
-WITHDRAW_DEADLINE_SECONDS: Final = 5.0
+WITHDRAW_DEADLINE_SECONDS: Final = 7.0
+"""A store takes up to 6 s where some peers say nothing. Less than a process is given to stop."""
 LEAST_PAUSE: Final = 0.1
 """Of the time between two announcements, that stays at least where the DHT is slow to take them."""
 

@@ -53,7 +53,8 @@ DhtMode = Literal["server", "client", "none"]
 
 DHT_DEADLINE_SECONDS: Final = 20.0
 DHT_WAIT_SECONDS: Final = 3.0
-REJOIN_DEADLINE_SECONDS: Final = 5.0
+REJOIN_DEADLINE_SECONDS: Final = 3.0
+"""So long a store waits for bootstrap peers that were lost; the next one tries again, too."""
 REOPEN_SECONDS: Final = 2.0
 
 
@@ -363,9 +364,11 @@ class HivemindTransport:
         if not lost:
             return
         tries = [asyncio.ensure_future(self._meet(node, one)) for one in lost]
-        await asyncio.wait(tries, timeout=REJOIN_DEADLINE_SECONDS)
-        for one in tries:
-            self._daemon.abandon(one)
+        try:
+            await asyncio.wait(tries, timeout=REJOIN_DEADLINE_SECONDS)
+        finally:
+            for one in tries:
+                self._daemon.abandon(one)
 
     async def _meet(self, node: Any, bootstrap: PeerAddress) -> None:
         from hivemind.p2p import PeerID

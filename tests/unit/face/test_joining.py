@@ -84,7 +84,10 @@ async def test_what_no_waiting_mends_is_raised_at_once() -> None:
 @pytest.mark.parametrize(
     ("greeting", "words"),
     [
-        (b"\x13/multistream/1.0.0\n", "a peer answers there, but can't be joined: is the id right?"),
+        (
+            b"\x13/multistream/1.0.0\n",
+            "a peer answers there, but can't be joined: is the id right?",
+        ),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what listens there is no peer of a swarm"),
         (b"", "what listens there is no peer of a swarm"),
     ],
