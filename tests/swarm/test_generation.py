@@ -19,6 +19,8 @@ from waits import wait_for
 
 import glasshive
 from glasshive.client import left_out
+from glasshive.client.job import Job
+from glasshive.client.progress import JobDisplay
 from glasshive.testing import LocalPeer, LocalSwarm
 
 pytestmark = [
@@ -65,6 +67,14 @@ def whole(hive: LocalSwarm) -> None:
 def model(hive: LocalSwarm) -> Iterator[Any]:
     with glasshive.connect(hive.config) as swarm:
         yield swarm.model(hive.model_name)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Job]:
+    """The one that runs, as its display would show it."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(JobDisplay, "update", lambda _, job: jobs.append(job))
+    return lambda: jobs[-1]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +182,7 @@ def test_lost_peers_cost_nothing_but_time(
     seed: int,
     hive: LocalSwarm,
     model: Any,
+    job: Callable[[], Job],
     wanted: tuple[torch.Tensor, list[torch.Tensor]],
 ) -> None:
     """At a random step: others that serve the same blocks go on in their place, and soon.
@@ -182,11 +193,15 @@ def test_lost_peers_cost_nothing_but_time(
     chance = random.Random(seed)
     what, parts = DISASTERS[seed] if seed < len(DISASTERS) else chance.choice(DISASTERS)
     undisturbed = steered(model, work=800)[0].result
-    used = [hop.peer for hop in undisturbed.hops]
-    hosts = [next(one for one in hive.hosts if one.peer_id == used[part]) for part in parts]
+    used: list[str] = []  # by the next one, which may go elsewhere
+
+    def hit() -> list[LocalPeer]:
+        lost = {used[part] for part in parts if used}
+        return [one for one in hive.hosts if one.peer_id in lost]
 
     def happens() -> None:
-        for host in hosts:
+        used.extend(hop.peer.peer_id for hop in job().hops)
+        for host in hit():
             DO[what](host)
 
     disaster = Disaster(chance.randrange(1, NEW * 5 // 8), happens)
@@ -194,7 +209,7 @@ def test_lost_peers_cost_nothing_but_time(
         tracer, saved = steered(model, work=800, streamer=disaster, deadline=120)
     finally:
         if what == "freeze":
-            for host in hosts:
+            for host in hit():
                 host.thaw()
     assert 1 < disaster.came_at_tokens < NEW, "in the middle"
     result = tracer.result
