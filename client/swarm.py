@@ -280,7 +280,7 @@ class Swarm:
         """Run a job to its end, from the caller's thread.
 
         An interrupt of that, or `cancellation`, cancels it on every peer. The caller's thread calls
-        `on_tick` four times a second meanwhile. Raises what `Job.run` and `run` raise.
+        `on_tick` twenty times a second meanwhile. Raises what `Job.run` and `run` raise.
         """
 
         async def run() -> None:

@@ -17,7 +17,8 @@ __all__ = ["LoopThread", "new_loop"]
 T = TypeVar("T")
 
 CLOSE_DEADLINE_SECONDS = 10.0
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.05
+"""Somebody may read tokens as they come."""
 
 
 @final
@@ -48,7 +49,7 @@ class LoopThread:
         """The coroutine's result, or its exception; cancels it after `deadline_seconds`.
 
         Also cancels it when the calling thread is interrupted. While it waits, the calling thread
-        calls `on_tick` four times a second. `on_start` is given the future of the result: whoever
+        calls `on_tick` twenty times a second. `on_start` is given the future of the result: whoever
         cancels that, from any thread, cancels the coroutine, and the wait ends at once. Raises
         DeadlineExceeded, or TransportClosed after that or `close`. Not to be called from the loop's
         own thread.
