@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +102,12 @@ def peer_ids(given: object, option: str) -> frozenset[PeerId]:
     return frozenset(peers)
 
 
+class _Found(NamedTuple):
+    steps: list[Tensor]  # int64 `[batch]` each
+    goes_on: Tensor  # bool `[batch]`
+    has_ended: bool
+
+
 class Chosen:
     """The tokens of a generation, as far as they have come.
 
@@ -118,7 +125,7 @@ class Chosen:
         self._stops = torch.tensor(stop_tokens, dtype=torch.int64)
         self._tell = tell
         self._came: Mapping[str, Tensor] = {}
-        self._steps: dict[int, tuple[list[Tensor], bool]] = {}  # by invoke
+        self._found: dict[int, _Found] = {}  # by invoke; more is looked for when it is asked for
 
     def hear(self, saves: Mapping[str, Tensor]) -> None:
         """What has come until now. In the thread of whoever waits for the generation.
@@ -141,7 +148,10 @@ class Chosen:
 
     def _take(self, saves: Mapping[str, Tensor]) -> None:
         self._came = saves
-        self._steps.clear()
+        for invoke, found in list(self._found.items()):
+            came = [saves.get(self.names[invoke, step]) for step in range(len(found.steps))]
+            if any(map(operator.is_not, came, found.steps)):  # it was run again
+                self._found.pop(invoke, None)
 
     def of(self, saves: Mapping[str, Tensor]) -> Chosen:
         """The same of what has come, which nobody is told of."""
@@ -151,26 +161,25 @@ class Chosen:
 
     def steps(self, invoke: int) -> list[Tensor]:
         """The tokens of each step that has come, int64 `[batch]`, up to the end of the invoke."""
-        if invoke not in self._steps:
-            self._steps[invoke] = self._find(invoke)
-        return self._steps[invoke][0]
+        return self._find(invoke).steps
 
     def has_ended(self, invoke: int) -> bool:
         """Whether every row of the invoke has come to a stop token."""
-        self.steps(invoke)
-        return self._steps[invoke][1]
+        return self._find(invoke).has_ended
 
-    def _find(self, invoke: int) -> tuple[list[Tensor], bool]:
-        found: list[Tensor] = []
-        goes_on: Tensor | None = None
-        while (name := self.names.get((invoke, len(found)), "")) in self._came:
-            tokens = self._came[name]
-            found.append(tokens)
-            still = ~torch.isin(tokens, self._stops)
-            goes_on = still if goes_on is None else goes_on & still
-            if not goes_on.any():
-                return found, True
-        return found, False
+    def _find(self, invoke: int) -> _Found:
+        """Goes on from what was found: it is asked for often, and there may be many steps."""
+        steps, goes_on, has_ended = self._found.get(invoke, ([], torch.tensor(True), False))
+        steps = list(steps)  # others have that list
+        while not has_ended:
+            tokens = self._came.get(self.names.get((invoke, len(steps)), ""))
+            if tokens is None:
+                break
+            steps.append(tokens)
+            goes_on = goes_on & ~torch.isin(tokens, self._stops)
+            has_ended = not goes_on.any()
+        found = self._found[invoke] = _Found(steps, goes_on, has_ended)
+        return found
 
     def tokens(self, invoke: int) -> Tensor:
         """All of them, int64 `[batch, new]`."""

@@ -459,7 +459,7 @@ class _Streaming:
             self._has_begun = True
         steps = chosen.steps(0)
         for step, (told, came) in enumerate(zip(self._told, steps, strict=False)):
-            if not torch.equal(told, came):
+            if told is not came and not torch.equal(told, came):
                 raise TokensDiffer(
                     f"step {step} gave {came.tolist()!s:.80} when the generation was run again, "
                     f"and the streamer had been given {told.tolist()!s:.80}; on other hardware, or "

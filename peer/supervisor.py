@@ -52,7 +52,7 @@ class SupervisorLimits:
     start_seconds: float = 120.0  # to the first report, imports included
     heartbeat_seconds: float = 30.0
     overdue_seconds: float = 1.0  # the deadline itself has all the patience there is
-    stop_seconds: float = 10.0
+    stop_seconds: float = 15.0
     first_pause_seconds: float = 0.25
     longest_pause_seconds: float = 60.0
     steady_seconds: float = 60.0  # after so long in service, failures are counted from none

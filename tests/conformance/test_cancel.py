@@ -156,7 +156,7 @@ def test_what_had_come_is_there_after_any_end(
 def test_what_had_come_since_the_last_look_is_there(
     hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens are heard four times a second. Of a short generation none was there."""
+    """Tokens are heard twenty times a second. Of a short generation none was there."""
     monkeypatch.setattr(loop_thread, "TICK_SECONDS", 60.0)
     tracer = generation(hive)
     hive.after(1, NEW // 2, tracer.cancel)

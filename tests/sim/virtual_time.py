@@ -20,7 +20,7 @@ from glasshive.dht.errors import DeadlineExceeded, TransportClosed
 __all__ = ["Pool", "UserLoop", "VirtualLoop", "by_user"]
 
 T = TypeVar("T")
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.25  # a fifth as often as a real loop's, as each is work
 
 
 class Stuck(AssertionError):

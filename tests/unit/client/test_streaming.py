@@ -47,6 +47,24 @@ def test_the_same_tokens_are_told_once(chosen: Chosen, streamer: Streamer) -> No
     assert streamer.given == [[1, 2], [3], [4], [5], [STOP]]
 
 
+def test_each_step_is_looked_at_once(
+    chosen: Chosen, streamer: Streamer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not each time that is listened, as there may be thousands."""
+    looks: list[torch.Tensor] = []
+    isin = torch.isin
+    monkeypatch.setattr(torch, "isin", lambda *args: looks.append(args[0]) or isin(*args))
+    came = saves(3, 4, 5, 6)
+    for n in (1, 1, 2, 4, 4):
+        chosen.hear(dict(list(came.items())[:n]))
+        assert not chosen.has_ended(0)
+    assert [one.item() for one in looks] == [3, 4, 5, 6]
+    assert streamer.given == [[1, 2], [3], [4], [5], [6]]
+    chosen.hear(saves(3, 4, 5, 6, STOP))  # by another run
+    assert chosen.has_ended(0)
+    assert len(looks) == 4 + 5
+
+
 def test_what_had_come_stays_until_a_new_run_has_come_as_far(chosen: Chosen) -> None:
     """A generation that is cancelled meanwhile tells of no fewer than its user saw."""
     chosen.hear(saves(3, 4))
