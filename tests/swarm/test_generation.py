@@ -203,6 +203,7 @@ def test_lost_peers_cost_nothing_but_time(
         used.extend(hop.peer.peer_id for hop in job().hops)
         for host in hit():
             DO[what](host)
+        assert len(job().saves) < len(job().expected), "the generation was over before"
 
     disaster = Disaster(chance.randrange(1, NEW * 5 // 8), happens)
     try:
