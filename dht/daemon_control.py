@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from glasshive.security.keys import PeerId
 
@@ -102,10 +102,17 @@ def forget_ended_calls() -> None:
 
 
 def remembering(made: list[Any]) -> Any:
-    """hivemind's P2P, which adds to `made` what it makes, also when its `create` fails later."""
+    """hivemind's P2P, which adds to `made` what it makes, also when its `create` fails later.
+
+    It has a `dht_mode` more, "none": without the daemon's own routing. That looks each 2 minutes
+    after peers that it knew, and a dial of its own that fails keeps ours from who is back then
+    (dht/listening.py).
+    """
     from hivemind.p2p import P2P
 
     class Remembered(P2P):  # type: ignore[misc]
+        DHT_MODE_MAPPING: ClassVar[Any] = {**P2P.DHT_MODE_MAPPING, "none": {}}
+
         def __init__(self) -> None:
             super().__init__()
             made.append(self)

@@ -18,7 +18,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, final
+from typing import Any, Final, final
 
 from glasshive.dht import daemon_control, hardening, hivemind_setup, member_calls
 from glasshive.dht.addresses import LOOPBACK, announced, check_places, listening_at
@@ -39,7 +39,7 @@ from glasshive.dht.framing import ByteReader, ByteWriter, FrameLimits, Stream
 from glasshive.dht.listening import check_listening
 from glasshive.dht.member_gate import MemberGate, reset_removed
 from glasshive.dht.messages import MEMBERS_PROTOCOL, AskRevocations, encode
-from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, NetworkDaemon
+from glasshive.dht.network_daemon import CONTROL_DEADLINE_SECONDS, DhtMode, NetworkDaemon
 from glasshive.dht.reasons import in_one_line, nobody_answered, why_unreachable
 from glasshive.dht.records import RecordGate, key_id
 from glasshive.dht.serving import HandlerTasks, StreamLimits
@@ -47,9 +47,7 @@ from glasshive.dht.transport import PeerAddress, StreamHandler, check_address
 from glasshive.security.envelope import PUBLIC_SWARM
 from glasshive.security.keys import Identity, PeerId
 
-__all__ = ["DhtMode", "HivemindTransport"]
-
-DhtMode = Literal["server", "client", "none"]
+__all__ = ["HivemindTransport"]
 
 DHT_DEADLINE_SECONDS: Final = 20.0
 DHT_WAIT_SECONDS: Final = 3.0
@@ -118,14 +116,15 @@ class HivemindTransport:
         """A running transport.
 
         `dht` is "server" for a host or bootstrap peer, "client" to read and store without holding
-        others' records, "none" for streams only. An empty `listen` listens nowhere; what isn't
-        loopback takes `whitelisted` (see `addresses.check_places`). `announce` are the addresses
-        under which others find it, where they aren't this machine's own. Bootstraps are
-        multiaddrs that end in ``/p2p/ID``; one of them must answer, except with dht="none", which
-        doesn't contact them. With a `gate` the swarm is private: who is no member of it opens no
-        stream here and gets no answer of the DHT. Raises ListenRefused, BadAddress, DaemonFailed,
-        PeerUnreachable, TransportLost, DeadlineExceeded, and StreamRefused or NotLetIn if the
-        bootstrap peers answer and none lets this peer in.
+        others' records, "none" for streams only, to peers whose addresses come with each. An
+        empty `listen` listens nowhere; what isn't loopback takes `whitelisted` (see
+        `addresses.check_places`). `announce` are the addresses under which others find it, where
+        they aren't this machine's own. Bootstraps are multiaddrs that end in ``/p2p/ID``; one of
+        them must answer, except with dht="none", which doesn't contact them. With a `gate` the
+        swarm is private: who is no member of it opens no stream here and gets no answer of the
+        DHT. Raises ListenRefused, BadAddress, DaemonFailed, PeerUnreachable, TransportLost,
+        DeadlineExceeded, and StreamRefused or NotLetIn if the bootstrap peers answer and none
+        lets this peer in.
         """
         check_places(listen, announce, whitelisted=whitelisted)
         self = cls(
@@ -163,7 +162,7 @@ class HivemindTransport:
                 self._listen,
                 [address for one in peers for address in one.addresses],
                 announce=self._announce,
-                routes_for_others=self.dht == "server",
+                routing=self.dht,
             )
             if self._announce:
                 self.addresses, self.listening = visible, self._listen

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, Literal, TypeVar, final
 
 from glasshive.dht import daemon_control
 from glasshive.dht.errors import (
@@ -28,12 +28,14 @@ from glasshive.dht.errors import (
 from glasshive.dht.outcome import forget_outcome
 from glasshive.security.keys import Identity
 
-__all__ = ["CONTROL_DEADLINE_SECONDS", "NetworkDaemon"]
+__all__ = ["CONTROL_DEADLINE_SECONDS", "DhtMode", "NetworkDaemon"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DhtMode = Literal["server", "client", "none"]
+"""Whether the daemon finds peers by their ids, and for others, too; with "none" it doesn't."""
 CONTROL_DEADLINE_SECONDS: Final = 10.0
 SHUTDOWN_DEADLINE_SECONDS: Final = 3.0
 
@@ -65,7 +67,7 @@ class NetworkDaemon:
         bootstraps: Sequence[str],
         *,
         announce: Sequence[str] = (),
-        routes_for_others: bool,
+        routing: DhtMode,
     ) -> tuple[str, ...]:
         """Starts it; the addresses that it tells others, none if it listens nowhere.
 
@@ -87,7 +89,7 @@ class NetworkDaemon:
                         host_maddrs=list(listen) or None,
                         no_listen=not listen,
                         announce_maddrs=list(announce) or None,
-                        dht_mode="server" if routes_for_others else "client",
+                        dht_mode=routing,
                         identity_path=str(key_file),
                         check_if_identity_free=False,
                         nat_port_map=False,

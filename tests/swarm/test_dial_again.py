@@ -108,6 +108,31 @@ async def test_who_comes_back_behind_what_listens_is_reached_by_the_next_call() 
 
 
 @pytest.mark.asyncio
+async def test_a_client_has_no_routing_that_dials_by_itself() -> None:
+    """It would look each 2 minutes after peers that it knew, and leave alone who was away then.
+
+    Two minutes are long for a test, so this one asks for what else routing does: by way of one
+    peer it finds another by the id.
+    """
+    at = [f"/ip4/127.0.0.1/tcp/{free_port()}"]
+    one = await HivemindTransport.create(Identity.generate(), listen=at)
+    other = await HivemindTransport.create(Identity.generate(), bootstraps=one.addresses)
+    client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
+    try:
+        for host in (one, other):
+            await host.serve("echo/1", echo)
+        stream = await client.open_stream(PeerAddress.parse(one.addresses[0]), "echo/1", 10)
+        await stream.send(7)
+        assert (await stream.receive(10)).header == 7
+        with pytest.raises(PeerUnreachable, match=other.peer_id):
+            await client.open_stream(PeerAddress(other.peer_id), "echo/1", 20)
+        await stream.close()
+    finally:
+        for transport in (client, other, one):
+            await transport.close()
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("address", "why"),
     [
