@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from glasshive.client.cancellation import Cancellation
 from glasshive.client.errors import TraceError
 from glasshive.client.job import PassInput
 from glasshive.client.prompts import Tokens
-from glasshive.client.saved import fill
+from glasshive.client.saved import SavedTensor, fill
 from glasshive.client.sites import Sites
 from glasshive.client.source_lines import Mark, SourceLine, here, resolve
 from glasshive.client.structures import drop, save_parts
@@ -44,6 +44,10 @@ TOKENS_PREFIX: Final = "t"
 """With which the names of saved tokens begin; those of other saves begin with `s`."""
 
 
+ShowProgress: TypeAlias = bool | Literal["plain"] | None
+"""Whether status lines show; None: on a terminal. "plain": there, but no lines that move."""
+
+
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
     """How a trace is run. `pass_rows`: the most rows of one forward pass.
@@ -58,7 +62,7 @@ class TraceOptions:
     route: frozenset[PeerId] | None = None
     avoid: frozenset[PeerId] = field(default_factory=frozenset)
     across_hardware: bool = False
-    show_progress: bool | None = None
+    show_progress: ShowProgress = None
 
     def __post_init__(self) -> None:
         """Raise TraceError for an option that means nothing."""
@@ -127,6 +131,16 @@ class Chosen:
         self._came: Mapping[str, Tensor] = {}
         self._found: dict[int, _Found] = {}  # by invoke; more is looked for when it is asked for
 
+    @property
+    def have_come(self) -> bool:
+        """Whether some have."""
+        return any(self.steps(invoke) for invoke in {invoke for invoke, _ in self.names})
+
+    @property
+    def came(self) -> Mapping[str, Tensor]:
+        """All saves that have come with them, by name: of one run, where there were several."""
+        return self._came
+
     def hear(self, saves: Mapping[str, Tensor]) -> None:
         """What has come until now. In the thread of whoever waits for the generation.
 
@@ -139,6 +153,10 @@ class Chosen:
         """As `hear`, but nobody is told, whose own error could hide why the generation ended."""
         if len(saves) >= len(self._came):
             self._take(saves)
+
+    def forget(self) -> None:
+        """Nothing has come: what did may be wrong."""
+        self._take({})
 
     def hear_all(self, saves: Mapping[str, Tensor]) -> None:
         """What has come in the end, be it less than a run before had come to."""
@@ -229,14 +247,35 @@ class Experiment:
         if self.chosen is not None:
             self.chosen.hear_all(came)
             self._check_writes(self.chosen)
+        self._fill(came, lambda name: self._why_missing(name, self.chosen))
+
+    def fill_done(self, ended_with: str) -> None:
+        """As `fill`, for a generation that ended with this error: what has come of the steps that
+        have their tokens.
+
+        Raises StepNeverRan, and nothing has its tensor, where `fill` would raise it: some of what
+        came is made of padding then.
+        """
+        chosen = self.chosen
+        if chosen is not None and chosen.have_come:
+            self._check_writes(chosen)
+            self._fill(chosen.came, lambda name: self._why_late(name, chosen, ended_with))
+            for name in self.saves.keys() - chosen.came.keys():
+                why = f"it had not come when the generation ended with {ended_with}"
+                self.saves[name]._alias.cell.recorder.never_came.setdefault(name, why)
+
+    def _fill(self, came: Mapping[str, Tensor], why_late: Callable[[str], str | None]) -> None:
         gone: set[int] = set()
         for name, tensor in self.saves.items():
-            missing = self._why_missing(name, self.chosen)
-            if missing is None:
-                fill(tensor, came[name])
-            else:
-                tensor._alias.cell.recorder.never_came[name] = missing
-                gone.add(id(tensor))
+            held: Any = tensor  # whose class is another once it is filled
+            if isinstance(held, SavedTensor):
+                continue  # it was cancelled after that
+            late = why_late(name)
+            if late is not None:
+                held._alias.cell.recorder.never_came[name] = late
+                gone.add(id(held))
+            elif name in came:
+                fill(held, came[name])
         if gone:
             for one in self.containers:
                 drop(one, gone)
@@ -275,6 +314,18 @@ class Experiment:
             f"{len(chosen.steps(invoke)) - 1}, with a stop token; what was saved of the steps "
             "before is there"
         )
+
+    def _why_late(self, name: str, chosen: Chosen, ended_with: str) -> str | None:
+        """Why a save is of no step that was done when the generation ended; None if it is."""
+        if (missing := self._why_missing(name, chosen)) is not None:
+            return missing
+        for invoke, (step, _) in self.until[name].items():
+            if step >= (done := len(chosen.steps(invoke))):
+                return (
+                    f"it is of step {step}, and the generation ended with {ended_with} when "
+                    f"{done} were done; what had come of those is there"
+                )
+        return None
 
     def _check_writes(self, chosen: Chosen) -> None:
         """Raise StepNeverRan for a write of a value of an invoke at a step after its end.

@@ -7,6 +7,7 @@ every step of the current invoke, and Python's own `if` about some of them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from glasshive.client.status_text import is_terminal
 from glasshive.client.token_choice import choice_of
 from glasshive.client.traced import TracedTensor
 from glasshive.client.tracer import Tracer
-from glasshive.graph.errors import UnsupportedModel
+from glasshive.graph.errors import GlasshiveError, StepNeverRan, UnsupportedModel
 from glasshive.graph.order import InvokeShape, before_last_chunk
 from glasshive.graph.outline import GENERATOR
 from glasshive.graph.plan_codec import MAX_PASSES
@@ -99,6 +100,7 @@ class Generation(Tracer):
     """One generation: what `model.generate(...)` gives.
 
     After the block, `output_ids` has all tokens, and what was saved at each step holds its tensor.
+    After an error, a cancel or Ctrl-C in its run, that holds for what had come by then.
     """
 
     KIND = "a generation"
@@ -115,7 +117,7 @@ class Generation(Tracer):
     ) -> None:
         if streamer is not None and options.show_progress is None and is_terminal(sys.stdout):
             # It writes there, a few words at a time, which lines that move would break.
-            options = replace(options, show_progress=False)
+            options = replace(options, show_progress="plain")
         super().__init__(model, prompt, options)
         steps = model.outline.steps()  # raises UnsupportedModel
         self._choice = choice_of(
@@ -300,17 +302,38 @@ class Generation(Tracer):
                 result = super()._run(experiment)
             finally:  # what had come is there, however it ends
                 self._chosen = experiment.chosen
-        except TraceCancelled as error:
-            made = sum(self._made(invoke).shape[1] for invoke in self._invokes())
-            wanted = sum(one.n_steps for one in self.sites.invokes)
-            error.args = (f"{error}; tracer.new_tokens has {made} of {wanted} steps",)
+        except (StepNeverRan, TokensDiffer):  # which say that what has come may be wrong
             raise
+        except BaseException as error:
+            self._keep_done(experiment, error)
+            raise
+        self._fill_results()
+        if self._streamer is not None:
+            with _blaming_streamer(at_line()):
+                self._streamer.end()
+        return result
+
+    def _keep_done(self, experiment: Experiment, error: BaseException) -> None:
+        """What is saved of the steps that were done has its value, and `error` says how many."""
+        made = sum(self._made(invoke).shape[1] for invoke in self._invokes())
+        wanted = sum(one.n_steps for one in self.sites.invokes)
+        said = f"tracer.new_tokens has {made} of {wanted} steps"
+        if isinstance(error, TraceCancelled):
+            error.args = (f"{error}; {said}",)
+        elif isinstance(error, GlasshiveError) and made:
+            error.add_note(f"{said}, and what had come of what was saved at them is there")
+        try:
+            experiment.fill_done(type(error).__name__)
+        except StepNeverRan as never:
+            error.add_note(f"of what was saved nothing is there: {never}")
+        else:
+            if made:
+                self._fill_results()
+
+    def _fill_results(self) -> None:
         for invoke, tensor in self._results.items():
             if self.sites.recorder.was_saved(tensor):
                 fill_with(tensor, self._ids(invoke))
-        if self._streamer is not None:
-            self._streamer.end()
-        return result
 
     @property
     def output_ids(self) -> Any:
@@ -326,7 +349,7 @@ class Generation(Tracer):
         """The tokens that were made, int64 `[batch, new]`; a list for a generation with invokes.
 
         Of one that ended with an error, or by Ctrl-C, those that had come, as in `output_ids` and
-        `text`.
+        `text`; and of what was saved at these steps what had come.
         """
         ids = [saved(self._made(invoke)) for invoke in self._invokes()]
         return ids if self._prompt is None else ids[0]
@@ -433,6 +456,16 @@ class _AtStep:
         self._tracer._advanced.clear()
 
 
+@contextlib.contextmanager
+def _blaming_streamer(at: str) -> Iterator[None]:
+    """An error inside it has a note that it is the streamer's; `at` is the line, as `at_line`."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{at}the streamer of this generation raised it")
+        raise
+
+
 class _Streaming:
     """Gives tokens to a streamer of transformers' kind as they come: prompts first, then steps."""
 
@@ -444,6 +477,7 @@ class _Streaming:
             )
         self._streamer = streamer
         self._cancellation = cancellation
+        self._at = at_line()
         self._prompt = tokens[0].input_ids
         self._has_begun = False
         self._told: list[Tensor] = []
@@ -455,7 +489,8 @@ class _Streaming:
         cancelled it.
         """
         if not self._has_begun:
-            self._streamer.put(self._prompt)
+            with _blaming_streamer(self._at):
+                self._streamer.put(self._prompt)
             self._has_begun = True
         steps = chosen.steps(0)
         for step, (told, came) in enumerate(zip(self._told, steps, strict=False)):
@@ -468,5 +503,6 @@ class _Streaming:
                 )
         for tokens in steps[len(self._told) :]:
             self._cancellation.check()
-            self._streamer.put(tokens)
+            with _blaming_streamer(self._at):
+                self._streamer.put(tokens)
             self._told.append(tokens)

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from glasshive.client.left_out import RETURN_SECONDS
 from glasshive.client.provenance import Hop
-from glasshive.dht.messages import ALIVE_SECONDS, AT_WORK, ITS_TURN
+from glasshive.dht.messages import ALIVE_SECONDS, AT_WORK, ITS_TURN, SILENCE_SECONDS
 from glasshive.dht.transport import PeerAddress
 from glasshive.graph.graph import Save
 from glasshive.graph.plan import Part
@@ -19,6 +19,8 @@ __all__ = ["HopReport"]
 
 SILENT_SECONDS: Final = 1.5 * ALIVE_SECONDS
 """After which one from whom nothing came is said to be silent: a sign of life is overdue."""
+HELD_UP_SECONDS: Final = 3.0
+"""Of waiting for a lost peer, after which a user without a display is told."""
 _WAITED_SECONDS: Final = 1.0  # of waiting for a lost peer that are worth a word
 
 
@@ -83,6 +85,19 @@ class HopReport:
             return "waits for its turn"
         spans = [one.part.span for one in hops if one.part.index == self.waits_for]
         return f"waits for blocks {spans[0]}" if spans else "at work"
+
+    def held_up(self, now: float) -> str:
+        """Why it holds up the others, always in the same words; empty if it doesn't for long.
+
+        `now` is by the job's clock.
+        """
+        became, gone_seconds = self.became, now - self.gone_at
+        if became and gone_seconds >= HELD_UP_SECONDS:
+            return f"{became}; waiting up to {RETURN_SECONDS:.0f} s for it or another"
+        # A shorter silence mostly ends by itself.
+        if not became and self.state == "running" and now - self.heard_at >= SILENCE_SECONDS / 2:
+            return f"silent; after {SILENCE_SECONDS:.0f} s it counts as lost"
+        return ""
 
     def summary(self, backend: str) -> Hop:
         """What its peer, of this hardware, did in the end."""

@@ -5,23 +5,33 @@ part, `~` for who has taken the place of one that was lost. Then the end of its 
 and what it does, or what became of it, and in the end where its seconds went. Below stands who was
 lost and who took over, and which of them speak to each other by way of this client, as they can't
 reach each other. What is shown while a trace runs goes away; its last state stays if it was shown.
+
+Lines that move would break what a streamer writes on the same terminal. There each peer that holds
+the job up has a line of its own, and nothing else is said.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Container, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from glasshive.client.experiment import TOKENS_PREFIX
-from glasshive.client.status_text import StatusText, is_terminal
+from glasshive.client.experiment import TOKENS_PREFIX, ShowProgress
+from glasshive.client.status_text import (
+    SAY_AFTER_SECONDS,
+    StatusText,
+    is_terminal,
+    say_line,
+)
 
 if TYPE_CHECKING:
     from glasshive.client.hop import HopReport
     from glasshive.client.job import Job
 
 _SHOW_AFTER_SECONDS = 0.5
+_LASTS_SECONDS = 1.0
 _MOST_ROWS = 12
 _NAME_CHARS = 8
 
@@ -29,12 +39,16 @@ _NAME_CHARS = 8
 class JobDisplay:
     """Shows a job on a terminal; nothing if `show` is False.
 
-    With `show` None it appears on a terminal only, and only if the job takes longer than a blink.
+    With `show` None it appears on a terminal only, and only if the job takes longer than a blink;
+    so it does with "plain", where a line says what holds the job up, and there are no others.
     """
 
-    def __init__(self, show: bool | None) -> None:
-        self._wanted = is_terminal(sys.stderr) if show is None else show
-        self._always = bool(show)
+    def __init__(self, show: ShowProgress) -> None:
+        self._always = show is True
+        self._wanted = is_terminal(sys.stderr) if show in (None, "plain") else self._always
+        self._is_plain = show == "plain"
+        self._held_up_since: dict[str, float] = {}
+        self._waited_seconds = math.inf
         self._status: StatusText | None = None
         self._job: Job | None = None
         self._tokens: Sequence[Sequence[str]] = ()
@@ -62,14 +76,35 @@ class JobDisplay:
         elapsed = job.clock() - job.began_at
         if not self._wanted or (elapsed < _SHOW_AFTER_SECONDS and not self._always):
             return
+        if self._is_plain:
+            self._say_what_holds_up(job)
+            return
         if job is not self._job:
             self._job, self._tokens = job, token_saves(job)
         self._show(text_of(job, elapsed, self._tokens))
 
     def say(self, text: str, elapsed_seconds: float) -> None:
         """Show that something goes on before there is a job, for so long by now."""
-        if self._wanted and (elapsed_seconds >= _SHOW_AFTER_SECONDS or self._always):
+        if not self._wanted:
+            return
+        if self._is_plain:
+            # Of several waits, each with a display of its own, that in which it becomes long.
+            before, self._waited_seconds = self._waited_seconds, elapsed_seconds
+            if before < SAY_AFTER_SECONDS <= elapsed_seconds:
+                _say(text)
+        elif elapsed_seconds >= _SHOW_AFTER_SECONDS or self._always:
             self._show(f"{text}  {elapsed_seconds:.1f} s")
+
+    def _say_what_holds_up(self, job: Job) -> None:
+        """Say it once each time, and only if it lasts: a process that stood still sees silence."""
+        now = job.clock()
+        held_up = {f"{hop}: {why}" for hop in job.hops if (why := hop.held_up(now))}
+        since = {one: self._held_up_since.get(one, now) for one in sorted(held_up)}
+        for one, began_at in since.items():
+            if now - began_at >= _LASTS_SECONDS:
+                _say(one)
+                since[one] = math.inf
+        self._held_up_since = since
 
     def _show(self, text: str) -> None:
         if self._status is None:
@@ -77,6 +112,10 @@ class JobDisplay:
             self._status.start()
         else:
             self._status.update(text)
+
+
+def _say(text: str) -> None:
+    say_line(sys.stderr, f"\nglasshive: {text}\n")  # tokens may stand in the line before
 
 
 def token_saves(job: Job) -> Sequence[Sequence[str]]:

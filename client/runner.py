@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 
 from glasshive.client.demand import demand_of
 from glasshive.client.errors import (
+    BadAnswer,
     NoRoute,
     PeerBusy,
     PeerError,
@@ -83,6 +84,8 @@ class ModelRunner:
             except TransportLost as error:
                 route = retrying.after_own_loss(error, route)
             except PeerError as error:
+                if isinstance(error, BadAnswer) and experiment.chosen is not None:
+                    experiment.chosen.forget()
                 route = retrying.route_after(error, route)
 
     def estimate(self, experiment: Experiment, options: TraceOptions) -> Mapping[str, Any]:

@@ -102,7 +102,7 @@ def fill(tensor: TracedTensor, value: torch.Tensor) -> None:
 
 def fill_with(tensor: TracedTensor, value: torch.Tensor) -> None:
     """Turn a traced tensor into a saved one with this value, whatever its shape."""
-    del tensor._alias  # and with it the recorder and its constants
     held: Any = tensor
-    held.__class__ = SavedTensor
     held._value = value
+    held.__class__ = SavedTensor  # now it is one, whatever interrupts
+    del held._alias  # and with it the recorder and its constants

@@ -99,6 +99,19 @@ def mark() -> Mark:
         frame = back
 
 
+def has_users_code(error: BaseException | None) -> bool:
+    """Whether the user's own code ran where this error was raised, or one that led to it."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            if _rank(frame.f_code.co_filename) == 0 and not _is_generated(frame):
+                return True
+            trace = trace.tb_next
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
 def resolve(place: Mark) -> SourceLine | None:
     """The file and line of a mark."""
     if place is None:

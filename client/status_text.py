@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import IO, Final, final
 
-__all__ = ["StatusText", "is_terminal", "waiting_for"]
+__all__ = ["SAY_AFTER_SECONDS", "StatusText", "is_terminal", "say_line", "waiting_for"]
 
 FRAMES_PER_SECOND: Final = 12.5
 SAY_AFTER_SECONDS: Final = 3.0
@@ -60,7 +60,7 @@ def waiting_for(text: str) -> Iterator[None]:
     if not is_terminal(terminal):
         yield
         return
-    say = threading.Timer(SAY_AFTER_SECONDS, _say, [terminal, f"glasshive: {text} ...\n"])
+    say = threading.Timer(SAY_AFTER_SECONDS, say_line, [terminal, f"glasshive: {text} ...\n"])
     say.daemon = True
     try:
         say.start()
@@ -69,7 +69,8 @@ def waiting_for(text: str) -> Iterator[None]:
         say.cancel()
 
 
-def _say(terminal: IO[str], line: str) -> None:
+def say_line(terminal: IO[str], line: str) -> None:
+    """Write it there at once, if anybody reads that."""
     with contextlib.suppress(OSError, ValueError):  # there may be nobody any more
         terminal.write(line)
         terminal.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, replace
@@ -18,16 +19,18 @@ from glasshive.client.provenance import Provenance
 from glasshive.client.recorder import recording
 from glasshive.client.saved import SavedTensor, saved
 from glasshive.client.sites import Sites
-from glasshive.client.source_lines import at_line, here
+from glasshive.client.source_lines import at_line, has_users_code, here
 from glasshive.client.token_choice import HABITS
 from glasshive.client.traced import TracedTensor
-from glasshive.graph.errors import NotYet
+from glasshive.graph.errors import GlasshiveError, NotYet
 from glasshive.graph.graph import IO, Site
 from glasshive.graph.order import InvokeShape
 from glasshive.graph.outline import GENERATOR, Leaf
 
 if TYPE_CHECKING:
     from glasshive.client.model import Model
+
+log = logging.getLogger(__name__)
 
 _current: ContextVar[Tracer | None] = ContextVar("glasshive_tracer", default=None)
 
@@ -152,6 +155,13 @@ class Tracer:
         except KeyboardInterrupt:
             # Where the run was interrupted says nothing to the user, whose own line does.
             raise KeyboardInterrupt from None
+        except GlasshiveError as run_error:
+            if has_users_code(run_error):
+                raise
+            # Nor does where it was raised, and after what: its text has what the user needs of it.
+            log.debug("%s ended with an error", self.title, exc_info=run_error)
+            run_error.__context__ = None  # which would keep all that the run had
+            raise run_error.with_traceback(None) from None
         return True
 
     def _run(self, experiment: Experiment) -> Provenance:

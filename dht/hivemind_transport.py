@@ -280,8 +280,8 @@ class HivemindTransport:
             if peer.addresses and not connected:
                 await self._connect(peer)
             try:
-                # Without a connection the daemon searches its own routing for the peer, for long
-                # if one of those that it asks is frozen.
+                # Without a connection a daemon with routing searches that for the peer, for long if
+                # one of those that it asks is frozen.
                 async with asyncio.timeout(REOPEN_SECONDS if connected else None):
                     reader, writer = await daemon_control.open_stream(p2p, peer.peer_id, protocol)
             except (P2PDaemonError, TimeoutError):

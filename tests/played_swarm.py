@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Experiment:
     """As much of one as choosing a route needs: it takes every block."""
 
-    graph = outline = None
+    graph = outline = chosen = None
 
     def __init__(self) -> None:
         self.cancellation = Cancellation()

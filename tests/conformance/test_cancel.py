@@ -5,26 +5,44 @@ Hosts in this process; tests/swarm/test_leaks.py measures how soon real ones are
 
 from __future__ import annotations
 
+import io
+import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generation_oracle import generate_hooked
 from replicas import Replicas, load
 from tiny_llama import save_llama
 from transformers import LlamaForCausalLM
 from waits import wait_for
 
-from glasshive.client import known_records, left_out
-from glasshive.client.errors import TraceCancelled, TraceError
+import glasshive
+from glasshive.client import hop, known_records, left_out, progress
+from glasshive.client.errors import (
+    BadAnswer,
+    NoRoute,
+    NotSaved,
+    PeerLost,
+    TokensDiffer,
+    TraceCancelled,
+    TraceError,
+    TraceTimeout,
+)
+from glasshive.client.experiment import Experiment
 from glasshive.client.known_records import KnownRecords
+from glasshive.client.saved import SavedTensor
 from glasshive.dht import loop_thread
-from glasshive.graph.errors import GlasshiveError
 from glasshive.peer.served_model import ServedModel
+from glasshive.security.errors import MalformedData
+from glasshive.security.results import TraceResult
 
 NEW = 12
+PATHS = ("model.layers.1", "model.layers.3", "lm_head")
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 
 
@@ -39,13 +57,22 @@ def served(folder: Path) -> list[ServedModel]:
 
 
 @pytest.fixture(scope="module")
-def wanted(folder: Path) -> torch.Tensor:
-    """All new tokens, by transformers' own `generate`."""
+def undisturbed(folder: Path) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+    """All tokens, and what modules gave at each step, by transformers' own `generate`."""
     plain: Any = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    ids: torch.Tensor = plain.generate(
-        PROMPT, max_new_tokens=NEW, do_sample=False, eos_token_id=None
-    )
-    return ids[:, PROMPT.shape[1] :]
+    return generate_hooked(plain, PROMPT, NEW, reads=PATHS, do_sample=False, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def wanted(undisturbed: tuple[torch.Tensor, Any]) -> torch.Tensor:
+    """All new tokens."""
+    return undisturbed[0][:, PROMPT.shape[1] :]
+
+
+@pytest.fixture(scope="module")
+def reads(undisturbed: tuple[Any, dict[str, list[torch.Tensor]]]) -> dict[str, list[torch.Tensor]]:
+    """What these modules gave at each step, by path."""
+    return undisturbed[1]
 
 
 @pytest.fixture
@@ -103,22 +130,80 @@ def check_cancelled(hive: Replicas, tracer: Any, wanted: torch.Tensor) -> None:
     assert tracer.cancel() is True, "as it was"
 
 
-def test_from_another_thread(hive: Replicas, wanted: torch.Tensor) -> None:
+def steps_said(made: torch.Tensor) -> str:
+    """What a note says of a generation that has made these tokens."""
+    n_made = made.shape[1]
+    return (
+        f"tracer.new_tokens has {n_made} of 12 steps, and what had come of what was saved at them "
+        "is there"
+    )
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """The functions in its traceback."""
+    return [one.name for one in traceback.extract_tb(error.__traceback__)]
+
+
+def at(model: Any, path: str) -> Any:
+    """The module of a path."""
+    if path == "lm_head":
+        return model.lm_head
+    return model.model.layers[int(path.rpartition(".")[2])]
+
+
+def check_saved(
+    saved: dict[str, list[Any]], reads: dict[str, list[torch.Tensor]], n_made: int, error: str
+) -> None:
+    """Of done steps there is what came, some of every path; all others say why not."""
+    for path, values in saved.items():
+        assert len(values) == NEW
+        assert any(isinstance(one, SavedTensor) for one in values)
+        for step, (value, wanted) in enumerate(zip(values, reads[path], strict=True)):
+            if isinstance(value, SavedTensor):
+                assert step < n_made
+                assert torch.equal(value, wanted)
+                continue
+            with pytest.raises(NotSaved) as missing:
+                value.sum()
+            why = (
+                f"it had not come when the generation ended with {error}"
+                if step < n_made
+                else f"it is of step {step}, and the generation ended with {error} when {n_made} "
+                "were done; what had come of those is there"
+            )
+            assert str(missing.value).endswith(f" never came: {why}")
+
+
+def test_from_another_thread(
+    hive: Replicas, wanted: torch.Tensor, reads: dict[str, list[torch.Tensor]]
+) -> None:
     """Seen failing with `Cancellation.watch` that forgets the future: it ran to its end."""
     tracer = generation(hive)
     said: list[bool] = []
     hive.after(1, NEW // 2, lambda: said.append(tracer.cancel()))
+    saved: dict[str, list[Any]] = {path: [] for path in PATHS}
+    kept: list[Any] = []
     with pytest.raises(TraceCancelled) as caught:
         with tracer:
-            state = hive.model.model.layers[3].output.save()
+            for _ in tracer.iter[:]:
+                for path, values in saved.items():
+                    values.append(at(hive.model, path).output.save())
+                kept.append(saved["lm_head"][-1])
+            glasshive.save(kept)
+            ids = tracer.result.save()
+            several = torch.stack([one[:, -1] for one in saved["lm_head"]]).save()
     assert str(caught.value).startswith("a generation of tiny was cancelled by tracer.cancel() ")
     n_made = tracer.new_tokens.shape[1]
     assert str(caught.value).endswith(f"; tracer.new_tokens has {n_made} of 12 steps")
     assert said == [True]
-    assert n_made < NEW
+    assert 1 < n_made < NEW
     check_cancelled(hive, tracer, wanted)
-    with pytest.raises(GlasshiveError, match="because its trace ended with TraceCancelled and has"):
-        state.mean()
+    check_saved(saved, reads, n_made, "TraceCancelled")
+    assert len(kept) == n_made, "a list that was saved is as long as there are steps"
+    assert torch.equal(kept[0], reads["lm_head"][0])
+    assert torch.equal(ids, torch.cat([PROMPT, wanted[:, :n_made]], 1))
+    with pytest.raises(NotSaved, match=f"never came: it is of step {NEW - 1}, and the gener"):
+        several.mean()
 
 
 def test_from_a_streamer(hive: Replicas, wanted: torch.Tensor) -> None:
@@ -133,21 +218,40 @@ def test_from_a_streamer(hive: Replicas, wanted: torch.Tensor) -> None:
     wait_for(lambda: is_free(hive), "every host is free")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, TraceTimeout, TokensDiffer])
 def test_what_had_come_is_there_after_any_end(
-    error: type[BaseException], hive: Replicas, wanted: torch.Tensor
+    error: type[BaseException],
+    hive: Replicas,
+    wanted: torch.Tensor,
+    reads: dict[str, list[torch.Tensor]],
 ) -> None:
-    """Seen to be lost: `new_tokens` said that the block had to end without an error."""
+    """Seen to be lost: `new_tokens` said that the block had to end without an error.
+
+    Of saved values only where the error doesn't say that what came may be wrong.
+    """
 
     def interrupt() -> None:
         raise error
 
     tracer = generation(hive, streamer=Streamer(interrupt))
-    with pytest.raises(error):
+    saved: dict[str, list[Any]] = {path: [] for path in PATHS}
+    with pytest.raises(error) as caught:
         with tracer:
-            pass
+            for _ in tracer.iter[:]:
+                for path, values in saved.items():
+                    values.append(at(hive.model, path).output.save())
     made = tracer.new_tokens
-    assert made.shape[1] >= 3
+    if error is TokensDiffer:
+        with pytest.raises(NotSaved, match="its trace ended with TokensDiffer and has not brought"):
+            saved["lm_head"][0].sum()
+    else:
+        check_saved(saved, reads, made.shape[1], error.__name__)
+    notes = getattr(caught.value, "__notes__", [])
+    is_error = issubclass(error, Exception)
+    by_streamer = re.compile(r"test_cancel\.py:\d+: the streamer of this generation raised it")
+    assert [by_streamer.fullmatch(one) is not None for one in notes[:1]] == [True] * is_error
+    assert notes[1:] == ([steps_said(made)] if error is TraceTimeout else [])
+    assert ("interrupt" in frames_of(caught.value)) is is_error, "the user's own code"
     assert torch.equal(made, wanted[:, : made.shape[1]])
     assert f"{made.shape[1]} of {NEW} new tokens" in repr(tracer) or made.shape[1] == NEW
     wait_for(lambda: is_free(hive), "every host is free")
@@ -167,6 +271,111 @@ def test_what_had_come_since_the_last_look_is_there(
     assert 0 < n_made < NEW
     assert str(caught.value).endswith(f"; tracer.new_tokens has {n_made} of 12 steps")
     check_cancelled(hive, tracer, wanted)
+
+
+def test_after_a_loss_that_nobody_mends(
+    hive: Replicas,
+    wanted: torch.Tensor,
+    reads: dict[str, list[torch.Tensor]],
+) -> None:
+    tracer = generation(hive, retries=0)
+    lost = hive.hosts[1]
+    hive.after(0, NEW // 2, hive.kill(1))
+    saved: dict[str, list[Any]] = {path: [] for path in PATHS}
+    with pytest.raises(PeerLost) as caught:
+        with tracer:
+            for _ in tracer.iter[:]:
+                for path, values in saved.items():
+                    values.append(at(hive.model, path).output.save())
+    hive.hosts.remove(lost)
+    made = tracer.new_tokens
+    assert 1 < made.shape[1] < NEW
+    assert torch.equal(made, wanted[:, : made.shape[1]])
+    check_saved(saved, reads, made.shape[1], "PeerLost")
+    assert caught.value.__notes__ == [steps_said(made)]
+
+
+def test_where_in_here_an_error_was_raised_is_in_the_log(
+    hive: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For the user it was 75 lines of no use, with their own in the midst."""
+    caplog.set_level("DEBUG", "glasshive.client.tracer")
+    with pytest.raises(NoRoute) as caught:
+        with hive.model.trace(PROMPT, avoid={hive.hosts[1].record.peer_id}):
+            hive.model.lm_head.output.save()
+    assert frames_of(caught.value)[1:] == ["__exit__"]
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert "router.py" in caplog.text
+
+
+def test_in_the_last_moment(
+    hive: Replicas,
+    wanted: torch.Tensor,
+    reads: dict[str, list[torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When all values are there already, and nothing is left to keep."""
+    fill = Experiment.fill
+
+    def filling(experiment: Experiment, came: Any) -> None:
+        fill(experiment, came)
+        tracer.cancel()
+
+    monkeypatch.setattr(Experiment, "fill", filling)
+    tracer = generation(hive)
+    with pytest.raises(TraceCancelled, match=r"tracer\.new_tokens has 12 of 12 steps$"):
+        with tracer:
+            logits = [hive.model.lm_head.output.save() for _ in tracer.iter[:]]
+            ids = tracer.result.save()
+    assert all(map(torch.equal, logits, reads["lm_head"]))
+    assert torch.equal(ids, torch.cat([PROMPT, wanted], 1))
+
+
+def test_nothing_is_kept_of_what_may_be_wrong(
+    hive: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that signs other values than those that came."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise MalformedData("another hash")
+
+    monkeypatch.setattr(TraceResult, "verify", refuse)
+    tracer = generation(hive)
+    with pytest.raises(BadAnswer, match="its result can't be taken: another hash"):
+        with tracer:
+            first = hive.model.lm_head.output.save()
+    assert tracer.new_tokens.shape == (1, 0)
+    with pytest.raises(NotSaved, match="ended with BadAnswer and has not brought results back"):
+        first.sum()
+
+
+def test_nothing_is_kept_of_what_padding_made(hive: Replicas) -> None:
+    """Where a value of an invoke is written after the end of that, the generation ends with
+    StepNeverRan, and a cancel before that doesn't hide it.
+    """
+    tracer = hive.model.generate(max_new_tokens=NEW, eos_token_id=[7], deadline=60)
+    hive.after(1, NEW - 3, tracer.cancel)
+    with pytest.raises(TraceCancelled, match="of 24 steps\n") as caught:
+        with tracer:
+            with tracer.invoke(PROMPT):
+                for step in tracer.iter[:]:
+                    if step == 1:
+                        hive.model.generator.output[:] = 7
+                    if step == 2:
+                        padding = hive.model.model.layers[1].output
+            with tracer.invoke(PROMPT):
+                first = hive.model.lm_head.output.save()
+                for _ in tracer.iter[3]:
+                    hive.model.model.layers[3].output = padding
+    assert tracer.new_tokens[1].shape[1] > 3
+    (note,) = caught.value.__notes__
+    assert re.match(
+        r"of what was saved nothing is there: test_cancel\.py:\d+: this writes a value of step 2 "
+        "of invoke 0, which ended at step 1, with a stop token; ",
+        note,
+    )
+    with pytest.raises(NotSaved, match="has not brought results back"):
+        first.sum()
 
 
 def test_before_the_end_of_the_block_nothing_is_sent(hive: Replicas) -> None:
@@ -232,4 +441,46 @@ def test_while_a_lost_peer_is_waited_for(
             pass
     hive.hosts.remove(lost)
     assert n_asked == 3
+    check_cancelled(hive, tracer, wanted)
+
+
+class Terminal(io.StringIO):
+    """Something that people read."""
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+def test_beside_a_streamer_it_is_said_why_no_tokens_come(
+    hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to say nothing for 25 s: lines that move share no terminal with a streamer."""
+    monkeypatch.setattr(left_out, "RETURN_SECONDS", 60.0)
+    monkeypatch.setattr(hop, "HELD_UP_SECONDS", 0.0)
+    for name in ("_SHOW_AFTER_SECONDS", "_LASTS_SECONDS"):
+        monkeypatch.setattr(progress, name, 0.0)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setattr("sys.stderr", said := Terminal())
+    streamer = Streamer()
+    tracer = generation(hive, streamer=streamer)
+    ask = KnownRecords.ask
+
+    async def asking(self: KnownRecords, within_seconds: float) -> None:
+        if said.getvalue():
+            tracer.cancel()
+        await ask(self, within_seconds)
+
+    monkeypatch.setattr(KnownRecords, "ask", asking)
+    lost = hive.hosts[1]
+    hive.after(0, NEW // 2, hive.kill(1))
+    with pytest.raises(TraceCancelled):
+        with tracer:
+            pass
+    hive.hosts.remove(lost)
+    peer = lost.record.peer_id
+    assert said.getvalue() == (
+        f"\nglasshive: peer {peer} (blocks 2:4): lost; waiting up to 25 s for it or another\n"
+    )
+    assert len(streamer.put_in) > 1
     check_cancelled(hive, tracer, wanted)

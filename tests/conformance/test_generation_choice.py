@@ -488,13 +488,13 @@ class Heard:
 def test_lines_that_move_and_a_streamer_share_no_terminal(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shown(**options: Any) -> bool | None:
+    def shown(**options: Any) -> bool | str | None:
         return model.generate(ROWS, streamer=Heard(), **options).options.show_progress
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
     assert [shown(), shown(progress=True)] == [None, True]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert [shown(), shown(progress=True)] == [False, True]
+    assert [shown(progress=one) for one in (None, True, False)] == ["plain", True, False]
     assert model.generate(ROWS).options.show_progress is None
 
 

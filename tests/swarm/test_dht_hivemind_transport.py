@@ -495,17 +495,17 @@ async def test_the_key_file_is_private_and_gone_when_the_daemon_is_up(
     from hivemind.p2p import P2P
 
     seen: list[tuple[str, int, int]] = []
-    create = P2P.create
+    create: Any = P2P.create.__func__
 
-    async def watched(**options: Any) -> Any:
+    async def watched(cls: type[P2P], **options: Any) -> Any:
         path = options["identity_path"]
         folder = os.path.dirname(path)
         seen.append(
             (path, stat.S_IMODE(os.stat(path).st_mode), stat.S_IMODE(os.stat(folder).st_mode))
         )
-        return await create(**options)
+        return await create(cls, **options)
 
-    monkeypatch.setattr(P2P, "create", watched)
+    monkeypatch.setattr(P2P, "create", classmethod(watched))
     async with transports({"dht": "none"}):
         ((path, file_mode, folder_mode),) = seen
         assert (file_mode, folder_mode) == (0o600, 0o700)

@@ -117,18 +117,28 @@ async def test_a_client_has_no_routing_that_dials_by_itself() -> None:
     at = [f"/ip4/127.0.0.1/tcp/{free_port()}"]
     one = await HivemindTransport.create(Identity.generate(), listen=at)
     other = await HivemindTransport.create(Identity.generate(), bootstraps=one.addresses)
+    member = await HivemindTransport.create(
+        Identity.generate(), listen=(), dht="client", bootstraps=one.addresses
+    )
     client = await HivemindTransport.create(Identity.generate(), listen=(), dht="none")
+
+    async def reach(asking: HivemindTransport, peer: PeerAddress) -> None:
+        stream = await asking.open_stream(peer, "echo/1", 10)
+        await stream.send(7)
+        assert (await stream.receive(10)).header == 7
+        await stream.close()
+
     try:
         for host in (one, other):
             await host.serve("echo/1", echo)
-        stream = await client.open_stream(PeerAddress.parse(one.addresses[0]), "echo/1", 10)
-        await stream.send(7)
-        assert (await stream.receive(10)).header == 7
+        by_id = PeerAddress(other.peer_id)
+        await reach(member, by_id)
+        await reach(client, PeerAddress.parse(one.addresses[0]))
         with pytest.raises(PeerUnreachable, match=other.peer_id):
-            await client.open_stream(PeerAddress(other.peer_id), "echo/1", 20)
-        await stream.close()
+            await reach(client, by_id)
+        await reach(client, PeerAddress.parse(other.addresses[0]))
     finally:
-        for transport in (client, other, one):
+        for transport in (client, member, other, one):
             await transport.close()
 
 

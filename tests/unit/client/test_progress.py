@@ -259,6 +259,47 @@ def test_what_is_printed_meanwhile_goes_where_it_was_meant_to(
     assert "The cat" not in screen.file.getvalue()
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_beside_a_streamer_a_line_says_each_time_what_holds_the_job_up(
+    is_terminal: bool, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No lines that move, and none of what is over at once, as when this process stood still."""
+    monkeypatch.setattr(rich.console, "Console", Screen)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+    made.clear()
+    one = job(["running"] * 3, generation=True, tokens=(3, 64))
+    frozen, lost, busy = one.hops
+    now = 0.0
+    one.clock = lambda: now
+    with JobDisplay("plain") as display:
+        for tick in range(2000):
+            now = tick / 20
+            frozen.heard_at = 20.0 if 20 < now < 31 else now
+            is_lost = 10 < now < 25 or 60 < now < 64.5
+            lost.became, lost.gone_at = ("lost", 10.0 if now < 60 else 60.0) if is_lost else ("", 0)
+            busy.heard_at = 50.0 if now == 90.0 else now
+            display.update(one)
+    assert not made
+    told = [f"peer {each.peer.peer_id} (blocks {each.part.span}): " for each in (lost, frozen)]
+    waits = f"{told[0]}lost; waiting up to 25 s for it or another\n"
+    silent = f"{told[1]}silent; after 12 s it counts as lost\n"
+    assert capsys.readouterr().err.split("\nglasshive: ")[1:] == (
+        [waits, silent, waits] if is_terminal else []
+    )
+
+
+def test_of_several_waits_a_line_says_it_once(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has a display of its own: the seconds go on where the last one ended."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for began_at in (0.0, 2.0, 4.0, 6.0):
+        with JobDisplay("plain") as display:
+            for tick in range(40):
+                display.say("waiting for a place at Wnumber1", began_at + tick / 20)
+    assert capsys.readouterr().err == "\nglasshive: waiting for a place at Wnumber1\n"
+
+
 class Tee:
     """What users put in the place of a stream, to have a copy."""
 
