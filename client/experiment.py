@@ -45,7 +45,7 @@ TOKENS_PREFIX: Final = "t"
 
 
 ShowProgress: TypeAlias = bool | Literal["plain"] | None
-"""Whether status lines show; None: on a terminal. "plain": there, but no lines that move."""
+"""Whether status lines show; None: on a terminal. "plain": there, but none that move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class TraceOptions:
             )
         if type(self.retries) is not int or self.retries < 0:
             wrong.append(f"retries={self.retries!r:.40}; a whole number from 0 on is wanted")
+        if self.show_progress not in (None, True, False, "plain"):
+            wrong.append(f"progress={self.show_progress!r:.40}; True, False or 'plain' is wanted")
         if self.across_hardware not in (True, False):
             wrong.append(f"across_hardware={self.across_hardware!r:.40}; True or False is wanted")
         if wrong:

@@ -138,6 +138,7 @@ class Generation(Tracer):
             )
         self._asked_tokens: int | None = None
         self._streamer = streamer
+        self._streaming: _Streaming | None = None
         self._step = 0
         self._said_step = False  # whether the body has said of which step it speaks
         self._advanced: dict[str, int] = {}
@@ -283,6 +284,8 @@ class Generation(Tracer):
                 "`with tracer.invoke(prompt):` inside the block",
                 line=here(),
             )
+        if self._streamer is not None:
+            self._streaming = _Streaming(self._streamer, self.tokens, self._cancellation)
         return finish(
             self.sites,
             self.tokens,
@@ -290,9 +293,7 @@ class Generation(Tracer):
             self.options,
             self._cancellation,
             sampling=self._choice.sampling,
-            tell=None
-            if self._streamer is None
-            else _Streaming(self._streamer, self.tokens, self._cancellation),
+            tell=self._streaming,
             left_out=list(self._results.values()),
         )
 
@@ -302,8 +303,6 @@ class Generation(Tracer):
                 result = super()._run(experiment)
             finally:  # what had come is there, however it ends
                 self._chosen = experiment.chosen
-        except (StepNeverRan, TokensDiffer):  # which say that what has come may be wrong
-            raise
         except BaseException as error:
             self._keep_done(experiment, error)
             raise
@@ -314,21 +313,27 @@ class Generation(Tracer):
         return result
 
     def _keep_done(self, experiment: Experiment, error: BaseException) -> None:
-        """What is saved of the steps that were done has its value, and `error` says how many."""
+        """What is saved of the steps that were done has its value, unless that may be wrong.
+
+        `error`, with which the generation ended, says how many there are.
+        """
         made = sum(self._made(invoke).shape[1] for invoke in self._invokes())
         wanted = sum(one.n_steps for one in self.sites.invokes)
         said = f"tracer.new_tokens has {made} of {wanted} steps"
         if isinstance(error, TraceCancelled):
             error.args = (f"{error}; {said}",)
-        elif isinstance(error, GlasshiveError) and made:
-            error.add_note(f"{said}, and what had come of what was saved at them is there")
         try:
+            if self._streaming is not None and self._chosen is not None:
+                self._streaming.check(self._chosen)
             experiment.fill_done(type(error).__name__)
-        except StepNeverRan as never:
-            error.add_note(f"of what was saved nothing is there: {never}")
-        else:
-            if made:
-                self._fill_results()
+        except (StepNeverRan, TokensDiffer) as wrong:
+            if type(wrong) is not type(error):
+                error.add_note(f"nothing that was saved is there: {wrong}")
+            return
+        if made:
+            self._fill_results()
+            if isinstance(error, GlasshiveError) and not isinstance(error, TraceCancelled):
+                error.add_note(f"{said}, and what had come of what was saved at them is there")
 
     def _fill_results(self) -> None:
         for invoke, tensor in self._results.items():
@@ -492,8 +497,16 @@ class _Streaming:
             with _blaming_streamer(self._at):
                 self._streamer.put(self._prompt)
             self._has_begun = True
-        steps = chosen.steps(0)
-        for step, (told, came) in enumerate(zip(self._told, steps, strict=False)):
+        self.check(chosen)
+        for tokens in chosen.steps(0)[len(self._told) :]:
+            self._cancellation.check()
+            with _blaming_streamer(self._at):
+                self._streamer.put(tokens)
+            self._told.append(tokens)
+
+    def check(self, chosen: Chosen) -> None:
+        """Raise TokensDiffer if others have come than were told."""
+        for step, (told, came) in enumerate(zip(self._told, chosen.steps(0), strict=False)):
             if told is not came and not torch.equal(told, came):
                 raise TokensDiffer(
                     f"step {step} gave {came.tolist()!s:.80} when the generation was run again, "
@@ -501,8 +514,3 @@ class _Streaming:
                     "at a peer that computes wrongly, other tokens may be chosen: generate anew, "
                     "with across_hardware=False, which runs it again on the same hardware only"
                 )
-        for tokens in steps[len(self._told) :]:
-            self._cancellation.check()
-            with _blaming_streamer(self._at):
-                self._streamer.put(tokens)
-            self._told.append(tokens)

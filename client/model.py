@@ -99,7 +99,7 @@ class Model(Module):
         route: Sequence[PeerId] | None = None,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
         across_hardware: bool = False,
-        progress: bool | None = None,
+        progress: bool | Literal["plain"] | None = None,
         **others: object,
     ) -> Tracer:
         """Record the body of a `with` block, and run it on the swarm when the block ends.
@@ -132,7 +132,7 @@ class Model(Module):
         route: Sequence[PeerId] | None = None,
         avoid: frozenset[PeerId] | set[PeerId] = frozenset(),
         across_hardware: bool = False,
-        progress: bool | None = None,
+        progress: bool | Literal["plain"] | None = None,
         **choice: object,
     ) -> Generation:
         """Record the body of a `with` block, and generate tokens with its edits when it ends.
@@ -186,7 +186,7 @@ def _options(
     route: Sequence[PeerId] | None,
     avoid: frozenset[PeerId] | set[PeerId],
     across_hardware: bool,
-    progress: bool | None,
+    progress: bool | Literal["plain"] | None,
 ) -> TraceOptions:
     return TraceOptions(
         batching=batching,

@@ -7,7 +7,7 @@ lost and who took over, and which of them speak to each other by way of this cli
 reach each other. What is shown while a trace runs goes away; its last state stays if it was shown.
 
 Lines that move would break what a streamer writes on the same terminal. There each peer that holds
-the job up has a line of its own, and nothing else is said.
+the job up has a line of its own.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ class JobDisplay:
     """Shows a job on a terminal; nothing if `show` is False.
 
     With `show` None it appears on a terminal only, and only if the job takes longer than a blink;
-    so it does with "plain", where a line says what holds the job up, and there are no others.
+    so it does with "plain", where a line says what holds the job up, and there are no others. What
+    is in `said` was said already, by another display of the same trace.
     """
 
-    def __init__(self, show: ShowProgress) -> None:
-        self._always = show is True
-        self._wanted = is_terminal(sys.stderr) if show in (None, "plain") else self._always
+    def __init__(self, show: ShowProgress, said: set[str] | None = None) -> None:
         self._is_plain = show == "plain"
+        self._always = bool(show) and not self._is_plain
+        self._wanted = is_terminal(sys.stderr) if show is None or self._is_plain else self._always
+        self._said: set[str] = set() if said is None else said
         self._held_up_since: dict[str, float] = {}
-        self._waited_seconds = math.inf
         self._status: StatusText | None = None
         self._job: Job | None = None
         self._tokens: Sequence[Sequence[str]] = ()
@@ -88,9 +89,8 @@ class JobDisplay:
         if not self._wanted:
             return
         if self._is_plain:
-            # Of several waits, each with a display of its own, that in which it becomes long.
-            before, self._waited_seconds = self._waited_seconds, elapsed_seconds
-            if before < SAY_AFTER_SECONDS <= elapsed_seconds:
+            if elapsed_seconds >= SAY_AFTER_SECONDS and text not in self._said:
+                self._said.add(text)
                 _say(text)
         elif elapsed_seconds >= _SHOW_AFTER_SECONDS or self._always:
             self._show(f"{text}  {elapsed_seconds:.1f} s")

@@ -203,7 +203,7 @@ class Router:
             until = self.records.until(choose, left_seconds, ends_at)
             text = f"waiting for {awaited[-8:]} to come back ({left_out.why(awaited)})"
             try:
-                with JobDisplay(options.show_progress) as display:
+                with JobDisplay(options.show_progress, tries.said) as display:
                     return self._swarm.run(
                         *(until, seconds + 10, experiment.cancellation),
                         lambda: display.say(text, left_out.gone_seconds(awaited)),
@@ -253,7 +253,7 @@ class Router:
         if seconds <= 0:
             return False
         peers = ", ".join(peer[-8:] for peer in tries.busy)
-        with JobDisplay(options.show_progress) as display:
+        with JobDisplay(options.show_progress, tries.said) as display:
             self._swarm.run(
                 *(asyncio.sleep(seconds), seconds + 10, experiment.cancellation),
                 lambda: display.say(f"waiting for a place at {peers}", tries.waited_seconds),

@@ -84,7 +84,7 @@ class ModelRunner:
             except TransportLost as error:
                 route = retrying.after_own_loss(error, route)
             except PeerError as error:
-                if isinstance(error, BadAnswer) and experiment.chosen is not None:
+                if isinstance(error, BadAnswer) and tries.has_run and experiment.chosen:
                     experiment.chosen.forget()
                 route = retrying.route_after(error, route)
 

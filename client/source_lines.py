@@ -99,16 +99,23 @@ def mark() -> Mark:
         frame = back
 
 
-def has_users_code(error: BaseException | None) -> bool:
-    """Whether the user's own code ran where this error was raised, or one that led to it."""
-    while error is not None:
-        trace = error.__traceback__
+def has_users_code(error: BaseException, handled: BaseException | None) -> bool:
+    """Whether the user's own code ran where this error was raised, or one that led to it.
+
+    `handled` was there before, and led to nothing. A user's code that is an installed package
+    can't be told from libraries that we use.
+    """
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while one is not None and one is not handled and id(one) not in seen:
+        seen.add(id(one))
+        trace = one.__traceback__
         while trace is not None:
             frame = trace.tb_frame
             if _rank(frame.f_code.co_filename) == 0 and not _is_generated(frame):
                 return True
             trace = trace.tb_next
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
     return False
 
 

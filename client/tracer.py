@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, replace
@@ -129,10 +130,26 @@ class Tracer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        handled = sys.exception()
+        try:
+            return self._end(error)
+        except (KeyboardInterrupt, GlasshiveError) as failure:
+            if has_users_code(failure, handled):
+                raise
+            # Where in here it was raised, and after what, says nothing to the user, whose own line
+            # does: its text has what they need of it.
+            log.debug("trace_failed", extra={"trace": self.title}, exc_info=failure)
+            failure.__cause__ = None
+            failure.__context__ = None if isinstance(handled, _Stop) else handled
+            failure.__suppress_context__ = failure.__context__ is None
+            raise failure.with_traceback(None)  # noqa: B904  (it is that one)
+
+    def _end(self, error: BaseException | None) -> bool:
+        """Run what the body recorded, if that ended well; whether the block ends well then."""
         experiment: Experiment | None = None
         recorder = self.sites.recorder
-        if kind is not None and kind is not _Stop:
-            recorder.ended_with = kind.__name__
+        if error is not None and not isinstance(error, _Stop):
+            recorder.ended_with = type(error).__name__
         if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
             for note in sorted(self.notes):
                 error.add_note(note)
@@ -150,18 +167,7 @@ class Tracer:
                 self._cancellation.end()
         if experiment is None:
             return False  # nothing is sent
-        try:
-            self._result = self._run(experiment)
-        except KeyboardInterrupt:
-            # Where the run was interrupted says nothing to the user, whose own line does.
-            raise KeyboardInterrupt from None
-        except GlasshiveError as run_error:
-            if has_users_code(run_error):
-                raise
-            # Nor does where it was raised, and after what: its text has what the user needs of it.
-            log.debug("%s ended with an error", self.title, exc_info=run_error)
-            run_error.__context__ = None  # which would keep all that the run had
-            raise run_error.with_traceback(None) from None
+        self._result = self._run(experiment)
         return True
 
     def _run(self, experiment: Experiment) -> Provenance:

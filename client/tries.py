@@ -49,6 +49,7 @@ class Tries:
     relay: set[Pair] = field(default_factory=set)  # and of all tries
     busy: dict[PeerId, PeerBusy] = field(default_factory=dict)  # and what each said last
     waited_seconds: float = 0.0  # for busy peers
+    said: set[str] = field(default_factory=set)  # to the user, of what is waited for
     _pauses: int = 0
     _backends: dict[int, str] = field(default_factory=dict)  # by block: where it ran first
     _became: dict[tuple[str, str], None] = field(default_factory=dict)  # what, of whom; in order

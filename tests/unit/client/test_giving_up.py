@@ -154,7 +154,7 @@ def test_who_waits_says_for_whom(
     del swarm.known[1:]
     said: set[str] = set()
     display = SimpleNamespace(say=lambda text, seconds: said.add(text))
-    monkeypatch.setattr(router, "JobDisplay", lambda wanted: contextlib.nullcontext(display))
+    monkeypatch.setattr(router, "JobDisplay", lambda *wanted: contextlib.nullcontext(display))
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 0.01)
 
     def ticking(
