@@ -367,11 +367,16 @@ def test_nothing_is_kept_of_what_differs_from_what_was_told(
 ) -> None:
     """As a generation may that is run again; a cancel in that moment doesn't hide it."""
 
+    is_told = threading.Event()
+
     def run_again() -> None:
         tracer._streaming._told[1] = torch.tensor([63])
+        is_told.set()
         if is_cancelled:
             tracer.cancel()
 
+    # More are still to come then.
+    hive.after(1, NEW // 2, lambda: wait_for(is_told.is_set, "three are told"))
     tracer = generation(hive, streamer=Streamer(run_again))
     with pytest.raises(TraceCancelled if is_cancelled else TokensDiffer) as caught:
         with tracer:
