@@ -134,11 +134,13 @@ class Tracer:
         try:
             return self._end(error)
         except (KeyboardInterrupt, GlasshiveError) as failure:
-            if has_users_code(failure, handled):
-                raise
             # Where in here it was raised, and after what, says nothing to the user, whose own line
-            # does: its text has what they need of it.
-            log.debug("trace_failed", extra={"trace": self.title}, exc_info=failure)
+            # does: its text has what they need of it. Nor does where they interrupted it.
+            is_interrupt = isinstance(failure, KeyboardInterrupt)
+            if log.isEnabledFor(logging.DEBUG) or (
+                not is_interrupt and has_users_code(failure, handled)
+            ):
+                raise
             failure.__cause__ = None
             failure.__context__ = None if isinstance(handled, _Stop) else handled
             failure.__suppress_context__ = failure.__context__ is None

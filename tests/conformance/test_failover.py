@@ -295,7 +295,7 @@ def test_a_graph_that_fails_ends_the_generation(
 ) -> None:
     _, hive = llama
     failing(monkeypatch, hive, ShapeMismatch("no such row"))
-    with pytest.raises(PeerFailed, match=r"ShapeMismatch at peer .*: no such row$"):
+    with pytest.raises(PeerFailed, match=r"ShapeMismatch at peer .*: no such row\n"):
         steered(hive.model)
     assert len(hive.jobs) == 1
     assert hive.jobs[-1].moves == 0

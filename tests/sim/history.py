@@ -1,11 +1,11 @@
 """What happened in a simulation, and whether it may have.
 
 Every operation of a client ends, by its deadline and a second, in exactly one of two ways: ok, with
-the very numbers of the oracle; or with an error of ours that says why, and no numbers. One that was
-cancelled while it ran ends at that moment, as that and nothing else, and no other does. Peers here
-are honest, so nobody is ever said to break the protocol, and no host fails by a bug: neither in
-what an operation comes to, nor in one of its tries. And when the network has been well for a while,
-nobody waits for what never comes.
+the very numbers of the oracle; or with an error of ours that says why, and no numbers, or of a
+generation some of the oracle's. One that was cancelled while it ran ends at that moment, as that
+and nothing else, and no other does. Peers here are honest, so nobody is ever said to break the
+protocol, and no host fails by a bug: neither in what an operation comes to, nor in one of its
+tries. And when the network has been well for a while, nobody waits for what never comes.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Operation:
                 wrong = [one for one in oracle if not _same(self.saves[one], oracle[one])]
                 found += [f"{', '.join(wrong)} are not the oracle's"] if wrong else []
             return found
-        if self.saves:
-            found.append(f"it failed, and saved {sorted(self.saves)}")
+        wrong = [one for one in self.saves if not _same(self.saves[one], oracle.get(one))]
+        if wrong or (self.saves and self.name == "trace"):
+            found.append(f"it failed, and saved {sorted(wrong or self.saves)}")
         if not isinstance(self.error, GlasshiveError) or not str(self.error):
             found.append("the error is none of ours")
         if self.ended_at - max(self.began_at, calm_at) > HANGING_SECONDS:
