@@ -141,10 +141,10 @@ class Tracer:
                 not is_interrupt and has_users_code(failure, handled)
             ):
                 raise
-            failure.__cause__ = None
+            failure.__cause__ = failure.__traceback__ = None
             failure.__context__ = None if isinstance(handled, _Stop) else handled
             failure.__suppress_context__ = failure.__context__ is None
-            raise failure.with_traceback(None)  # noqa: B904  (it is that one)
+            raise failure
 
     def _end(self, error: BaseException | None) -> bool:
         """Run what the body recorded, if that ended well; whether the block ends well then."""

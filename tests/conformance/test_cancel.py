@@ -40,6 +40,7 @@ from glasshive.dht import loop_thread
 from glasshive.graph.errors import NoRoots
 from glasshive.peer.served_model import ServedModel
 from glasshive.security.errors import MalformedData
+from glasshive.security.keys import PeerId
 from glasshive.security.results import TraceResult
 
 NEW = 12
@@ -461,17 +462,15 @@ def test_after_the_end_it_has_no_effect(hive: Replicas, wanted: torch.Tensor) ->
     assert tracer.result.retried == 0
 
 
-def test_while_a_lost_peer_is_waited_for(
-    hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def cancelled_while_a_lost_peer_is_waited_for(
+    hive: Replicas, tracer: Any, monkeypatch: pytest.MonkeyPatch, is_time: Callable[[], bool]
+) -> PeerId:
+    """Who was lost; `is_time` says, each time that peers are looked for, when to cancel."""
     monkeypatch.setattr(left_out, "RETURN_SECONDS", 60.0)
-    tracer = generation(hive)
-    ask, n_asked = KnownRecords.ask, 0
+    ask = KnownRecords.ask
 
     async def asking(self: KnownRecords, within_seconds: float) -> None:
-        nonlocal n_asked
-        n_asked += 1
-        if n_asked == 3:
+        if is_time():
             tracer.cancel()
         await ask(self, within_seconds)
 
@@ -482,6 +481,21 @@ def test_while_a_lost_peer_is_waited_for(
         with tracer:
             pass
     hive.hosts.remove(lost)
+    return lost.record.peer_id
+
+
+def test_while_a_lost_peer_is_waited_for(
+    hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer = generation(hive)
+    n_asked = 0
+
+    def is_third() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked == 3
+
+    cancelled_while_a_lost_peer_is_waited_for(hive, tracer, monkeypatch, is_third)
     assert n_asked == 3
     check_cancelled(hive, tracer, wanted)
 
@@ -498,8 +512,7 @@ def test_beside_a_streamer_it_is_said_why_no_tokens_come(
     hive: Replicas, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen to say nothing for 25 s: lines that move share no terminal with a streamer."""
-    for module in (left_out, hop):
-        monkeypatch.setattr(module, "RETURN_SECONDS", 60.0)
+    monkeypatch.setattr(hop, "RETURN_SECONDS", 60.0)
     monkeypatch.setattr(hop, "HELD_UP_SECONDS", 0.0)
     for name in ("_SHOW_AFTER_SECONDS", "_LASTS_SECONDS"):
         monkeypatch.setattr(progress, name, 0.0)
@@ -507,21 +520,9 @@ def test_beside_a_streamer_it_is_said_why_no_tokens_come(
     monkeypatch.setattr("sys.stderr", said := Terminal())
     streamer = Streamer()
     tracer = generation(hive, streamer=streamer)
-    ask = KnownRecords.ask
-
-    async def asking(self: KnownRecords, within_seconds: float) -> None:
-        if said.getvalue():
-            tracer.cancel()
-        await ask(self, within_seconds)
-
-    monkeypatch.setattr(KnownRecords, "ask", asking)
-    lost = hive.hosts[1]
-    hive.after(0, NEW // 2, hive.kill(1))
-    with pytest.raises(TraceCancelled):
-        with tracer:
-            pass
-    hive.hosts.remove(lost)
-    peer = lost.record.peer_id
+    peer = cancelled_while_a_lost_peer_is_waited_for(
+        *(hive, tracer, monkeypatch), lambda: bool(said.getvalue())
+    )
     lines = said.getvalue().split("\nglasshive: ")
     assert f"peer {peer} (blocks 2:4): lost; waiting up to 60 s for it or another\n" in lines
     assert len(streamer.put_in) > 1
