@@ -11,6 +11,7 @@ import socket
 
 import pytest
 
+from glasshive.dht import daemon_control
 from glasshive.dht.errors import PeerUnreachable
 from glasshive.dht.framing import Stream
 from glasshive.dht.hivemind_transport import HivemindTransport
@@ -59,6 +60,10 @@ async def test_who_comes_back_is_reached_by_the_next_call() -> None:
                 assert await asked() == 7
             finally:
                 await host.close()
+            # A stream that is opened in the moment in which the connection ends has p2pd dial.
+            async with asyncio.timeout(20):
+                while await daemon_control.is_connected(client._daemon.p2p, there.peer_id):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
     finally:
         await client.close()
 
